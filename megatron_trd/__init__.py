@@ -1,0 +1,3 @@
+"""Trajectory-Refined Distillation of language models on Megatron."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,81 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_trd.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a recipe of recipes/, or a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. optimizer.lr=1e-5")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint of the run folder")] = False,
+    verify_refit: Annotated[bool, typer.Option(help="compare every tensor's checksum after each refit")] = False,
+) -> None:
+    """Train a recipe on this machine."""
+    from megatron_trd.config import apply_overrides
+    from megatron_trd.training.launch import run_training
+    from recipes.common import find_recipe
+
+    extra = ["log.verify_refit=true"] if verify_refit else []
+    config = apply_overrides(find_recipe(recipe), [*(overrides or []), *extra])
+    done = run_training(config, resume=resume)
+    stopped = "" if done == config.steps else f"; stopped before step {config.steps}, add --resume to go on"
+    print(f"{done} steps done, run folder {config.run_dir}{stopped}")
+
+
+@app.command()
+def demo(
+    method: Annotated[str, typer.Option(help="trd-opsd (self-distillation) or trd-opd (a larger teacher)")] = "trd-opsd",
+    out: Annotated[Path, typer.Option(help="folder of the demo's runs and report")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="of sampling and data order")] = 0,
+) -> None:
+    """Distil the embedded model, evaluate it before and after, and write a report."""
+    from megatron_trd.demo.run import run_demo
+
+    run_demo(method, out, seed)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Hugging Face folder, or a run's checkpoints/step_N")],
+    data: Annotated[str, typer.Option(help="JSONL or parquet file, datasets folder or hub name")],
+    samples: Annotated[int, typer.Option(help="responses a problem; avg@k and pass@k are for k = samples")] = 16,
+    out: Annotated[Path | None, typer.Option(help="folder for responses.jsonl and scores.json")] = None,
+    seed: Annotated[int, typer.Option(help="of sampling and of the bootstrap")] = 0,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of sampler and data settings")] = None,
+) -> None:
+    """Score a model: avg@k and pass@k with 95 % intervals."""
+    from megatron_trd.evaluation.command import run_evaluation
+
+    run_evaluation(model, data, samples, out, seed, overrides or [])
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="folder of a training run")]) -> None:
+    """Write report.html of a run."""
+    from megatron_trd.reporting.report import write_report
+
+    write_report(run_dir / "report.html", {run_dir.name: run_dir}, title=run_dir.name)
+    print(run_dir / "report.html")
+
+
+def main() -> None:
+    """Entry point: a `UserError` is one line and its exit code, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"megatron-trd: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

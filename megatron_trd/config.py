@@ -1,0 +1,270 @@
+"""Every setting of a run, its default and its check: one home for each.
+
+A run is described by one `TrainConfig`. Recipes build it, `key=value` overrides change it, and the resolved result is
+written to `config.yaml` in the run folder. Hyper-parameter defaults are those of the TRD paper where it states them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_trd.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+MethodName = Literal[
+    "trd-opd",
+    "trd-opsd",
+    "opd-forward-kl",
+    "opd-forward-kl-clip",
+    "opd-reverse-kl",
+    "opd-reverse-kl-topk",
+    "opsd-forward-kl",
+    "opsd-forward-kl-clip",
+    "opsd-reverse-kl",
+    "opsd-reverse-kl-topk",
+    "opsd-jsd",
+]
+
+_strict = dataclass(config=ConfigDict(extra="forbid", validate_default=True), kw_only=True)
+
+
+@_strict
+class StudentConfig:
+    """Megatron engine of the model being trained. Data parallelism is what is left of the world: world / (tp * pp)."""
+
+    tp: Positive = 1
+    pp: Positive = 1
+    sequence_parallel: bool = False
+    micro_batch_size: Positive = 1  # sequences a micro-batch
+    recompute: bool = False  # recompute activations of every layer in backward
+    distributed_optimizer: bool = True  # shard optimizer state over data parallel ranks
+
+
+@_strict
+class TeacherConfig:
+    """Megatron engine of the teacher: its own TP x PP grid over the same ranks."""
+
+    model: str | None = None  # Hugging Face folder; None: the student's own weights (self-distillation)
+    # Whose weights a self-teacher has: the student's at step 0, the student's now, or their moving average.
+    # `frozen` is the authors' choice (their self-teacher is the student with its adapter off).
+    weights: Literal["frozen", "live", "ema"] = "frozen"
+    ema_decay: Fraction = 0.99  # ema <- decay * ema + (1 - decay) * student, after each step
+    tp: Positive = 1
+    pp: Positive = 1
+    micro_batch_size: Positive = 1
+
+
+@_strict
+class SamplerConfig:
+    """vLLM engine in every rank; sampler data parallelism is world / tp."""
+
+    tp: Positive = 1
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # of rollouts and refinements (paper)
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_rollout_tokens: Positive = 16384  # paper
+    max_refinement_tokens: Positive = 16384  # paper
+    max_sequences: Positive = 256  # running at once in one engine
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of a GPU's memory, for weights and KV cache
+    host_kv_cache_gib: Positive = 1  # KV cache of an engine that runs from host memory
+    enforce_eager: bool = False  # no graph capture: slower steps, faster start
+
+
+@_strict
+class DataConfig:
+    """Problems: a JSONL or parquet file, a `datasets` folder, or a hub name."""
+
+    path: str = ""
+    name: str | None = None  # configuration name of a hub data set
+    split: str = "train"
+    problem_field: str = "problem"
+    answer_field: str | None = "answer"
+    reference_field: str | None = "solution"
+    task: Literal["math", "code"] = "math"  # chooses the prompt templates
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # e.g. {enable_thinking: false}
+    max_prompt_tokens: Positive = 2048  # paper
+    max_reference_tokens: Positive = 4096  # paper
+    # What happens to a problem whose prompt, or a sample whose refinement prompt, is too long. `cut` shortens the
+    # reference solution or the rollout inside the prompt, never the problem itself.
+    overlong: Literal["drop", "cut"] = "drop"
+    shuffle: bool = True
+
+
+@_strict
+class LossConfig:
+    """Numbers of the divergences; which divergence is used is the method's choice."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # softmax temperature on both sides (paper)
+    beta: Fraction = 0.5  # weight of the teacher in JSD
+    clip: Annotated[float, Field(gt=0)] = 0.1  # bound of one token's divergence, `*-clip` methods (paper)
+    top_k: Positive = 32  # teacher tokens kept, `*-topk` methods (paper)
+    normalize: Literal["sequence", "token"] = "sequence"  # mean of means over sequences (paper), or over all tokens
+    chunk_tokens: Positive | None = None  # response tokens whose logits exist at once; None: chosen by the loss
+
+
+@_strict
+class OptimizerConfig:
+    """AdamW with linear warm-up, then constant or cosine."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-6  # paper
+    min_lr_ratio: Fraction = 0.0  # of lr, where a cosine ends
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_fraction: Fraction = 0.1  # of all steps (paper)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.005  # paper
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0: no clipping
+
+
+@_strict
+class CheckpointConfig:
+    """Megatron distributed checkpoints in `<run_dir>/checkpoints/step_N`."""
+
+    every: NonNegative = 0  # steps; 0: only at the end and when stopped
+    keep: Positive = 2  # newest ones kept
+
+
+@_strict
+class LogConfig:
+    """What a run writes besides its metrics."""
+
+    tensorboard: bool = True
+    samples_per_step: NonNegative = 4  # y_o / y_r pairs kept in samples/
+    verify_refit: bool = False  # compare checksums of every tensor after each refit
+    drift_tokens: NonNegative = 512  # tokens a step and rank on which sampler and trainer log-probabilities are compared
+
+
+@_strict
+class TrainConfig:
+    """One TRD run."""
+
+    model: str = ""  # Hugging Face folder of the student
+    method: MethodName = "trd-opsd"
+    corpus: Literal["all", "rollout_wrong", "refinement_right", "corrected"] = "all"  # ablation: samples trained on
+    run_dir: str = "runs/default"
+    steps: Positive = 100
+    batch_size: Positive = 16  # problems a step (paper)
+    rollouts_per_problem: Positive = 1
+    world_size: Positive | None = None  # ranks; None: the fewest that hold every layout
+    seed: NonNegative = 0
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+
+def _one_line(error: ValidationError, where: str) -> UserError:
+    """The first complaint of pydantic, as a sentence with the key, the value and the nearest known key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else "see megatron_trd/config.py for every key"
+        return UserError(f"{where}: unknown key '{key}'; {hint}")
+    return UserError(f"{where}: {key}={first['input']!r} is not valid: {first['msg']}")
+
+
+def known_keys(cls: type = TrainConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration, for suggestions and help."""
+    keys: list[str] = []
+    for field in dataclasses.fields(cls):
+        section = _SECTIONS.get(field.name) if not prefix else None
+        keys += known_keys(section, f"{field.name}.") if section else [prefix + field.name]
+    return keys
+
+
+_SECTIONS: dict[str, type] = {
+    "student": StudentConfig,
+    "teacher": TeacherConfig,
+    "sampler": SamplerConfig,
+    "data": DataConfig,
+    "loss": LossConfig,
+    "optimizer": OptimizerConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+}
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain nested dictionary of a configuration."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any], where: str) -> TrainConfig:
+    """Validated configuration from a nested dictionary. Raises `UserError` naming `where` and the key."""
+    try:
+        return TypeAdapter(TrainConfig).validate_python(dict(values))
+    except ValidationError as error:
+        raise _one_line(error, where) from None
+
+
+def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfig:
+    """Apply `a.b=value` overrides (values are YAML scalars). Raises `UserError` for an unknown key or a bad value."""
+    values = to_dict(config)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}': expected key=value, e.g. optimizer.lr=1e-5")
+        target = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            if not isinstance(target.get(parent), dict):
+                raise UserError(f"override '{override}': unknown key '{key}'{_nearest(key)}")
+            target = target[parent]
+        if last not in target and parents != ["data", "chat_template_kwargs"]:
+            raise UserError(f"override '{override}': unknown key '{key}'{_nearest(key)}")
+        if isinstance(target.get(last), dict) and last in _SECTIONS:
+            raise UserError(f"override '{override}': '{key}' is a section; set one of its keys, e.g. {key}.…=value")
+        target[last] = _parse_scalar(text, override)
+    return from_dict(values, "override")
+
+
+def _nearest(key: str) -> str:
+    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else "; see megatron_trd/config.py for every key"
+
+
+def _parse_scalar(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': '{text}' is not a YAML value; quote it") from None
+    if isinstance(value, str):  # YAML 1.1 reads 5e-6 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def save(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def load(path: Path) -> TrainConfig:
+    """Read a configuration written by `save` or by hand. Raises `UserError` if it is missing or not valid."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of settings")
+    return from_dict(values, str(path))

@@ -1,0 +1,105 @@
+"""Problems from a JSONL or parquet file, a saved `datasets` folder or a hub name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_trd.config import DataConfig
+from megatron_trd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem; `index` is its place in the data set."""
+
+    index: int
+    problem: str
+    answer: str | None  # for grading; None: this data set cannot be graded
+    reference: str | None  # y*, for OPSD
+
+
+def load_problems(config: DataConfig) -> list[Problem]:
+    """Every problem of a data set, in its order.
+
+    Raises `UserError` for a file that is missing, empty or broken (with the line), and for a field that is missing.
+    """
+    if not config.path:
+        raise UserError("data.path is not set: give a JSONL or parquet file, a datasets folder or a hub name")
+    rows = _rows(config)
+    if len(rows) == 0:
+        raise UserError(f"data '{config.path}': no problems in it")
+    return [_problem(config, index, row) for index, row in enumerate(rows)]
+
+
+def _rows(config: DataConfig) -> Sequence[Mapping[str, Any]]:
+    import datasets
+
+    path = Path(config.path)
+    looks_like_file = path.suffix in (".jsonl", ".json", ".parquet")
+    if looks_like_file and not path.is_file():
+        raise UserError(f"data '{config.path}': no such file")
+    try:
+        if path.suffix in (".jsonl", ".json"):
+            return list(_read_jsonl(path))
+        if path.suffix == ".parquet":
+            return list(datasets.Dataset.from_parquet(str(path)))
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+            return list(loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded)
+        return list(datasets.load_dataset(config.path, config.name, split=config.split))
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds; the user needs the file and the reason
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"data '{config.path}' (split '{config.split}') cannot be read: {reason}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of a JSONL file; read here rather than by `datasets` so that a broken line is named."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"data '{path}' line {number}: not JSON ({error.msg}); mend or remove the line") from None
+            if not isinstance(row, dict):
+                raise UserError(f"data '{path}' line {number}: expected an object with fields, got {type(row).__name__}")
+            yield row
+
+
+def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
+    def field(name: str | None, key: str) -> str | None:
+        if name is None:
+            return None
+        if row.get(name) is None:
+            raise UserError(
+                f"data '{config.path}' problem {index + 1}: no field '{name}' (fields: {', '.join(row)}); set data.{key}"
+            )
+        return str(row[name])
+
+    problem = field(config.problem_field, "problem_field")
+    assert problem is not None
+    return Problem(
+        index, problem, field(config.answer_field, "answer_field"), field(config.reference_field, "reference_field")
+    )
+
+
+def step_indices(count: int, batch_size: int, step: int, *, seed: int, shuffle: bool) -> list[int]:
+    """Indices of the problems of a step (from 0): a pure function, so that a resumed run reads on where it stopped.
+
+    Problems are visited epoch by epoch, each in its own order drawn from (seed, epoch).
+    """
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, count)
+        order = np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
+        indices.append(int(order[offset]))
+    return indices

@@ -1,0 +1,1 @@
+"""Student and teacher on Megatron, the sampler on vLLM, and the refit between them."""

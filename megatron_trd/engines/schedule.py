@@ -1,0 +1,65 @@
+"""Megatron's forward and backward schedules, run the same way for student and teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_trd import platform
+from megatron_trd.data.batching import MicroBatch
+from megatron_trd.parallel.grid import Grid
+
+# hidden states `[s, b, hidden]` of a micro-batch on the last stage -> scalar loss
+LossFunction = Callable[[MicroBatch, Tensor], Tensor]
+
+
+def run_schedule(
+    model: torch.nn.Module,
+    grid: Grid,
+    batches: Sequence[MicroBatch],
+    loss: LossFunction | None = None,
+) -> list[Tensor]:
+    """Run all micro-batches through the pipeline, with backward if there is a `loss`.
+
+    Without `loss` returns the hidden states of each micro-batch on the last stage, an empty list elsewhere. The loss of
+    a micro-batch is summed as it is: nothing is divided by the number of micro-batches or replicas.
+    """
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+    from megatron.core.pipeline_parallel.schedules import (
+        forward_backward_no_pipelining,
+        forward_backward_pipelining_without_interleaving,
+    )
+    from megatron.core.utils import get_model_config
+
+    def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(iterator)
+        output = model(batch.tokens, batch.positions, None)  # no mask: causal attention, padding is at the end
+
+        def finish(hidden: Tensor, non_loss_data: bool = False) -> Any:
+            if loss is None:
+                return hidden.detach()
+            value = loss(batch, hidden)
+            # The count is there for megatron-core to leave the loss undivided; token weights hold the normalisation.
+            return value, torch.ones([], dtype=torch.int, device=value.device), value.detach()
+
+        return output, finish
+
+    arguments: dict[str, Any] = {
+        "forward_step_func": forward_step,
+        "data_iterator": iter(batches),
+        "model": model,
+        "num_microbatches": len(batches),
+        "seq_length": batches[0].tokens.shape[1],
+        "micro_batch_size": batches[0].tokens.shape[0],
+        "forward_only": loss is None,
+        "collect_non_loss_data": loss is None,
+        "pg_collection": grid.groups,
+    }
+    with platform.current().megatron(), torch.set_grad_enabled(loss is not None):
+        if grid.layout.pp == 1:
+            return forward_backward_no_pipelining(**arguments)
+        communicator = P2PCommunicator(pp_group=grid.groups.pp, config=get_model_config(model))
+        return forward_backward_pipelining_without_interleaving(p2p_communicator=communicator, **arguments)

@@ -1,0 +1,250 @@
+"""The student: a Megatron model under DDP and Megatron's optimizer, trained by the fused divergence on its last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_trd import platform
+from megatron_trd.config import TrainConfig
+from megatron_trd.data.batching import MicroBatch, Sample, micro_batches
+from megatron_trd.engines.schedule import run_schedule
+from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_parallel_log_prob
+from megatron_trd.methods import METHODS
+from megatron_trd.models import weights
+from megatron_trd.models.architecture import Architecture, build_model, transformer_config
+from megatron_trd.models.folder import ModelFolder
+from megatron_trd.parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured, equal on every rank."""
+
+    loss: float  # weighted sum of the divergence over all response tokens
+    divergence: float  # mean over response tokens
+    grad_norm: float  # before clipping
+    lr: float  # the step was taken with
+    drift_mean: float  # mean and largest |log p| difference between sampler and trainer, nats
+    drift_max: float
+
+
+class _Sums:
+    """What the last stages add up over a step's micro-batches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.batches = 0
+        # loss, divergence, tokens, drift, tokens with drift
+        self.totals = torch.zeros(5, dtype=torch.float64, device=device)
+        self.largest = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def add(self, fused: FusedDivergence, drift: Tensor | None, *, counted: bool) -> None:
+        """A micro-batch; tensor-parallel ranks hold the same numbers, so only one of them is `counted`."""
+        self.batches += 1
+        if not counted:
+            return
+        self.totals[0] += fused.loss.detach()
+        self.totals[1] += fused.per_token.sum(dtype=torch.float64)
+        self.totals[2] += len(fused.per_token)
+        if drift is not None and len(drift):
+            self.totals[3] += drift.sum(dtype=torch.float64)
+            self.totals[4] += len(drift)
+            self.largest[0] = drift.max()
+
+    def result(self, *, grad_norm: float, lr: float) -> StepResult:
+        """Totals over all ranks. Collective."""
+        dist.all_reduce(self.totals)
+        dist.all_reduce(self.largest, op=dist.ReduceOp.MAX)
+        loss, divergence, tokens, drift, drift_tokens = self.totals.tolist()
+        return StepResult(
+            loss=loss,
+            divergence=divergence / max(tokens, 1.0),
+            grad_norm=grad_norm,
+            lr=lr,
+            drift_mean=drift / max(drift_tokens, 1.0),
+            drift_max=self.largest.item(),
+        )
+
+
+class StudentEngine:
+    """Owns the student's parameters, gradients, optimizer and learning-rate schedule on its grid."""
+
+    def __init__(self, config: TrainConfig, arch: Architecture, folder: ModelFolder, grid: Grid) -> None:
+        self.arch, self.grid, self.config = arch, grid, config
+        self.method = METHODS[config.method]
+        with platform.current().megatron():
+            self.model = self._build_model(folder)
+            self.optimizer = self._build_optimizer()
+            self.scheduler = self._build_scheduler()
+
+    def _build_model(self, folder: ModelFolder) -> torch.nn.Module:
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.distributed import finalize_model_grads as finalize
+
+        settings = self.config.student
+        mcore_config = transformer_config(
+            self.arch, self.grid, sequence_parallel=settings.sequence_parallel, recompute=settings.recompute
+        )
+        model = build_model(self.arch, self.grid, mcore_config, with_head=True)
+        weights.load(model, self.arch, self.grid, weights.folder_source(folder))
+        groups = self.grid.groups
+        # The token count that the schedule hands over is left out: gradients are sums, weights are in the loss.
+        mcore_config.finalize_model_grads_func = lambda models, _tokens=None, **_: finalize(models, pg_collection=groups)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=settings.distributed_optimizer
+        )
+        return DistributedDataParallel(mcore_config, ddp, model)
+
+    def _build_optimizer(self) -> Any:
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        settings = self.config.optimizer
+        optimizer = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            use_distributed_optimizer=self.config.student.distributed_optimizer,
+            **platform.current().optimizer_config(),
+        )
+        return get_megatron_optimizer(optimizer, [self.model])
+
+    def _build_scheduler(self) -> Any:
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        settings, steps = self.config.optimizer, self.config.steps
+        scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.lr * (settings.min_lr_ratio if settings.schedule == "cosine" else 1.0),
+            lr_warmup_steps=min(steps - 1, round(settings.warmup_fraction * steps)),
+            lr_decay_steps=steps,
+            lr_decay_style=settings.schedule,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        scheduler.step(increment=1)  # the schedule counts from 0, where the rate is 0: step k trains with its k-th rate
+        return scheduler
+
+    @property
+    def head(self) -> Tensor | None:
+        """This rank's shard of the output head `[padded vocab / tp, hidden]`; None off the last stage."""
+        return self.model.module.shared_embedding_or_output_weight() if self.arch.tied else self._untied_head()
+
+    def _untied_head(self) -> Tensor | None:
+        return self.model.module.output_layer.weight if self.grid.is_last_stage else None
+
+    def source(self) -> weights.Source:
+        """Full Hugging Face tensors of the present weights (collective)."""
+        return weights.gathered_source(self.model, self.arch, self.grid)
+
+    def train_step(
+        self,
+        samples: Sequence[Sample],
+        share: Sequence[int],
+        teacher_hidden: Mapping[int, Tensor],
+        teacher_head: Tensor | None,
+    ) -> StepResult:
+        """One optimizer step on this replica's `share` of the step's samples (weights of all samples' tokens sum to 1).
+
+        `teacher_hidden`: sample -> `[response tokens, hidden_T]`, on the last stage; `teacher_head`:
+        `[padded vocab / tp, hidden_T]`, sharded like the student's head. Collective.
+        """
+        sums = self.backward(samples, share, teacher_hidden, teacher_head)
+        lr = self.optimizer.param_groups[0]["lr"]
+        with platform.current().megatron():
+            _, grad_norm, _ = self.optimizer.step()
+            self.scheduler.step(increment=1)
+        return sums.result(grad_norm=float(grad_norm or 0.0), lr=lr)
+
+    def backward(
+        self,
+        samples: Sequence[Sample],
+        share: Sequence[int],
+        teacher_hidden: Mapping[int, Tensor],
+        teacher_head: Tensor | None,
+    ) -> _Sums:
+        """Fill the gradients of a step, reduced over all replicas; arguments as in `train_step`."""
+        sums = _Sums(platform.current().device)
+
+        def loss(batch: MicroBatch, hidden: Tensor) -> Tensor:
+            assert self.head is not None and teacher_head is not None
+            student = batch.select(self.whole_sequence(hidden))
+            if not batch.samples:  # a replica without samples: weights are zero, any teacher will do
+                teacher = student.new_zeros(len(batch.weights), teacher_head.shape[1])
+                return self._divergence(batch, student, teacher, teacher_head).loss
+            teacher = torch.cat([teacher_hidden[sample] for sample in batch.samples])
+            fused = self._divergence(batch, student, teacher, teacher_head)
+            first = sums.batches == 0
+            drift = self._drift(batch, student.detach(), teacher, teacher_head) if first else None
+            sums.add(fused, drift, counted=self.grid.tp_rank == 0)
+            return fused.loss
+
+        with platform.current().megatron():
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        run_schedule(self.model, self.grid, self._micro_batches(samples, share), loss)
+        return sums
+
+    def _divergence(self, batch: MicroBatch, student: Tensor, teacher: Tensor, teacher_head: Tensor) -> FusedDivergence:
+        return fused_linear_divergence(
+            student,
+            self.head,
+            teacher,
+            teacher_head,
+            batch.weights,
+            group=self.grid.groups.tp,
+            vocab_size=self.arch.vocab_size,
+            chunk_tokens=self.config.loss.chunk_tokens,
+            **self.method.divergence.arguments(self.config.loss),
+        )
+
+    def _micro_batches(self, samples: Sequence[Sample], share: Sequence[int]) -> list[MicroBatch]:
+        settings = self.config.student
+        return micro_batches(
+            samples,
+            share,
+            "student",
+            size=settings.micro_batch_size,
+            multiple=settings.tp if settings.sequence_parallel else 1,
+            device=platform.current().device,
+        )
+
+    def whole_sequence(self, hidden: Tensor) -> Tensor:
+        """Undo sequence parallelism: `[s/tp, b, h]` -> `[s, b, h]`.
+
+        The loss gives a gradient that is already complete on every rank, so backward takes this rank's slice of it
+        rather than reducing it a second time.
+        """
+        if not self.config.student.sequence_parallel:
+            return hidden
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+        return gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False, group=self.grid.groups.tp
+        )
+
+    def _drift(self, batch: MicroBatch, student: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+        """|sampler - trainer| log-probability of sampled tokens, under the model that sampled the trained trajectory."""
+        count = self.config.log.drift_tokens
+        hidden, head = (teacher, teacher_head) if self.method.refines else (student, self.head)
+        assert head is not None
+        trainer = vocab_parallel_log_prob(
+            hidden[:count],
+            head.detach(),
+            batch.response[:count],
+            group=self.grid.groups.tp,
+            vocab_size=self.arch.vocab_size,
+        )
+        return (trainer - batch.sampler_log_probs[:count]).abs()

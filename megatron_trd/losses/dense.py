@@ -1,0 +1,58 @@
+"""The reference: whole logits, ordinary autograd, nothing clever. Shares no code with the engine it checks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dense_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    clip: float | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """Divergence of every token, straight from the definitions in docs/method.md.
+
+    Args:
+        student_logits: `[tokens, vocabulary]`, any floating dtype; the result is computed in that dtype.
+        teacher_logits: `[tokens, vocabulary]`; no gradient flows into it.
+        divergence: `forward_kl` = KL(teacher || student), `reverse_kl` or `jsd`.
+        beta: weight of the teacher in the mixture of `jsd`.
+        temperature: divides the logits of both sides.
+        clip: upper bound of one token's divergence.
+        top_k: keep only the teacher's `top_k` most probable tokens (the lower index first among equals) and
+            renormalise both sides on them.
+
+    Returns:
+        `[tokens]`, differentiable in `student_logits`.
+    """
+    teacher_logits = teacher_logits.detach()
+    if top_k is not None:
+        kept = torch.sort(teacher_logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
+        student_logits = student_logits.gather(-1, kept)
+        teacher_logits = teacher_logits.gather(-1, kept)
+    log_s = torch.log_softmax(student_logits / temperature, dim=-1)
+    log_t = torch.log_softmax(teacher_logits / temperature, dim=-1)
+    if divergence == "forward_kl":
+        result = _kl(log_t, log_s)
+    elif divergence == "reverse_kl":
+        result = _kl(log_s, log_t)
+    elif divergence == "jsd":
+        # beta = 0 or 1 makes the mixture one of the two sides; math.log(0) is the only obstacle.
+        log_beta = math.log(beta) if beta > 0 else -math.inf
+        log_rest = math.log1p(-beta) if beta < 1 else -math.inf
+        log_m = torch.logaddexp(log_t + log_beta, log_s + log_rest)
+        result = beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+    else:
+        raise ValueError(f"unknown divergence {divergence!r}")
+    return result if clip is None else result.clamp(max=clip)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)

@@ -1,0 +1,180 @@
+"""Hidden states in, loss out: the two output heads and the divergence, a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_trd.losses.head import add_product, chunks, product_into
+from megatron_trd.losses.objective import Divergence, Objective
+from megatron_trd.losses.shard import VocabShard, statistics_dtype
+from megatron_trd.losses.top_k import restricted_divergence_rows_
+
+
+class FusedDivergence(NamedTuple):
+    """The weighted sum, which trains, and what it is the sum of, which is reported."""
+
+    loss: Tensor  # scalar
+    per_token: Tensor  # [tokens], detached, not weighted
+
+
+class _Side(NamedTuple):
+    hidden: Tensor  # [tokens, hidden]
+    weight: Tensor  # [V / p, hidden]
+
+
+class _Result(NamedTuple):
+    per_token: Tensor
+    hidden_gradient: Tensor | None
+    weight_gradient: Tensor | None
+
+
+def fused_linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weights: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    clip: float | None = None,
+    top_k: int | None = None,
+) -> FusedDivergence:
+    """`sum_t token_weights[t] * D_t` from hidden states, without ever holding the logits of more than a chunk.
+
+    The gradients are computed in the forward pass, chunk by chunk; backward only scales them. With gradients off, or
+    for an input that does not require one, that work is not done.
+
+    Args:
+        student_hidden: `[tokens, hidden]`, what the student's output head sees; the same on every rank of `group`.
+            **Its gradient is complete on every rank: it is summed over `group` here, not by the caller** (do not
+            also feed this through Megatron's `copy_to_tensor_model_parallel_region`).
+        student_weight: `[V / p, hidden]`, this rank's rows of the output head, in rank order, dtype of
+            `student_hidden`. Its gradient is this shard's: accumulated in float32, returned in its dtype, through
+            autograd (Megatron's `main_grad` fusion is not used, so its hooks run as for any parameter).
+        teacher_hidden: `[tokens, teacher's hidden]`; never receives a gradient.
+        teacher_weight: `[V / p, teacher's hidden]`, sharded as the student's; never receives a gradient.
+        token_weights: `[tokens]`, any sign, 0 for a token to leave out.
+        chunk_tokens: tokens whose logits exist at once; None: 256 MiB of float32 logits a side. At most two and
+            a half times the chunk's logits are allocated. The result does not depend on it beyond rounding.
+        group, divergence, beta, temperature, vocab_size, clip, top_k: as in `vocab_parallel_divergence`.
+
+    Returns:
+        loss and per-token divergences, float32 (float64 if an input is), the same bits on every rank of `group`,
+        all of whose ranks must call with as many tokens. Zero tokens give 0 and zero gradients.
+    """
+    _check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights)
+    objective = Objective(divergence, beta, temperature, clip, top_k)
+    shard = VocabShard.of(group, student_weight.shape[0], vocab_size)
+    inputs = [student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), token_weights]
+    if not torch.is_grad_enabled():  # a Function is told which inputs require gradients, not whether they are wanted
+        inputs = [tensor.detach() for tensor in inputs]
+    apply: Callable[..., tuple[Tensor, Tensor]] = _FusedLinearDivergence.apply
+    return FusedDivergence(*apply(*inputs, shard, objective, chunk_tokens))
+
+
+class _FusedLinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        token_weights: Tensor,
+        shard: VocabShard,
+        objective: Objective,
+        chunk_tokens: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        scale = token_weights.to(statistics_dtype(student_hidden, teacher_hidden))
+        student, teacher = _Side(student_hidden, student_weight), _Side(teacher_hidden, teacher_weight)
+        needs = ctx.needs_input_grad[:2]
+        result = _over_chunks(student, teacher, scale, shard, objective, chunk_tokens, *needs)
+        # Saved, not kept as attributes: autograd frees them after backward even while someone holds the loss.
+        ctx.save_for_backward(result.hidden_gradient, result.weight_gradient, result.per_token)
+        ctx.dtypes = student_hidden.dtype, student_weight.dtype, token_weights.dtype
+        ctx.mark_non_differentiable(result.per_token)
+        return (result.per_token * scale).sum(), result.per_token
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        needed = (ctx.needs_input_grad[place] for place in (0, 1, 4))
+        hidden, weight, token_weights = (
+            # Scaled straight into the parameter's dtype: no second float32 copy of a head's gradient.
+            torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype)) if need else None
+            for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
+        )
+        return hidden, weight, None, None, token_weights, None, None, None
+
+
+def _over_chunks(
+    student: _Side,
+    teacher: _Side,
+    scale: Tensor,
+    shard: VocabShard,
+    objective: Objective,
+    chunk_tokens: int | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> _Result:
+    """Every chunk: two head products, the divergence and its gradient in their buffers, and the gradients' products."""
+    tokens, width = student.hidden.shape[0], student.weight.shape[0]
+    student_head, teacher_head = student.weight[: shard.columns], teacher.weight[: shard.columns]
+    per_token = torch.empty_like(scale)
+    hidden_gradient = scale.new_empty(student.hidden.shape) if needs_hidden else None
+    weight_gradient = scale.new_zeros(student.weight.shape) if needs_weight else None
+    slices = chunks(tokens, width, chunk_tokens, scale.dtype)
+    # The same two buffers serve every chunk: fresh ones cost a CPU more in page faults than the softmaxes do.
+    buffers = scale.new_empty(2, slices[0].stop if slices else 0, shard.columns)
+    pending: list[dist.Work] = []
+    for here in slices:
+        x, y = buffers[:, : here.stop - here.start]
+        product_into(x, student.hidden[here], student_head.t())
+        product_into(y, teacher.hidden[here], teacher_head.t())
+        gradient = needs_hidden or needs_weight
+        per_token[here] = restricted_divergence_rows_(x, y, scale[here], shard, objective, gradient=gradient)
+        narrow = x.to(student_head.dtype) if gradient else x
+        if hidden_gradient is not None:
+            product_into(hidden_gradient[here], narrow, student_head)
+            pending += shard.start_sum_(hidden_gradient[here])  # rides under the products that follow
+        if weight_gradient is not None:
+            left = narrow if narrow.is_cuda else x  # tensor cores take the narrow one, a CPU has no mixed product
+            add_product(weight_gradient[: shard.columns], left.t(), student.hidden[here])
+    for work in pending:
+        work.wait()
+    return _Result(per_token, hidden_gradient, weight_gradient)
+
+
+def _check_shapes(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weights: Tensor,
+) -> None:
+    tokens = student_hidden.shape[0]
+    fits = (
+        all(tensor.dim() == 2 for tensor in (student_hidden, student_weight, teacher_hidden, teacher_weight))
+        and student_hidden.shape[1] == student_weight.shape[1]
+        and teacher_hidden.shape[1] == teacher_weight.shape[1]
+        and student_weight.shape[0] == teacher_weight.shape[0]
+        and teacher_hidden.shape[0] == tokens
+        and token_weights.shape == (tokens,)
+    )
+    if not fits:
+        raise ValueError(
+            "expected hidden [tokens, hidden] and weight [vocabulary / ranks, hidden] of each side and token_weights "
+            f"[tokens], not student {list(student_hidden.shape)} and {list(student_weight.shape)}, teacher "
+            f"{list(teacher_hidden.shape)} and {list(teacher_weight.shape)}, token_weights {list(token_weights.shape)}"
+        )

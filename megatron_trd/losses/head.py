@@ -1,0 +1,41 @@
+"""Output-head products in chunks: matrix products into given buffers, whatever the dtype of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Logits of one chunk and one side. The peak of the fused loss is about two and a half of these; larger chunks buy
+# longer products, which are full-speed well before this size.
+CHUNK_BYTES = 256 * 2**20
+
+
+def chunks(tokens: int, width: int, chunk_tokens: int | None, dtype: torch.dtype) -> list[slice]:
+    """Cut `tokens` into slices of at most `chunk_tokens` (None: what `CHUNK_BYTES` holds), equal but for the last.
+
+    `width` is the padded width of a shard, so that every rank cuts alike.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_BYTES // max(1, width * dtype.itemsize))
+    elif chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1 (None: from the memory budget), not {chunk_tokens}")
+    step = math.ceil(tokens / max(1, math.ceil(tokens / chunk_tokens)))
+    return [slice(first, min(first + step, tokens)) for first in range(0, tokens, max(1, step))]
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` into `out`, whose dtype is at least as wide; the accumulator's bits are kept where possible."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if out.is_cuda:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return out.copy_(left @ right)
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`out += left @ right`, summed in the dtype of `out`, which is at least as wide as that of `right`."""
+    if out.is_cuda and right.dtype != out.dtype:
+        return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    return out.addmm_(left, right.to(out.dtype))

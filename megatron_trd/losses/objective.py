@@ -1,0 +1,31 @@
+"""What is measured between the two distributions: the loss's numbers, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A divergence and its numbers; the public functions document each."""
+
+    divergence: Divergence = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    clip: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.divergence not in get_args(Divergence):
+            raise ValueError(f"divergence must be one of {', '.join(get_args(Divergence))}, not {self.divergence!r}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta is the teacher's share of a mixture and must lie in [0, 1], not {self.beta}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, not {self.temperature}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive (None: no bound), not {self.clip}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 (None: the whole vocabulary), not {self.top_k}")

@@ -1,0 +1,67 @@
+"""Every method as a row of three fields: which trajectory, what the teacher sees, which divergence.
+
+Rows follow the TRD paper: its own two methods, its four dense-KL baselines on raw rollouts (each for a teacher that
+sees the problem alone, OPD, and for a self-teacher that sees the reference solution, OPSD), and OPSD as first published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_trd.config import LossConfig, MethodName
+from megatron_trd.data.prompts import Context
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence and whether its per-token value is clipped or kept to the teacher's top-k tokens."""
+
+    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    clipped: bool = False
+    top_k: bool = False
+
+    def arguments(self, config: LossConfig) -> dict[str, float | int | str | None]:
+        """Keyword arguments of the functions in `megatron_trd.losses`."""
+        return {
+            "divergence": self.kind,
+            "beta": config.beta,
+            "temperature": config.temperature,
+            "clip": config.clip if self.clipped else None,
+            "top_k": config.top_k if self.top_k else None,
+        }
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a step trains on and against."""
+
+    trajectory: Literal["refined", "raw"]
+    teacher_context: Context
+    divergence: Divergence = Divergence()
+
+    @property
+    def refines(self) -> bool:
+        return self.trajectory == "refined"
+
+    @property
+    def needs_reference(self) -> bool:
+        return "reference" in self.teacher_context
+
+
+def _baselines(prefix: str, context: Context) -> dict[str, Method]:
+    return {
+        f"{prefix}-forward-kl": Method("raw", context),
+        f"{prefix}-forward-kl-clip": Method("raw", context, Divergence(clipped=True)),
+        f"{prefix}-reverse-kl": Method("raw", context, Divergence("reverse_kl")),
+        f"{prefix}-reverse-kl-topk": Method("raw", context, Divergence("reverse_kl", top_k=True)),
+    }
+
+
+METHODS: dict[MethodName, Method] = {  # type: ignore[assignment]  # names are checked by a test
+    "trd-opd": Method("refined", "refine"),
+    "trd-opsd": Method("refined", "refine_reference"),
+    **_baselines("opd", "vanilla"),
+    **_baselines("opsd", "reference"),
+    "opsd-jsd": Method("raw", "reference", Divergence("jsd")),
+}

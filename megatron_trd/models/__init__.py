@@ -1,0 +1,1 @@
+"""Hugging Face folders and the megatron-core models made from them."""

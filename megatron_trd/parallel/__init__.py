@@ -1,0 +1,1 @@
+"""Process groups of student and teacher, and what travels between them."""

@@ -1,0 +1,117 @@
+"""Parallel layouts: which rank holds which tensor shard, pipeline stage and data-parallel replica.
+
+The student's grid is megatron-core's global `parallel_state`. The teacher's is a second TP x PP x DP grid over the same
+ranks, made with `HyperCommGrid` and handed to its model and schedule as a `ProcessGroupCollection`. Both number ranks
+the same way, tensor-parallel fastest, then data-parallel, then pipeline: `rank = tp + TP * (dp + DP * pp)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_trd import platform
+from megatron_trd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """TP x PP x DP over `world` ranks."""
+
+    tp: int
+    pp: int
+    world: int
+
+    def __post_init__(self) -> None:
+        if self.world % (self.tp * self.pp):
+            raise UserError(
+                f"world size {self.world} does not fit tp={self.tp} x pp={self.pp}: "
+                f"use a multiple of {self.tp * self.pp} ranks (world_size=…) or a smaller layout"
+            )
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp)
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(tp, pp, dp) coordinates of a rank."""
+        return rank % self.tp, rank // (self.tp * self.dp), rank // self.tp % self.dp
+
+    def rank(self, tp: int, pp: int, dp: int) -> int:
+        """Rank at (tp, pp, dp)."""
+        return tp + self.tp * (dp + self.dp * pp)
+
+    def last_stage(self, dp: int) -> list[int]:
+        """Ranks of one replica's last pipeline stage, in tensor-parallel order."""
+        return [self.rank(tp, self.pp - 1, dp) for tp in range(self.tp)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A layout with its process groups, seen from this rank."""
+
+    layout: Layout
+    groups: Any  # megatron.core.process_groups_config.ProcessGroupCollection
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+    def stage_root(self, stage: int) -> int:
+        """Global rank that holds `stage` in this rank's pipeline."""
+        return self.layout.rank(self.tp_rank, stage, self.dp_rank)
+
+
+def student_grid(tp: int, pp: int, *, seed: int) -> Grid:
+    """Initialise megatron-core's global groups and random states. Raises `UserError` on a bad world size."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    layout = Layout(tp, pp, dist.get_world_size())
+    parallel_state.initialize_model_parallel(tp, pp)
+    with platform.current().megatron():
+        model_parallel_cuda_manual_seed(seed)  # layers ask for their random states when built, dropout or not
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Grid(layout, groups, *layout.coordinates(dist.get_rank()))
+
+
+def teacher_grid(tp: int, pp: int) -> Grid:
+    """A second grid over the same ranks, apart from the global one. Every rank must call it."""
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    layout = Layout(tp, pp, dist.get_world_size())
+    grid = HyperCommGrid([tp, 1, layout.dp, pp], ["tp", "cp", "dp", "pp"], backend=dist.get_backend())
+    groups = ProcessGroupCollection()
+    for name in ("tp", "cp", "dp", "pp"):
+        setattr(groups, name, grid.create_pg(name))
+    groups.mp = grid.create_pg(["tp", "pp"])
+    groups.dp_cp = grid.create_pg(["dp", "cp"])
+    groups.tp_cp = grid.create_pg(["tp", "cp"])
+    groups.ep, groups.expt_tp = groups.cp, groups.tp  # dense model: experts have no ranks of their own
+    groups.embd, groups.pos_embd = _embedding_groups(layout)
+    return Grid(layout, groups, *layout.coordinates(dist.get_rank()))
+
+
+def _embedding_groups(layout: Layout) -> tuple[Any, Any]:
+    """Groups of first and last stage (tied embeddings) and of the first stage alone, one for each pipeline."""
+    embedding, position = None, None
+    for dp in range(layout.dp):
+        for tp in range(layout.tp):
+            first, last = layout.rank(tp, 0, dp), layout.rank(tp, layout.pp - 1, dp)
+            both, only = dist.new_group(sorted({first, last})), dist.new_group([first])
+            if dist.get_rank() in (first, last):
+                embedding = both
+            if dist.get_rank() == first:
+                position = only
+    return embedding, position

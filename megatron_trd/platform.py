@@ -1,0 +1,274 @@
+"""The one seam between CUDA and CPU: the only module that knows which it runs on.
+
+On a GPU node: NCCL, transformer-engine layers, bf16. On a bare CPU node: gloo, megatron-core's local layers, fp32, and
+the few places where megatron-core takes a GPU for granted are led to the CPU while Megatron code runs
+(`Platform.megatron()`). Everything else in the project asks `current()` and does not branch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_trd.config import SamplerConfig
+
+
+class Platform(ABC):
+    """What differs between a GPU node and a CPU node."""
+
+    backend: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def set_up(self) -> None:
+        """Prepare this process (device, patches) before any process group or model is made."""
+
+    @abstractmethod
+    def megatron(self) -> contextlib.AbstractContextManager[Any]:
+        """Context in which megatron-core code runs; may be nested."""
+
+    @abstractmethod
+    def layer_spec(self, *, qk_norm: bool) -> Any:
+        """megatron-core layer specification of a dense GPT block."""
+
+    @abstractmethod
+    def transformer_config(self) -> dict[str, Any]:
+        """Fields of `TransformerConfig` that name kernels and dtypes."""
+
+    @abstractmethod
+    def optimizer_config(self) -> dict[str, Any]:
+        """Fields of `OptimizerConfig` that name dtypes."""
+
+    @abstractmethod
+    def sampler_environment(self) -> dict[str, str]:
+        """Environment variables vLLM reads at import and at start."""
+
+    @abstractmethod
+    def sampler_arguments(self, config: SamplerConfig) -> dict[str, Any]:
+        """Arguments of `vllm.LLM` for memory, sleep and graph capture."""
+
+    @abstractmethod
+    def memory_gib(self) -> dict[str, float]:
+        """Metric name -> peak memory of this process so far, GiB."""
+
+    def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
+        """Bring a fresh Megatron optimizer into the state in which a checkpoint can be loaded into it."""
+
+    def synchronize(self) -> None:
+        """Wait for queued device work, so that a clock read after it measures that work."""
+
+
+class CudaPlatform(Platform):
+    """NVIDIA GPUs: one rank a GPU, chosen by LOCAL_RANK."""
+
+    backend = "nccl"
+    dtype = torch.bfloat16
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    def set_up(self) -> None:
+        torch.cuda.set_device(self.device)
+
+    def megatron(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def layer_spec(self, *, qk_norm: bool) -> Any:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+
+    def transformer_config(self) -> dict[str, Any]:
+        return {"params_dtype": self.dtype, "pipeline_dtype": self.dtype, "bf16": True}
+
+    def optimizer_config(self) -> dict[str, Any]:
+        return {"params_dtype": self.dtype, "bf16": True}
+
+    def sampler_environment(self) -> dict[str, str]:
+        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+
+    def sampler_arguments(self, config: SamplerConfig) -> dict[str, Any]:
+        return {
+            "gpu_memory_utilization": config.memory_fraction,
+            "enforce_eager": config.enforce_eager,
+            "enable_sleep_mode": True,
+        }
+
+    def memory_gib(self) -> dict[str, float]:
+        return {
+            "memory/device_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "memory/host_gib": _peak_resident_gib(),
+        }
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+
+class CpuPlatform(Platform):
+    """Host processors: ranks share the machine, gloo carries the collectives, fp32 throughout."""
+
+    backend = "gloo"
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    def set_up(self) -> None:
+        # One rank a share of the cores: without this every rank starts a thread for each core and they fight.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+        _patch_torch_adam_in_distributed_optimizer()
+
+    @contextlib.contextmanager
+    def megatron(self) -> Iterator[None]:
+        if self._depth:
+            yield
+            return
+        self._depth += 1
+        try:
+            # By name: megatron-core is imported when it is first used, not by everyone who asks for the platform.
+            random = mock.patch.multiple("megatron.core.tensor_parallel.random", **_RANDOM_ON_CPU)
+            with mock.patch.multiple(torch.cuda, **_CUDA_ON_CPU), random, _CudaMeansCpu():
+                yield
+        finally:
+            self._depth -= 1
+
+    def layer_spec(self, *, qk_norm: bool) -> Any:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        return get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+
+    def transformer_config(self) -> dict[str, Any]:
+        return {
+            "params_dtype": self.dtype,
+            "pipeline_dtype": self.dtype,
+            "use_cpu_initialization": True,
+            # CUDA-only fused kernels
+            "bias_activation_fusion": False,
+            "bias_dropout_fusion": False,
+            "masked_softmax_fusion": False,
+            "apply_rope_fusion": False,
+            "persist_layer_norm": False,
+            "gradient_accumulation_fusion": False,
+        }
+
+    def optimizer_config(self) -> dict[str, Any]:
+        return {"params_dtype": self.dtype}
+
+    def sampler_environment(self) -> dict[str, str]:
+        # Several engines share the host's memory and cores: no binding of OpenMP threads to cores.
+        return {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+
+    def sampler_arguments(self, config: SamplerConfig) -> dict[str, Any]:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.host_kv_cache_gib)  # GiB, read when the engine starts
+        return {"enforce_eager": True}  # graph capture compiles for minutes on a CPU
+
+    def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
+        # torch Adam makes its state at the first step; megatron-core's load asserts that every parameter has one.
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            adam = part.optimizer
+            for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+                if not adam.state[parameter]:
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    adam.state[parameter].update(step=torch.tensor(0.0), **moments)
+
+    def memory_gib(self) -> dict[str, float]:
+        return {"memory/host_gib": _peak_resident_gib()}
+
+
+@functools.cache
+def current() -> Platform:
+    """The platform of this process."""
+    return CudaPlatform() if torch.cuda.is_available() else CpuPlatform()
+
+
+def _peak_resident_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: kilobytes
+
+
+# What megatron-core 0.16 asks of torch.cuda without looking whether a GPU is there, and the answer on a CPU.
+_CUDA_ON_CPU: dict[str, Any] = {
+    "current_device": lambda: torch.device("cpu"),  # device of gradient buffers, pipeline tensors, scalars
+    "set_device": lambda *_: None,
+    "synchronize": lambda *_: None,  # around pipeline communication and checkpoint saves
+    "empty_cache": lambda: None,
+    "get_rng_state": lambda *_: torch.get_rng_state(),
+    "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)) and None,
+    "manual_seed_all": lambda *_: None,
+}
+
+# The tensor-parallel random tracker forks and restores CUDA generator states.
+_RANDOM_ON_CPU: dict[str, Any] = {
+    "_get_cuda_rng_state": lambda *_, **__: torch.get_rng_state(),
+    "_set_cuda_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+}
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Leads `device="cuda"`, `.cuda()` and `.type() == "torch.cuda.…"` in megatron-core to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:  # checkpoint loading and random states call .cuda()
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizers sort parameters and gradients by the name of their CUDA tensor type.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        if func is torch.Tensor.to and len(args) > 1:
+            args = (args[0], *(_to_cpu(arg) for arg in args[1:]))
+        return func(*args, **kwargs)
+
+
+def _to_cpu(device: Any) -> Any:
+    name = device.type if isinstance(device, torch.device) else device
+    return torch.device("cpu") if isinstance(name, str) and name.startswith("cuda") else device
+
+
+def _patch_torch_adam_in_distributed_optimizer() -> None:
+    """Let the distributed optimizer load a checkpoint when plain torch Adam is under it (no transformer-engine, no Apex).
+
+    torch Adam keeps `step` as a tensor in each parameter's state. megatron-core's load path (1) looks for it among the
+    saved sharded tensors, where it is not, and (2) puts one shared tensor into every state, which Adam then advances
+    once a parameter.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    if getattr(DistributedOptimizer, "_trd_patched", False):
+        return
+
+    @torch.no_grad()
+    def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        for key, target in {"param": main, **self.optimizer.state[main]}.items():
+            if key != "step" and key in tensors:
+                target.copy_(tensors[key])
+
+    original = DistributedOptimizer.load_state_dict
+
+    def load_state_dict(self: Any, state: Any) -> None:
+        original(self, state)
+        for entry in self.optimizer.state.values():
+            if "step" in entry:
+                entry["step"] = entry["step"].detach().clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._trd_patched = True

@@ -1,0 +1,1 @@
+"""The training job: checks, launch, assembly, loop, checkpoints."""

@@ -1,0 +1,99 @@
+"""Checkpoints of a run: Megatron distributed checkpoints that appear whole or not at all.
+
+`<run_dir>/checkpoints/step_N` holds the student, its optimizer and schedule (megatron-core `torch_dist`), and an averaged
+teacher as a Hugging Face folder `ema/`. Everything random in a run is a function of (seed, step), so the step number is
+the whole data and sampler position.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_trd import platform
+from megatron_trd.engines.student import StudentEngine
+from megatron_trd.engines.teacher import TeacherEngine
+from megatron_trd.errors import UserError
+from megatron_trd.models.export import write_folder
+from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.weights import named_tensors
+
+_STEP = re.compile(r"step_(\d+)$")
+
+
+def checkpoints(run_dir: str | Path) -> dict[int, Path]:
+    """Whole checkpoints of a run folder by step, oldest first."""
+    found = {}
+    for path in Path(run_dir).glob("checkpoints/step_*"):
+        match = _STEP.search(path.name)
+        if match and (path / "metadata.json").is_file():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def save(run_dir: str | Path, step: int, student: StudentEngine, teacher: TeacherEngine, keep: int) -> Path:
+    """Write `step_N` (after `step` optimizer steps) and drop all but the newest `keep`. Collective."""
+    from megatron.core import dist_checkpointing
+
+    target = Path(run_dir) / "checkpoints" / f"step_{step}"
+    partial = target.with_name(f"{target.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with platform.current().megatron():
+        state = _state(student, step, loading=False)
+        dist_checkpointing.save(state, str(partial), sharded_strategy=("torch_dist", 1))
+    if teacher.averaged:
+        write_folder(partial / "ema", teacher.folder, named_tensors(teacher.arch, teacher.source()))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.rename(partial, target)
+        for _, old in list(checkpoints(run_dir).items())[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return target
+
+
+def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) -> int:
+    """Load the newest checkpoint of a run; returns the number of steps done, 0 if there is none. Collective."""
+    found = checkpoints(run_dir)
+    if not found:
+        return 0
+    step, path = list(found.items())[-1]
+    load(path, student)
+    if teacher.averaged:
+        if not (path / "ema").is_dir():
+            raise UserError(f"checkpoint '{path}' has no averaged teacher; it was written with another teacher.weights")
+        teacher.load(ModelFolder(path / "ema"))
+    return step
+
+
+def load(path: Path, student: StudentEngine) -> None:
+    """Load a checkpoint into a student of any layout. Collective."""
+    from megatron.core import dist_checkpointing
+
+    with platform.current().megatron():
+        platform.current().prepare_optimizer_for_loading(student.optimizer)
+        state = dist_checkpointing.load(_state(student, 0, loading=True), str(path))
+        student.model.module.load_state_dict(state["model"])
+        student.optimizer.load_state_dict(state["optimizer"])
+        student.scheduler.load_state_dict(state["scheduler"])
+
+
+def _state(student: StudentEngine, step: int, *, loading: bool) -> dict[str, Any]:
+    model = student.model.module.sharded_state_dict()
+    # canonical parameter-shaped optimizer state: loads at any TP x PP x DP
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    return {
+        "model": model,
+        "optimizer": student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        "scheduler": student.scheduler.state_dict(),
+        "step": step,
+    }

@@ -1,0 +1,117 @@
+"""Everything about a run that can be known to be wrong before a process group or a model is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_trd.config import TrainConfig
+from megatron_trd.data.problems import Problem, load_problems
+from megatron_trd.data.prompts import Context
+from megatron_trd.engines.teacher import check_teacher
+from megatron_trd.errors import UserError
+from megatron_trd.methods import METHODS
+from megatron_trd.models.architecture import Architecture, read_architecture
+from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.weights import check_folder
+from megatron_trd.parallel.grid import Layout
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: model folders, architectures and problems, all checked."""
+
+    student: ModelFolder
+    teacher: ModelFolder  # the student's own folder in self-distillation
+    student_arch: Architecture
+    teacher_arch: Architecture
+    problems: list[Problem]
+    world_size: int
+    max_length: int  # longest prompt and response together, tokens
+
+
+def check(config: TrainConfig) -> Inputs:
+    """Open and check everything the run needs. Raises `UserError`; loads no weights."""
+    if not config.model:
+        raise UserError("model is not set: give the student's Hugging Face folder (model=DIR)")
+    student = ModelFolder(config.model)
+    teacher = ModelFolder(config.teacher.model) if config.teacher.model else student
+    student_arch, teacher_arch = read_architecture(student), read_architecture(teacher)
+    check_teacher(student_arch, teacher_arch)
+    student_arch.check_layout(config.student.tp, config.student.pp, "student")
+    teacher_arch.check_layout(config.teacher.tp, config.teacher.pp, "teacher")
+    for arch in (student_arch, teacher_arch):
+        arch.check_layout(config.sampler.tp, 1, "sampler")
+    world = _world_size(config)
+    max_length = _longest(config)
+    for what, arch in (("student", student_arch), ("teacher", teacher_arch)):
+        if max_length > arch.max_positions:
+            raise UserError(
+                f"the longest prompt and response are {max_length} tokens, the {what} model's context is "
+                f"{arch.max_positions}: lower data.max_prompt_tokens, data.max_reference_tokens, "
+                "sampler.max_rollout_tokens or sampler.max_refinement_tokens"
+            )
+    _check_method(config)
+    problems = load_problems(config.data)
+    check_folder(student, student_arch)
+    if config.teacher.model:
+        check_folder(teacher, teacher_arch)
+    return Inputs(student, teacher, student_arch, teacher_arch, problems, world, max_length)
+
+
+def _check_method(config: TrainConfig) -> None:
+    method = METHODS[config.method]
+    if method.needs_reference and config.data.reference_field is None:
+        raise UserError(
+            f"method {config.method} shows the teacher a reference solution: set data.reference_field to its field"
+        )
+    if config.corpus != "all" and (config.data.answer_field is None or not method.refines):
+        raise UserError(f"corpus={config.corpus} needs a method that refines and data.answer_field to grade with")
+    sequence_parallel = config.student.sequence_parallel
+    if sequence_parallel and config.student.tp == 1:
+        raise UserError("student.sequence_parallel=true needs student.tp > 1")
+
+
+def _world_size(config: TrainConfig) -> int:
+    student, teacher = config.student.tp * config.student.pp, config.teacher.tp * config.teacher.pp
+    world = config.world_size or math.lcm(student, teacher, config.sampler.tp)
+    Layout(config.student.tp, config.student.pp, world)
+    Layout(config.teacher.tp, config.teacher.pp, world)
+    if world % config.sampler.tp:
+        raise UserError(f"world size {world} does not fit sampler.tp={config.sampler.tp}: use a multiple of it")
+    return world
+
+
+def prompt_limit(config: TrainConfig, context: Context) -> int:
+    """Longest prompt of a context, tokens: the problem's share, and the reference's and the rollout's where shown."""
+    limit = config.data.max_prompt_tokens
+    if "reference" in context:
+        limit += config.data.max_reference_tokens
+    if "refine" in context:
+        limit += config.sampler.max_rollout_tokens
+    return limit
+
+
+def _longest(config: TrainConfig) -> int:
+    method = METHODS[config.method]
+    response = config.sampler.max_refinement_tokens if method.refines else config.sampler.max_rollout_tokens
+    return max(
+        prompt_limit(config, "vanilla") + max(response, config.sampler.max_rollout_tokens),
+        prompt_limit(config, method.teacher_context) + response,
+    )
+
+
+def check_run_folder(config: TrainConfig, resume: bool) -> None:
+    """Raise `UserError` if the run folder cannot be written or holds a run that would be overwritten."""
+    folder = Path(config.run_dir)
+    begun = (folder / "config.yaml").exists()
+    if begun and not resume:
+        raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run folder '{folder}' cannot be written: {error.strerror}") from None

@@ -1,0 +1,140 @@
+"""Starts a job's ranks on this machine and ends them together.
+
+torchrun's process handling with another policy on signals: a stop request reaches every rank and is given all the time
+that a step and a checkpoint take; a rank that fails takes the others down within seconds, its reason printed once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, ProcessFailure, Std, start_processes
+
+from megatron_trd import config as configuration
+from megatron_trd.config import TrainConfig
+from megatron_trd.errors import UserError
+from megatron_trd.training.checkpoint import checkpoints
+from megatron_trd.training.checks import Inputs, check, check_run_folder
+
+_GRACE_SECONDS = 5  # between asking the ranks of a failed job to end and killing them
+_POLL_SECONDS = 0.2
+
+
+class JobFailed(UserError):
+    """A rank died; the message names it and says why."""
+
+    exit_code = 1
+
+
+def run_training(config: TrainConfig, *, resume: bool = False) -> int:
+    """Check a run, start its ranks and wait. Returns the number of steps done; raises `UserError` or `JobFailed`."""
+    inputs: Inputs = check(config)
+    check_run_folder(config, resume)
+    folder = Path(config.run_dir)
+    configuration.save(config, folder / "config.yaml")
+    arguments = ["-m", "megatron_trd.training.worker", str(folder / "config.yaml"), *(["--resume"] if resume else [])]
+    launch(arguments, inputs.world_size, folder / "logs")
+    return max(checkpoints(config.run_dir), default=0)
+
+
+def launch(arguments: list[str], ranks: int, logs: Path) -> None:
+    """Run `python ARGUMENTS` as `ranks` ranks; rank 0 keeps the terminal's output, all else goes to `logs`."""
+    logs.mkdir(parents=True, exist_ok=True)
+    attempt = tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs)
+    redirects = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(ranks)}
+    environment = _environment(ranks)
+    context = start_processes(
+        name="trd",
+        entrypoint=sys.executable,
+        args=dict.fromkeys(range(ranks), tuple(arguments)),
+        envs={rank: environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
+        logs_specs=DefaultLogsSpecs(log_dir=attempt, redirects=redirects),
+    )
+    with _forwarded_signals(context):
+        while (result := context.wait(timeout=_POLL_SECONDS)) is None:
+            pass
+    if result.is_failed():
+        context.close(signal.SIGTERM, timeout=_GRACE_SECONDS)
+        rank, failure = _first_cause(result.failures)
+        raise JobFailed(f"rank {rank} failed: {_reason(failure)}; logs in {attempt}")
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class _forwarded_signals:  # noqa: N801  a context manager
+    """While the job runs, a stop signal asks every rank to save and end; a second one kills them."""
+
+    def __init__(self, context: PContext) -> None:
+        self.context = context
+        self.asked = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self.previous[number] = signal.signal(number, self._forward)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _forward(self, _number: int, _frame: FrameType | None) -> None:
+        number = signal.SIGKILL if self.asked else signal.SIGTERM
+        if not self.asked:
+            print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        self.asked = True
+        for pid in self.context.pids().values():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+
+def _first_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The failure that began it: a rank killed from outside, else the earliest reason that is not a lost neighbour."""
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, int]:
+        _, failure = item
+        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+        return not killed, _is_lost_neighbour(failure), failure.timestamp
+
+    return min(failures.items(), key=order)
+
+
+def _is_lost_neighbour(failure: ProcessFailure) -> bool:
+    text = _message(failure).lower()
+    return failure.exitcode == -signal.SIGTERM or "connection" in text or "gloo" in text or "nccl" in text
+
+
+def _message(failure: ProcessFailure) -> str:
+    try:
+        content = json.loads(Path(failure.error_file).read_text())["message"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    return str(content["message"] if isinstance(content, dict) else content)
+
+
+def _reason(failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        return f"killed by {signal.Signals(-failure.exitcode).name}"
+    lines = [line for line in _message(failure).splitlines() if line.strip()]
+    return lines[0].removeprefix("UserError: ") if lines else f"exit code {failure.exitcode}"

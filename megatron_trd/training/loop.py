@@ -1,0 +1,44 @@
+"""Trajectory-Refined Distillation, as the paper writes it."""
+
+from __future__ import annotations
+
+from megatron_trd.training.run import Run
+
+
+def train(run: Run) -> None:
+    """Run the remaining steps, or fewer if the run is asked to stop: it ends with a checkpoint either way."""
+    config = run.config
+    refine_prompt = run.builder.refine_prompt if run.method.refines else None
+
+    for step in range(run.steps_done, config.steps):
+        with run.phase("step"):
+            # x ~ problems; the sampler acts with the present weights of the student
+            problems, prompts = run.builder.begin(run.problems(step))
+            with run.phase("refit"):
+                run.refit()
+
+            # y_o ~ student(. | x), and for TRD y_r ~ teacher(. | x, y_o [, y*]) as soon as y_o ends
+            with run.phase("sample"):
+                trajectories = run.sampler.sample(step, problems, prompts, refine_prompt)
+            samples = run.builder.samples(trajectories)
+            shares = run.shares(samples)
+
+            result = None
+            if samples:
+                # stopgrad teacher(. | x, y_o, y_r<t), as hidden states of response positions
+                with run.phase("teacher"):
+                    hidden = run.teacher.hidden(samples, shares)
+
+                # mean over t of KL( teacher(. | x, y_o, y_r<t) || student(. | x, y_r<t) ), and one optimizer step
+                with run.phase("train"):
+                    share = shares[run.student.grid.dp_rank]
+                    result = run.student.train_step(samples, share, hidden, run.teacher.head)
+                    run.teacher.update()
+
+        run.log(step, trajectories, samples, result)
+
+        done, stop = step + 1, run.stop.agreed()
+        if stop or done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            run.save(done)
+        if stop:
+            break

@@ -1,0 +1,160 @@
+"""Assembles a run: every engine, the data and the writers, each made once and in the order they need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_trd import platform
+from megatron_trd.config import TrainConfig
+from megatron_trd.data.batching import Sample, deal
+from megatron_trd.data.problems import Problem, step_indices
+from megatron_trd.data.prompts import PromptBuilder
+from megatron_trd.engines.sampler import Engine, Sampler, Trajectory
+from megatron_trd.engines.student import StepResult, StudentEngine
+from megatron_trd.engines.teacher import TeacherEngine
+from megatron_trd.methods import METHODS
+from megatron_trd.parallel.grid import student_grid
+from megatron_trd.reporting.metrics import MetricsWriter, SampleWriter
+from megatron_trd.reporting.progress import Progress
+from megatron_trd.training import checkpoint
+from megatron_trd.training.checks import Inputs, check
+from megatron_trd.training.samples import SampleBuilder
+from megatron_trd.training.signals import StopRequest
+
+
+class Run:
+    """One training run on this rank: what `training.loop` is written in terms of."""
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        self.config = config
+        self.method = METHODS[config.method]
+        self.inputs: Inputs = check(config)
+        current = platform.current()
+        current.set_up()
+        if not dist.is_initialized():
+            dist.init_process_group(current.backend)
+        torch.manual_seed(config.seed)
+        grid = student_grid(config.student.tp, config.student.pp, seed=config.seed)
+        self.student = StudentEngine(config, self.inputs.student_arch, self.inputs.student, grid)
+        self.teacher = TeacherEngine(config, self.student, self.inputs.student)
+        self.steps_done = checkpoint.resume(config.run_dir, self.student, self.teacher) if resume else 0
+        self.sampler = self._sampler()
+        prompts = PromptBuilder(self.inputs.student.tokenizer, config.data.task, config.data.chat_template_kwargs)
+        self.builder = SampleBuilder(config, prompts)
+        self.stop = StopRequest()
+        self.phases: dict[str, float] = {}
+        self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
+
+    def _sampler(self) -> Sampler:
+        """One vLLM engine, and a second one for a teacher whose weights are not the student's."""
+        config, inputs = self.config, self.inputs
+        student = Engine(config.model, inputs.student_arch, config, inputs.max_length)
+        if self.teacher.live or not self.method.refines:
+            return Sampler(config, student, student)
+        return Sampler(
+            config, student, Engine(str(self.teacher.folder.path), inputs.teacher_arch, config, inputs.max_length)
+        )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a part of the step as `time/<name>`."""
+        platform.current().synchronize()
+        begin = time.perf_counter()
+        yield
+        platform.current().synchronize()
+        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - begin
+
+    def problems(self, step: int) -> list[Problem]:
+        """Problems of a step (from 0), each as often as it is to be rolled out."""
+        config, problems = self.config, self.inputs.problems
+        indices = step_indices(
+            len(problems), config.batch_size, step, seed=config.seed, shuffle=config.data.shuffle
+        )
+        return [problems[index] for index in indices for _ in range(config.rollouts_per_problem)]
+
+    def refit(self) -> None:
+        """Bring the sampler's engines to the present weights, and prove it where the configuration asks."""
+        engines = [(self.sampler.student, self.student.source())]
+        if self.teacher.averaged and self.sampler.teacher is not self.sampler.student:
+            engines.append((self.sampler.teacher, self.teacher.source()))
+        for engine, source in engines:
+            engine.refit(source)
+            if self.config.log.verify_refit:
+                engine.verify(source)
+
+    def shares(self, samples: list[Sample]) -> list[list[int]]:
+        """Sample indices of each student replica, balanced by length."""
+        return deal(samples, self.student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
+
+    def log(
+        self, step: int, trajectories: list[Trajectory], samples: list[Sample], result: StepResult | None
+    ) -> None:
+        """Write a finished step's metrics and samples (rank 0)."""
+        phases, self.phases = self.phases, {}
+        if self._writers is None:
+            return
+        metrics: dict[str, Any] = self.builder.metrics(trajectories, samples)
+        if result is not None:
+            metrics |= {
+                "loss": result.loss,
+                "divergence/mean": result.divergence,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "drift/mean": result.drift_mean,
+                "drift/max": result.drift_max,
+            }
+        metrics |= {f"time/{name}": seconds for name, seconds in phases.items()}
+        sampled = sum(
+            len(trajectory.rollout.tokens) + (len(trajectory.refinement.tokens) if trajectory.refinement else 0)
+            for trajectory in trajectories
+        )
+        metrics["throughput/sample"] = sampled / max(phases.get("sample", 0.0), 1e-9)
+        metrics["throughput/train"] = metrics["tokens/trained"] / max(
+            phases.get("teacher", 0.0) + phases.get("train", 0.0), 1e-9
+        )
+        metrics |= platform.current().memory_gib()
+        pairs = [self.builder.pair(trajectory) for trajectory in trajectories[: self.config.log.samples_per_step]]
+        self._writers.write(step, metrics, pairs)
+
+    def save(self, steps_done: int) -> None:
+        """Write a checkpoint after `steps_done` steps. Collective."""
+        path = checkpoint.save(
+            self.config.run_dir, steps_done, self.student, self.teacher, self.config.checkpoint.keep
+        )
+        if self._writers is not None:
+            self._writers.progress.note(f"saved {path}")
+
+    def close(self) -> None:
+        """Flush the writers and leave the process group."""
+        if self._writers is not None:
+            self._writers.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class _Writers:
+    """Metrics, samples and progress of rank 0."""
+
+    def __init__(self, config: TrainConfig, steps_done: int) -> None:
+        folder = Path(config.run_dir)
+        self.metrics = MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done)
+        self.samples = SampleWriter(folder)
+        self.progress = Progress(config.steps, title=config.method, start=steps_done)
+        self.progress.__enter__()
+
+    def write(self, step: int, metrics: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
+        self.metrics.write(step, metrics)
+        if pairs:
+            self.samples.write(step, pairs)
+        self.progress.update(step, metrics)
+
+    def close(self) -> None:
+        self.progress.__exit__(None, None, None)
+        self.metrics.close()

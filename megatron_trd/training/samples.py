@@ -1,0 +1,162 @@
+"""Problems -> prompts -> training samples, and what a step's trajectories looked like."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from megatron_trd.config import TrainConfig
+from megatron_trd.data.batching import Sample, normalize
+from megatron_trd.data.problems import Problem
+from megatron_trd.data.prompts import Context, PromptBuilder
+from megatron_trd.engines.sampler import Completion, Trajectory
+from megatron_trd.evaluation.grading import is_correct
+from megatron_trd.methods import METHODS
+from megatron_trd.training.checks import prompt_limit
+
+
+@dataclass
+class SampleBuilder:
+    """Makes the prompts of a step and turns its trajectories into training samples.
+
+    Prompts over their limit are cut inside the reference or the rollout, or the sample is dropped, as
+    `data.overlong` says; `metrics` counts both.
+    """
+
+    config: TrainConfig
+    prompts: PromptBuilder
+    too_long: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "refinement_prompt": 0})
+
+    def begin(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]]]:
+        """Problems of a step that can be sampled, with their vanilla prompts. Starts the step's counts."""
+        self.too_long = dict.fromkeys(self.too_long, 0)
+        kept, prompts = [], []
+        for problem in problems:
+            ids = self.prompts.ids("vanilla", problem.problem)
+            teacher = self._raw_teacher_prompt(problem)
+            if len(ids) > prompt_limit(self.config, "vanilla") or teacher is None:
+                self.too_long["prompt"] += 1
+                continue
+            kept.append(problem)
+            prompts.append(ids)
+        return kept, prompts
+
+    def refine_prompt(self, problem: Problem, rollout: Completion) -> list[int] | None:
+        """Teacher prompt that shows the rollout; None if it is too long and is to be dropped."""
+        method = METHODS[self.config.method]
+        return self._fit(method.teacher_context, problem, rollout.tokens)
+
+    def samples(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
+        """Training samples of the trajectories kept by length and corpus filter, with normalised token weights."""
+        kept = []
+        for trajectory in trajectories:
+            sample = self._sample(trajectory)
+            if sample is not None:
+                kept.append(sample)
+        return normalize(kept, self.config.loss.normalize) if kept else []
+
+    def _sample(self, trajectory: Trajectory) -> Sample | None:
+        method = METHODS[self.config.method]
+        response = trajectory.refinement if method.refines else trajectory.rollout
+        teacher = trajectory.refine_prompt if method.refines else self._raw_teacher_prompt(trajectory.problem)
+        if response is None or teacher is None or not response.tokens:
+            return None
+        if response.truncated and self.config.data.overlong == "drop":
+            return None
+        if not self._in_corpus(trajectory):
+            return None
+        student = self.prompts.ids("vanilla", trajectory.problem.problem)
+        return Sample(tuple(student), tuple(teacher), response.tokens, response.log_probs)
+
+    def _in_corpus(self, trajectory: Trajectory) -> bool:
+        """Ablations: train only on samples whose rollout or refinement is (not) right."""
+        corpus = self.config.corpus
+        if corpus == "all":
+            return True
+        before, after = self.right(trajectory)
+        return {
+            "rollout_wrong": not before,
+            "refinement_right": bool(after),
+            "corrected": not before and bool(after),
+        }[corpus]
+
+    def _raw_teacher_prompt(self, problem: Problem) -> list[int] | None:
+        method = METHODS[self.config.method]
+        return [] if method.refines else self._fit(method.teacher_context, problem)
+
+    def _fit(self, context: Context, problem: Problem, rollout: Sequence[int] | None = None) -> list[int] | None:
+        reference = problem.reference
+        limit = prompt_limit(self.config, context)
+        ids = self.prompts.ids(context, problem.problem, reference, rollout)
+        if len(ids) <= limit:
+            return ids
+        self.too_long["prompt" if rollout is None else "refinement_prompt"] += 1
+        if self.config.data.overlong == "drop":
+            return None
+        over = len(ids) - limit
+        if rollout is not None:
+            kept = max(0, len(rollout) - over)
+            over -= len(rollout) - kept
+            rollout = rollout[:kept]
+        if over > 0 and reference is not None and "reference" in context:
+            reference = self.prompts.cut(reference, over)
+        ids = self.prompts.ids(context, problem.problem, reference, rollout)
+        return ids if len(ids) <= limit else None
+
+    def right(self, trajectory: Trajectory) -> tuple[bool | None, bool | None]:
+        """Whether rollout and refinement have the right answer; None where there is nothing to grade."""
+        answer = trajectory.problem.answer
+
+        def grade(completion: Completion | None) -> bool | None:
+            if answer is None or completion is None:
+                return None
+            return is_correct(self.text(completion), answer)
+
+        return grade(trajectory.rollout), grade(trajectory.refinement)
+
+    def text(self, completion: Completion) -> str:
+        """A completion as text, without special tokens."""
+        return self.prompts.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+
+    def metrics(self, trajectories: Sequence[Trajectory], samples: Sequence[Sample]) -> dict[str, float]:
+        """Lengths, correctness before and after refinement, overflow and edit ratio of a step."""
+        graded = [self.right(trajectory) for trajectory in trajectories]
+        refined = [trajectory.refinement for trajectory in trajectories if trajectory.refinement is not None]
+        values: dict[str, float] = {
+            "samples/trained": len(samples),
+            "tokens/trained": sum(len(sample.response) for sample in samples),
+            "overflow/prompt": self.too_long["prompt"],
+            "overflow/refinement_prompt": self.too_long["refinement_prompt"],
+            "overflow/rollout": sum(trajectory.rollout.truncated for trajectory in trajectories),
+            "overflow/refinement": sum(completion.truncated for completion in refined),
+        }
+        means: dict[str, list[float]] = {
+            "length/rollout": [len(trajectory.rollout.tokens) for trajectory in trajectories],
+            "length/refinement": [len(completion.tokens) for completion in refined],
+            "right/rollout": [float(before) for before, _ in graded if before is not None],
+            "right/refinement": [float(after) for _, after in graded if after is not None],
+            "edit_ratio": [self._edit_ratio(trajectory) for trajectory in trajectories if trajectory.refinement],
+        }
+        return values | {key: fmean(numbers) for key, numbers in means.items() if numbers}
+
+    def _edit_ratio(self, trajectory: Trajectory) -> float:
+        """Share of lines that refinement changed: 0 for a copy, 1 for a text without a line of the rollout."""
+        assert trajectory.refinement is not None
+        before, after = self.text(trajectory.rollout).splitlines(), self.text(trajectory.refinement).splitlines()
+        return 1.0 - difflib.SequenceMatcher(None, before, after, autojunk=False).ratio()
+
+    def pair(self, trajectory: Trajectory) -> dict[str, Any]:
+        """A y_o / y_r pair as it is kept in the run folder."""
+        before, after = self.right(trajectory)
+        return {
+            "problem": trajectory.problem.problem,
+            "reference": trajectory.problem.reference,
+            "answer": trajectory.problem.answer,
+            "rollout": self.text(trajectory.rollout),
+            "refinement": self.text(trajectory.refinement) if trajectory.refinement else None,
+            "rollout_right": before,
+            "refinement_right": after,
+        }

@@ -1,0 +1,32 @@
+"""A run that is asked to stop finishes its step, saves and ends."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_trd import platform
+
+# Ctrl-C, a scheduler's stop, and the warning that a SLURM job can ask for ahead of its time limit.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers that a stop signal came, and lets all ranks agree on it between steps."""
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective."""
+        flag = torch.tensor([self._received is not None], dtype=torch.int32, device=platform.current().device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())

@@ -1,0 +1,1 @@
+"""Recipes: one run configuration a file."""

@@ -1,0 +1,44 @@
+"""The step's loss and gradients, dense and in float64, from `transformers` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_trd.data.batching import Sample
+
+
+def load(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+
+
+def response_logits(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """`[response tokens, vocab]` logits that predict each response token."""
+    ids = torch.tensor([*prompt, *response[:-1]])[None]
+    return model(ids).logits[0, len(prompt) - 1 :]
+
+
+def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of each token, from logits."""
+    t, s = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (t.exp() * (t - s)).sum(-1)
+
+
+def step_loss(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    samples: Sequence[Sample],
+    divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl,
+) -> Tensor:
+    """Mean over sequences of the mean over response tokens (the paper's objective)."""
+    losses = []
+    for sample in samples:
+        with torch.no_grad():
+            target = response_logits(teacher, sample.teacher_prompt, sample.response)
+        losses.append(divergence(target, response_logits(student, sample.student_prompt, sample.response)).mean())
+    return torch.stack(losses).mean()

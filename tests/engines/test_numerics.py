@@ -1,0 +1,164 @@
+"""Loss, gradients and one optimizer step at many layouts against a dense float64 reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_trd.config import TrainConfig, from_dict
+from megatron_trd.data.batching import Sample, deal, normalize
+from tests.distributed import run_ranks
+from tests.engines import reference
+from tests.models import VOCAB, write_model
+
+LR, WEIGHT_DECAY = 1e-3, 0.1
+
+
+def make_samples(count: int = 5) -> list[Sample]:
+    """Samples of unlike lengths, odd in number, whose two prompts differ."""
+    random = np.random.default_rng(3)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(int(token) for token in random.integers(2, VOCAB, random.integers(low, high)))
+
+    made = []
+    for _ in range(count):
+        response = ids(3, 20)
+        made.append(Sample(ids(2, 12), ids(5, 30), response, (0.0,) * len(response)))
+    return normalize(made, "sequence")
+
+
+def make_config(model: str, **values: Any) -> TrainConfig:
+    base = {
+        "model": model,
+        "steps": 10,
+        "optimizer": {"lr": LR, "weight_decay": WEIGHT_DECAY, "clip_grad": 0.5, "warmup_fraction": 0.0, "schedule": "constant"},
+    }
+    return from_dict(base | values, "test")
+
+
+def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, cases: list[dict[str, Any]]) -> list[Any]:
+    """Rank function: for each layout, the loss, the gradients and the parameters after one step, by HF name."""
+    from megatron.core import parallel_state
+
+    from megatron_trd import platform
+    from megatron_trd.engines.student import StudentEngine
+    from megatron_trd.engines.teacher import TeacherEngine
+    from megatron_trd.models import weights
+    from megatron_trd.models.architecture import read_architecture
+    from megatron_trd.models.folder import ModelFolder
+    from megatron_trd.parallel.grid import student_grid
+
+    platform.current().set_up()
+    torch.set_num_threads(1)
+    results = []
+    samples = make_samples()
+    for case in cases:
+        config = make_config(model, student=case["student"], teacher=case["teacher"] | {"model": teacher_model})
+        folder = ModelFolder(model)
+        grid = student_grid(config.student.tp, config.student.pp, seed=0)
+        student = StudentEngine(config, read_architecture(folder), folder, grid)
+        teacher = TeacherEngine(config, student, folder)
+        shares = deal(samples, grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
+        hidden = teacher.hidden(samples, shares)
+        share = shares[grid.dp_rank]
+        sums = student.backward(samples, share, hidden, teacher.head)
+        loss = sums.result(grad_norm=0.0, lr=0.0).loss
+        gradients = {}
+        if not config.student.distributed_optimizer:
+            for parameter in student.model.parameters():
+                parameter.saved = parameter.data.clone()
+                parameter.data.copy_(parameter.main_grad)
+            gradients = dict(weights.named_tensors(student.arch, student.source()))
+            for parameter in student.model.parameters():
+                parameter.data.copy_(parameter.saved)
+        result = student.train_step(samples, share, hidden, teacher.head)
+        after = dict(weights.named_tensors(student.arch, student.source()))
+        results.append({"loss": loss, "grad": gradients, "norm": result.grad_norm, "after": after} if rank == 0 else None)
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def expected(model: Path, teacher: Path) -> dict[str, Any]:
+    student, teach = reference.load(model), reference.load(teacher)
+    loss = reference.step_loss(student, teach, make_samples())
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+    decayed = [p for p in student.parameters() if p.dim() > 1]
+    plain = [p for p in student.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8).step()
+    return {"loss": loss.item(), "grad": gradients, "norm": norm.item(), "after": dict(student.named_parameters())}
+
+
+def layout(tp: int, pp: int, ttp: int, tpp: int, weights: str = "frozen", distributed: bool = False) -> dict[str, Any]:
+    return {
+        "student": {"tp": tp, "pp": pp, "micro_batch_size": 2, "distributed_optimizer": distributed},
+        "teacher": {"tp": ttp, "pp": tpp, "micro_batch_size": 2, "weights": weights},
+    }
+
+
+CASES = {
+    1: [layout(1, 1, 1, 1), layout(1, 1, 1, 1, "live"), layout(1, 1, 1, 1, distributed=True)],
+    2: [
+        layout(2, 1, 1, 1),
+        layout(2, 1, 1, 2),
+        layout(2, 1, 2, 1, "live"),
+        layout(1, 2, 2, 1),
+        layout(1, 2, 1, 2, "live"),
+        layout(1, 1, 2, 1),
+        layout(1, 1, 1, 2, distributed=True),
+    ],
+    4: [
+        layout(2, 2, 1, 1),
+        layout(2, 2, 2, 1),
+        layout(2, 2, 2, 2, "live"),
+        layout(2, 1, 1, 2),
+        layout(2, 1, 2, 2, distributed=True),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "untied": write_model(folder / "untied", seed=0),
+        "tied": write_model(folder / "tied", seed=1, tie_word_embeddings=True),
+        "large": write_model(folder / "large", seed=2, hidden_size=128),
+        "llama": write_model(folder / "llama", family="llama", seed=3),
+    }
+
+
+def compare(found: dict[str, Any], want: dict[str, Any], case: object) -> None:
+    assert found["loss"] == pytest.approx(want["loss"], rel=2e-6), case
+    assert found["norm"] == pytest.approx(want["norm"], rel=1e-5), case
+    for name, gradient in found["grad"].items():
+        reference_gradient = want["grad"][name]
+        error = (gradient.double() - reference_gradient).norm() / reference_gradient.norm()
+        assert error < 1e-5, (case, name, error)
+    assert found["after"].keys() <= want["after"].keys()
+    for name, parameter in found["after"].items():
+        # AdamW's first step is lr * sign(gradient) where the gradient is not tiny: compare where it is not
+        moved = want["grad"][name].abs() > 1e-6
+        assert torch.allclose(parameter.double()[moved], want["after"][name][moved], atol=2e-3 * LR), (case, name)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "world"),
+    [("untied", None, 1), ("untied", None, 2), ("untied", None, 4), ("tied", None, 2), ("tied", "large", 4), ("llama", None, 2)],
+)
+def test_layouts_agree_with_dense_float64(models: dict[str, Path], student: str, teacher: str | None, world: int) -> None:
+    cases = CASES[world]
+    if teacher:
+        cases = [case for case in cases if case["teacher"]["weights"] != "live"]
+    path = str(models[teacher]) if teacher else None
+    found = run_ranks(run_layouts, world, str(models[student]), path, cases)[0]
+    want = expected(models[student], models[teacher or student])
+    for case, result in zip(cases, found, strict=True):
+        compare(result, want, case)

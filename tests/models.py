@@ -1,0 +1,61 @@
+"""Random small models in Hugging Face folders, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB = 99  # awkward on purpose: no tensor-parallel size divides it
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A character tokenizer with a chat template."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {character: index + 2 for index, character in enumerate(characters)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def write_model(folder: Path, *, family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+    """A random model of a family with logits far from uniform; returns its folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config_class, model_class = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[family]
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(settings | fields))).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+            else:
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
