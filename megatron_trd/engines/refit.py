@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,8 +52,8 @@ def verify(llm: Any, arch: Architecture, source: weights.Source) -> list[str]:
 
 def _parts(module: str) -> list[str]:
     """Hugging Face tensor names held by a vLLM module."""
-    parent, _, last = module.rpartition(".")
-    return [f"{parent}.{name}.weight" for name in _FUSED.get(last, (last,))]
+    parent, dot, last = module.rpartition(".")
+    return [f"{parent}{dot}{name}.weight" for name in _FUSED.get(last, (last,))]
 
 
 def _engine_shard(name: str, full: Tensor, rank: int, tp: int) -> Tensor:
@@ -108,6 +107,3 @@ def _read_vocabulary(module: Any) -> Tensor | None:
 
     whole = tensor_model_parallel_all_gather(module.weight.data.contiguous(), dim=0)
     return whole[: module.org_vocab_size]
-
-
-ReadBack = Callable[[torch.nn.Module], dict[str, tuple[list[str], int, int]]]

@@ -1,0 +1,110 @@
+"""The real vLLM engine in every rank: greedy tokens equal `transformers`, before and after refit from Megatron shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_trd.config import TrainConfig, from_dict
+from megatron_trd.data.problems import Problem
+from tests.distributed import run_ranks
+from tests.engines import reference
+from tests.models import write_model
+
+PROMPTS = [[5, 6, 7 + index] for index in range(5)]
+ROLLOUT, REFINEMENT = 12, 8  # tokens
+
+
+def make_config(model: str, *, tp: int, pp: int, sampler_tp: int, temperature: float) -> TrainConfig:
+    values = {
+        "model": model,
+        "student": {"tp": tp, "pp": pp},
+        "sampler": {
+            "tp": sampler_tp,
+            "temperature": temperature,
+            "max_rollout_tokens": ROLLOUT,
+            "max_refinement_tokens": REFINEMENT,
+        },
+    }
+    return from_dict(values, "test")
+
+
+def sample_ranks(rank: int, world: int, model: str, other: str, tp: int, pp: int, sampler_tp: int) -> dict[str, Any]:
+    """Rank function: greedy trajectories from the folder's weights, then from another model's after refit."""
+    from megatron_trd import platform
+    from megatron_trd.engines import refit
+    from megatron_trd.engines.sampler import Engine, Sampler
+    from megatron_trd.engines.student import StudentEngine
+    from megatron_trd.models import weights
+    from megatron_trd.models.architecture import read_architecture
+    from megatron_trd.models.folder import ModelFolder
+    from megatron_trd.parallel.grid import student_grid
+
+    platform.current().set_up()
+    greedy = make_config(model, tp=tp, pp=pp, sampler_tp=sampler_tp, temperature=0.0)
+    grid = student_grid(tp, pp, seed=0)
+    folder = ModelFolder(model)
+    arch = read_architecture(folder)
+    student = StudentEngine(greedy, arch, folder, grid)
+    engine = Engine(model, arch, greedy, max_length=64)
+    problems = [Problem(index, "", None, None) for index in range(len(PROMPTS))]
+
+    def refine(problem: Problem, rollout: Any) -> list[int] | None:
+        return None if problem.index == 3 else [9, *rollout.tokens, 10]
+
+    found = {"before": Sampler(greedy, engine, engine).sample(0, problems, PROMPTS, refine)}
+    weights.load(student.model, arch, grid, weights.folder_source(ModelFolder(other)))
+    found["stale"] = refit.verify(engine.llm, arch, student.source())
+    engine.refit(student.source())
+    found["fresh"] = refit.verify(engine.llm, arch, student.source())
+    found["after"] = Sampler(greedy, engine, engine).sample(1, problems, PROMPTS, refine)
+    random = make_config(model, tp=tp, pp=pp, sampler_tp=sampler_tp, temperature=1.0)
+    found["random"] = [Sampler(random, engine, engine).sample(step, problems, PROMPTS, refine) for step in (2, 2, 3)]
+    return found
+
+
+def greedy_tokens(model: torch.nn.Module, prompt: Sequence[int], count: int) -> tuple[tuple[int, ...], list[float]]:
+    """Greedy continuation with end-of-sequence, and its log-probabilities, by `transformers`."""
+    tokens, log_probs = list(prompt), []
+    for _ in range(count):
+        row = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+        tokens.append(int(row.argmax()))
+        log_probs.append(row.max().item())
+        if tokens[-1] == 1:
+            break
+    return tuple(tokens[len(prompt) :]), log_probs
+
+
+def check_greedy(trajectories: Sequence[Any], folder: Path) -> None:
+    model = reference.load(folder).float()
+    for index, trajectory in enumerate(trajectories):
+        tokens, log_probs = greedy_tokens(model, PROMPTS[index], ROLLOUT)
+        assert trajectory.rollout.tokens == tokens
+        assert trajectory.rollout.log_probs == pytest.approx(log_probs, abs=1e-4)
+        assert trajectory.rollout.truncated == (tokens[-1] != 1)
+        if index == 3:  # its refinement prompt was dropped
+            assert trajectory.refinement is None
+            continue
+        assert trajectory.refinement.tokens == greedy_tokens(model, trajectory.refine_prompt, REFINEMENT)[0]
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "sampler_tp", "tied"), [(2, 1, 1, False), (1, 2, 2, True), (1, 1, 1, True), (2, 1, 2, False)]
+)
+def test_greedy_refit_and_seeds(tmp_path: Path, tp: int, pp: int, sampler_tp: int, tied: bool) -> None:
+    first = write_model(tmp_path / "first", seed=0, tie_word_embeddings=tied)
+    second = write_model(tmp_path / "second", seed=1, tie_word_embeddings=tied)
+    ranks = run_ranks(sample_ranks, 2, str(first), str(second), tp, pp, sampler_tp, timeout=200)
+    found = ranks[0]
+    assert ranks[1]["before"] == found["before"], "every rank has every trajectory"
+    check_greedy(found["before"], first)
+    check_greedy(found["after"], second)
+    assert len(found["stale"]) > 20, "the check must see weights that were not refit"
+    assert found["fresh"] == []
+    again, repeat, other = found["random"]
+    assert again == repeat, "a step's tokens are a function of its seeds"
+    assert again != other
