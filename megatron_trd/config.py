@@ -36,7 +36,7 @@ MethodName = Literal[
     "opsd-jsd",
 ]
 
-_strict = dataclass(config=ConfigDict(extra="forbid", validate_default=True), kw_only=True)
+_strict = dataclass(config=ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False), kw_only=True)
 
 
 @_strict
@@ -173,9 +173,7 @@ def _one_line(error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else "see megatron_trd/config.py for every key"
-        return UserError(f"{where}: unknown key '{key}'; {hint}")
+        return UserError(f"{where}: unknown key '{key}'; {_nearest(key)}")
     return UserError(f"{where}: {key}={first['input']!r} is not valid: {first['msg']}")
 
 
@@ -224,27 +222,33 @@ def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
         *parents, last = key.split(".")
         for parent in parents:
             if not isinstance(target.get(parent), dict):
-                raise UserError(f"override '{override}': unknown key '{key}'{_nearest(key)}")
+                raise UserError(f"override '{override}': unknown key '{key}'; {_nearest(key)}")
             target = target[parent]
         if last not in target and parents != ["data", "chat_template_kwargs"]:
-            raise UserError(f"override '{override}': unknown key '{key}'{_nearest(key)}")
+            raise UserError(f"override '{override}': unknown key '{key}'; {_nearest(key)}")
         if isinstance(target.get(last), dict) and last in _SECTIONS:
             raise UserError(f"override '{override}': '{key}' is a section; set one of its keys, e.g. {key}.…=value")
-        target[last] = _parse_scalar(text, override)
+        target[last] = _parse_value(key, text, override)
     return from_dict(values, "override")
 
 
 def _nearest(key: str) -> str:
-    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else "; see megatron_trd/config.py for every key"
+    known, last = known_keys(), key.rpartition(".")[2]
+    named = [other for other in known if other.rpartition(".")[2] == last]  # the right name in the wrong section
+    near = named or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else "see megatron_trd/config.py for every key"
 
 
-def _parse_scalar(text: str, override: str) -> Any:
+def _parse_value(key: str, text: str, override: str) -> Any:
+    """A YAML value; for a key that holds text, the text itself: run_dir=2026-01-31 is no date and model=007 no number."""
+    text = text.strip()
+    if key in _text_keys() and text not in ("null", "~") and text[:1] not in ("'", '"'):
+        return text
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
         raise UserError(f"override '{override}': '{text}' is not a YAML value; quote it") from None
-    if isinstance(value, str):  # YAML 1.1 reads 5e-6 as a string
+    if value == text:  # a plain string, not a quoted one: YAML 1.1 reads 5e-6 as a string
         try:
             return float(value)
         except ValueError:
@@ -252,9 +256,19 @@ def _parse_scalar(text: str, override: str) -> Any:
     return value
 
 
+def _text_keys(cls: type = TrainConfig, prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for field in dataclasses.fields(cls):
+        if field.name in _SECTIONS and not prefix:
+            keys |= _text_keys(_SECTIONS[field.name], f"{field.name}.")
+        elif field.type in ("str", "str | None"):  # annotations are strings in this module
+            keys.add(prefix + field.name)
+    return keys
+
+
 def save(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
 def load(path: Path) -> TrainConfig:
@@ -262,9 +276,13 @@ def load(path: Path) -> TrainConfig:
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected a YAML file of settings") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or type(error).__name__}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping of settings")
+        raise UserError(f"{path}: expected a mapping of settings, e.g. 'steps: 100'")
     return from_dict(values, str(path))

@@ -33,41 +33,48 @@ def load_problems(config: DataConfig) -> list[Problem]:
         raise UserError("data.path is not set: give a JSONL or parquet file, a datasets folder or a hub name")
     rows = _rows(config)
     if len(rows) == 0:
-        raise UserError(f"data '{config.path}': no problems in it")
+        raise UserError(f"data '{config.path}': no problems in it; expected one a row")
     return [_problem(config, index, row) for index, row in enumerate(rows)]
 
 
 def _rows(config: DataConfig) -> Sequence[Mapping[str, Any]]:
-    import datasets
-
     path = Path(config.path)
     looks_like_file = path.suffix in (".jsonl", ".json", ".parquet")
     if looks_like_file and not path.is_file():
-        raise UserError(f"data '{config.path}': no such file")
+        raise UserError(f"data '{config.path}': no such file; set data.path")
     try:
         if path.suffix in (".jsonl", ".json"):
             return list(_read_jsonl(path))
-        if path.suffix == ".parquet":
-            return list(datasets.Dataset.from_parquet(str(path)))
+        if path.suffix == ".parquet":  # `datasets` would copy it to its cache, and has no word for an empty one
+            import pyarrow.parquet as pq
+
+            return pq.read_table(path).to_pylist()
+        import datasets
+
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
+            if isinstance(loaded, datasets.DatasetDict) and config.split not in loaded:
+                raise UserError(f"data '{path}': no split '{config.split}'; set data.split to one of {', '.join(loaded)}")
             return list(loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded)
         return list(datasets.load_dataset(config.path, config.name, split=config.split))
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds; the user needs the file and the reason
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data '{config.path}' (split '{config.split}') cannot be read: {reason}") from None
+        here = "" if path.exists() else " is no file or folder here, and as a hub data set"
+        raise UserError(f"data '{config.path}'{here} (split '{config.split}') cannot be read: {reason}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
     """Rows of a JSONL file; read here rather than by `datasets` so that a broken line is named."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError:
+                raise UserError(f"data '{path}' line {number}: not UTF-8 text; convert the file to UTF-8") from None
             except json.JSONDecodeError as error:
                 raise UserError(f"data '{path}' line {number}: not JSON ({error.msg}); mend or remove the line") from None
             if not isinstance(row, dict):
@@ -80,8 +87,11 @@ def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
         if name is None:
             return None
         if row.get(name) is None:
+            found = f"field '{name}' is null" if name in row else f"no field '{name}'"
+            none = "" if key == "problem_field" else ", or to null for none"
             raise UserError(
-                f"data '{config.path}' problem {index + 1}: no field '{name}' (fields: {', '.join(row)}); set data.{key}"
+                f"data '{config.path}' problem {index + 1}: {found}; "
+                f"set data.{key} to one of its fields ({', '.join(map(str, row))}){none}"
             )
         return str(row[name])
 

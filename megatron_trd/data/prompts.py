@@ -2,11 +2,13 @@
 
 The same refinement prompt generates y_r and conditions the teacher in training. A rollout enters it as the very token
 ids that were sampled: the text around it is tokenized in pieces and the ids are spliced in between, so nothing is
-decoded and encoded again between sampler and trainer.
+decoded and encoded again between sampler and trainer. Only the chat template writes special tokens: a problem that
+holds the text `<|im_end|>` gets its characters, not the token that would end the user's turn.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
@@ -44,8 +46,8 @@ TEMPLATES: dict[str, dict[Context, str]] = {
     },
 }
 
-# Stands for a part of the prompt while the chat template is applied; private-use characters no problem contains.
-_MARK = "\ue000{}\ue000"
+# Stands for the user message while the chat template is applied.
+_MARK = "\ue000message\ue000"
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,15 @@ class PromptBuilder:
 
     def text(self, context: Context, problem: str, reference: str | None = None, rollout: str | None = None) -> str:
         """The user message of a context, as text."""
+        parts = self._parts(context, problem, reference) | {"rollout": rollout or ""}
+        return Template(TEMPLATES[self.task][context]).substitute(parts)
+
+    def _parts(self, context: Context, problem: str, reference: str | None) -> dict[str, str]:
         if reference is None and "reference" in context:
             raise UserError(
                 f"a {context} prompt needs the problem's reference solution; set data.reference_field to its field"
             )
-        parts = {"problem": problem, "reference": reference, "rollout": rollout}
-        return Template(TEMPLATES[self.task][context]).substitute(parts)
+        return {"problem": problem, "reference": reference or ""}
 
     def ids(
         self,
@@ -75,35 +80,54 @@ class PromptBuilder:
         reference: str | None = None,
         rollout_ids: Sequence[int] | None = None,
     ) -> list[int]:
-        """Prompt token ids; `rollout_ids` are spliced in as they are, without their end-of-sequence token."""
-        mark = _MARK.format("rollout")
-        rendered = self._render(self.text(context, problem, reference, mark))
-        if rollout_ids is None:
-            return self._encode(rendered)
-        before, _, after = rendered.partition(mark)
-        return self._encode(before) + self.without_eos(rollout_ids) + self._encode(after, start=False)
+        """Prompt token ids; `rollout_ids` are spliced in as they are, without the token that ended them."""
+        if (rollout_ids is not None) != ("refine" in context):
+            raise ValueError(f"a {context} prompt {'shows no' if rollout_ids is not None else 'needs the'} rollout")
+        before, _, after = TEMPLATES[self.task][context].partition("$rollout")
+        parts = self._parts(context, problem, reference)
+        head, tail = self._frame
+        return [
+            *self._encode(head, special=True),
+            *self._encode(Template(before).substitute(parts), start=not self.tokenizer.chat_template),
+            *self.without_eos(rollout_ids or ()),
+            *self._encode(Template(after).substitute(parts)),
+            *self._encode(tail, special=True),
+        ]
 
     def without_eos(self, ids: Sequence[int]) -> list[int]:
-        """Response ids without a trailing end-of-sequence token."""
+        """Response ids without the special token that ended them: a model may have several that do."""
         ids = list(ids)
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        return ids[:-1] if ids and ids[-1] in self._special_ids else ids
 
     def cut(self, text: str, tokens: int) -> str:
         """Text shortened by at least `tokens` tokens at its end (all of it, if it has no more)."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.tokenizer.decode(ids[: max(0, len(ids) - tokens)])
+        ids = self._encode(text)
+        kept = self.tokenizer.decode(ids[: max(0, len(ids) - tokens)], clean_up_tokenization_spaces=False)
+        return kept.rstrip("\ufffd")  # what decodes from the first bytes of a character cut in two
 
-    def _render(self, content: str) -> str:
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
+    @functools.cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What the chat template writes before and after the user message."""
         if not self.tokenizer.chat_template:
-            return content
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            return "", ""
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}],
             tokenize=False,
             add_generation_prompt=True,
             **(self.chat_template_kwargs or {}),
         )
+        head, mark, tail = rendered.partition(_MARK)
+        if not mark:
+            raise UserError("the tokenizer's chat template does not show the user message; mend the model folder")
+        return head, tail
 
-    def _encode(self, text: str, start: bool = True) -> list[int]:
-        """Ids of a piece of a prompt; a chat template writes its own special tokens, plain text gets them at `start`."""
-        special = start and not self.tokenizer.chat_template
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+    def _encode(self, text: str, *, special: bool = False, start: bool = False) -> list[int]:
+        """Ids of a piece of a prompt. `special`: special tokens in the text count as such; `start`: begin as plain text
+        begins, with the tokenizer's beginning-of-sequence token if it has one (a chat template writes its own)."""
+        if not text and not start:
+            return []
+        return list(self.tokenizer(text, add_special_tokens=start, split_special_tokens=not special)["input_ids"])

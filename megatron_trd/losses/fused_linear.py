@@ -65,8 +65,9 @@ def fused_linear_divergence(
         teacher_hidden: `[tokens, teacher's hidden]`; never receives a gradient.
         teacher_weight: `[V / p, teacher's hidden]`, sharded as the student's; never receives a gradient.
         token_weights: `[tokens]`, any sign, 0 for a token to leave out.
-        chunk_tokens: tokens whose logits exist at once; None: 256 MiB of float32 logits a side. At most two and
-            a half times the chunk's logits are allocated. The result does not depend on it beyond rounding.
+        chunk_tokens: tokens whose logits exist at once; None: 256 MiB of float32 logits a side. At that size at
+            most two and a half times these are allocated (`jsd`: three times); smaller chunks need more scratch in
+            proportion. The result does not depend on it beyond rounding.
         group, divergence, beta, temperature, vocab_size, clip, top_k: as in `vocab_parallel_divergence`.
 
     Returns:
@@ -151,6 +152,8 @@ def _over_chunks(
         if weight_gradient is not None:
             left = narrow if narrow.is_cuda else x  # tensor cores take the narrow one, a CPU has no mixed product
             add_product(weight_gradient[: shard.columns], left.t(), student.hidden[here])
+            del left
+        del narrow  # or it would still be there while the next chunk makes its own
     for work in pending:
         work.wait()
     return _Result(per_token, hidden_gradient, weight_gradient)

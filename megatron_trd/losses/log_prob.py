@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_trd.losses.head import chunks, product_into
-from megatron_trd.losses.rows import blocks, log_normaliser, shift_
+from megatron_trd.losses.rows import blocks, log_scales, shift_
 from megatron_trd.losses.shard import VocabShard, statistics_dtype
 
 
@@ -43,12 +43,13 @@ def vocab_parallel_log_prob(
         product_into(logits, hidden[here], weight[: shard.columns].t())
         sums = shard.gather(_local_sums_(logits.div_(temperature), token_ids[here] - shard.start))
         maximum, total, chosen = sums.unbind(dim=1)  # [ranks, rows] each
-        result[here] = chosen.amax(dim=0) - log_normaliser(maximum, total)
+        result[here] = (chosen + log_scales(maximum, total)).amax(dim=0)
+        del logits  # or they would still be there while the next chunk's are made
     return result
 
 
 def _local_sums_(logits: Tensor, columns: Tensor) -> Tensor:
-    """`[3, rows]`: maximum, sum of shifted exponentials, logit of the chosen column (-inf if not here)."""
+    """`[3, rows]`: maximum, sum of shifted exponentials, shifted logit of the chosen column (-inf if not here)."""
     sums = logits.new_zeros(3, logits.shape[0])
     sums[2] = -torch.inf
     if logits.shape[1] > 0:
@@ -58,4 +59,5 @@ def _local_sums_(logits: Tensor, columns: Tensor) -> Tensor:
     for rows in blocks(logits.shape[0], logits.shape[1] * logits.element_size(), logits.device):
         sums[0, rows] = shift_(logits[rows])
         sums[1, rows] = logits[rows].exp_().sum(dim=1)
+    sums[2] -= sums[0]
     return sums

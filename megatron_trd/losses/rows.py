@@ -90,10 +90,14 @@ def shift_(logits: Tensor) -> Tensor:
     return maximum
 
 
-def log_normaliser(maximum: Tensor, total: Tensor) -> Tensor:
-    """log sum exp of whole rows, `[rows]`, from each rank's maximum and sum of shifted exponentials, `[ranks, rows]`."""
-    top = maximum.amax(dim=0)
-    return top + (total * (maximum - top).exp()).sum(dim=0).log()
+def log_scales(maximum: Tensor, total: Tensor) -> Tensor:
+    """What makes each rank's shifted logits log-probabilities when added, `[ranks, rows]`.
+
+    `maximum` and `total`, `[ranks, rows]`, are each rank's maximum and sum of shifted exponentials. Only differences of
+    maxima enter: log sum exp itself is as large as the logits, and so would be its rounding error.
+    """
+    below = maximum - maximum.amax(dim=0)
+    return below - (total * below.exp()).sum(dim=0).log()
 
 
 def blocks(rows: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
@@ -141,8 +145,7 @@ def _local_sums_(student: Tensor, teacher: Tensor, objective: Objective) -> Tens
 def _combine(gathered: Tensor, rank: int, objective: Objective) -> _Sums:
     """Every rank's `[ranks, 5, rows]` to the sums of whole rows."""
     x_max, x_sum, y_max, y_sum, share = gathered.unbind(dim=1)
-    log_s = x_max - log_normaliser(x_max, x_sum)  # [ranks, rows]
-    log_t = y_max - log_normaliser(y_max, y_sum)
+    log_s, log_t = log_scales(x_max, x_sum), log_scales(y_max, y_sum)  # [ranks, rows]
     if objective.divergence == "forward_kl":
         divergence = (log_t.exp() * (share + y_sum * (log_t - log_s))).sum(dim=0)
     elif objective.divergence == "reverse_kl":

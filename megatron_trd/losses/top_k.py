@@ -35,9 +35,9 @@ def restricted_divergence_rows_(
     gradient: bool,
 ) -> Tensor:
     """`divergence_rows_` after `objective.top_k`, where there is one: same arguments, same result, one all-gather."""
-    if objective.top_k is None:
+    if objective.top_k is None or objective.top_k >= shard.vocabulary:
         return divergence_rows_(student, teacher, scale, shard, objective, gradient=gradient)
-    k = min(objective.top_k, shard.vocabulary)
+    k = objective.top_k
     kept = _keep(student, teacher, k, shard)
     on_kept = replace(objective, top_k=None)
     divergence = divergence_rows_(kept.student, kept.teacher, scale, VocabShard.whole(k), on_kept, gradient=gradient)
@@ -76,7 +76,7 @@ def _best_columns(logits: Tensor, k: int) -> Tensor:
     threshold = values[:, -1:]
     position = torch.arange(columns, dtype=torch.int32, device=logits.device)
     tied = torch.where(logits == threshold, -position, -columns).topk(k, dim=1).values.neg().long()
-    above = (values > threshold).sum(dim=1, keepdim=True)
+    above = (~(values <= threshold)).sum(dim=1, keepdim=True)  # so written, NaN is above: it must come out as NaN
     slot = torch.arange(k, device=logits.device)
     chosen = torch.where(slot < above, indices, tied.gather(1, (slot - above).clamp(min=0)))
     chosen = chosen.sort(dim=1).values

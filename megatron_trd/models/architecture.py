@@ -44,13 +44,16 @@ class Architecture:
 
     def check_layout(self, tp: int, pp: int, who: str) -> None:
         """Raise `UserError` if tensor or pipeline parallelism does not divide the model."""
-        for what, count in (("attention heads", self.heads), ("key/value heads", self.kv_heads)):
-            if count % tp:
-                raise UserError(f"{who}.tp={tp} does not divide the model's {count} {what}; use a divisor of {count}")
-        if self.ffn_size % tp:
-            raise UserError(f"{who}.tp={tp} does not divide the model's feed-forward size {self.ffn_size}")
-        if self.layers % pp:
-            raise UserError(f"{who}.pp={pp} does not divide the model's {self.layers} layers")
+        for key, parts, count, what in (
+            ("tp", tp, self.heads, "attention heads"),
+            ("tp", tp, self.kv_heads, "key/value heads"),
+            ("tp", tp, self.ffn_size, "feed-forward units"),
+            ("pp", pp, self.layers, "layers"),
+        ):
+            if count % parts:
+                raise UserError(
+                    f"{who}.{key}={parts} does not divide the model's {count} {what}; use a divisor of {count}"
+                )
 
 
 # family -> whether queries and keys are normalised. Adding a family: a row here and a table in models/weights.py.
@@ -72,6 +75,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         "feed-forward bias": getattr(hf, "mlp_bias", False),
         "sliding-window attention": bool(getattr(hf, "use_sliding_window", False)),
         f"activation {hf.hidden_act}": hf.hidden_act != "silu",
+        "quantized weights": getattr(hf, "quantization_config", None) is not None,  # same names and shapes, scales apart
     }
     for feature, present in unsupported.items():
         if present:

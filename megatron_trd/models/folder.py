@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_trd.errors import UserError
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 class ModelFolder:
     """Reads `config.json`, the tokenizer and the safetensors of a local folder. Nothing is loaded before it is asked for.
@@ -34,37 +36,52 @@ class ModelFolder:
 
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"model folder '{self.path}': config.json cannot be read: {_first_line(error)}") from None
+        except Exception as error:  # transformers raises many kinds for fields it cannot use
+            raise UserError(f"model folder '{self.path}': config.json cannot be read: {_in_one_line(error)}") from None
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The folder's tokenizer."""
         from transformers import AutoTokenizer
 
+        if not any((self.path / file).is_file() for file in _TOKENIZER_FILES):  # transformers would make an empty one
+            raise UserError(f"model folder '{self.path}': no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}")
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"model folder '{self.path}': no usable tokenizer: {_first_line(error)}") from None
+        except Exception as error:  # as above
+            raise UserError(f"model folder '{self.path}': no usable tokenizer: {_in_one_line(error)}") from None
 
     @functools.cached_property
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> safetensors file name."""
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            return dict(json.loads(index.read_text())["weight_map"])
+            return self._read_index(index)
         single = self.path / "model.safetensors"
         if not single.is_file():
             pickles = sorted(file.name for file in (*self.path.glob("*.bin"), *self.path.glob("*.pt")))
             hint = f"found {pickles[0]}: convert it to safetensors" if pickles else "expected model.safetensors"
+            if any(self.path.glob("*.safetensors")):
+                hint = f"found shards without their index: expected {index.name}"
             raise UserError(f"model folder '{self.path}': no weights; {hint}")
         return dict.fromkeys(self._open(single.name).keys(), single.name)
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            # Plain file names: an index from elsewhere must not lead outside its folder.
+            if all(Path(file).name == file for file in weight_map.values()):
+                return dict(weight_map)
+            reason = "a shard is not the name of a file in this folder"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {_in_one_line(error)}"
+        raise UserError(f"model folder '{self.path}': {index.name} has no usable weight_map: {reason}")
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, read from the file's header; None if the folder has no such tensor."""
         if name not in self.weight_map:
             return None
-        return tuple(self._open(self.weight_map[name]).get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in the dtype it is stored in."""
@@ -72,15 +89,22 @@ class ModelFolder:
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype a tensor is stored in."""
-        return self._open(self.weight_map[name]).get_slice(name)[:0].dtype
+        return self._slice(name)[:0].dtype
+
+    def _slice(self, name: str) -> Any:
+        file = self.weight_map[name]
+        try:
+            return self._open(file).get_slice(name)
+        except SafetensorError:
+            raise UserError(f"model folder '{self.path}': the index puts tensor {name} in {file}, which lacks it") from None
 
     @functools.cache  # noqa: B019  one handle a file, for the life of the folder
     def _open(self, file: str) -> Any:
         try:
             return safe_open(self.path / file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"model folder '{self.path}': {file} cannot be read: {_first_line(error)}") from None
+            raise UserError(f"model folder '{self.path}': {file} cannot be read: {_in_one_line(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

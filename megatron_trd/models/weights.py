@@ -182,7 +182,7 @@ def check_folder(folder: ModelFolder, arch: Architecture) -> None:
         for name, expected in zip(slot.hf, slot.shapes, strict=True):
             found = folder.shape(name)
             if found is None:
-                raise UserError(f"model folder '{folder.path}': tensor {name} is missing")
+                raise UserError(f"model folder '{folder.path}': tensor {name} is missing; the download is not whole")
             if found != expected:
                 raise UserError(
                     f"model folder '{folder.path}': tensor {name} has shape {list(found)}, "

@@ -39,6 +39,7 @@ def check(config: TrainConfig) -> Inputs:
     teacher = ModelFolder(config.teacher.model) if config.teacher.model else student
     student_arch, teacher_arch = read_architecture(student), read_architecture(teacher)
     check_teacher(student_arch, teacher_arch)
+    _check_tokenizers(student, teacher, student_arch)
     student_arch.check_layout(config.student.tp, config.student.pp, "student")
     teacher_arch.check_layout(config.teacher.tp, config.teacher.pp, "teacher")
     for arch in (student_arch, teacher_arch):
@@ -60,6 +61,26 @@ def check(config: TrainConfig) -> Inputs:
     return Inputs(student, teacher, student_arch, teacher_arch, problems, world, max_length)
 
 
+def _check_tokenizers(student: ModelFolder, teacher: ModelFolder, arch: Architecture) -> None:
+    """Token ids go from one model to the other as they are, so a token must have one id in both."""
+    vocabulary = student.tokenizer.get_vocab()
+    largest = max(vocabulary.values(), default=-1)
+    if largest >= arch.vocab_size:
+        raise UserError(
+            f"model folder '{student.path}': the tokenizer has token {largest}, config.json a vocabulary of "
+            f"{arch.vocab_size}: take the tokenizer that belongs to the model"
+        )
+    if teacher is student:
+        return
+    others = teacher.tokenizer.get_vocab()
+    for token, index in vocabulary.items():
+        if others.get(token, index) != index:
+            raise UserError(
+                f"teacher.model '{teacher.path}': token {token!r} is {others[token]}, the student's is {index}: "
+                "full-vocabulary distillation needs one tokenizer for both"
+            )
+
+
 def _check_method(config: TrainConfig) -> None:
     method = METHODS[config.method]
     if method.needs_reference and config.data.reference_field is None:
@@ -68,8 +89,11 @@ def _check_method(config: TrainConfig) -> None:
         )
     if config.corpus != "all" and (config.data.answer_field is None or not method.refines):
         raise UserError(f"corpus={config.corpus} needs a method that refines and data.answer_field to grade with")
-    sequence_parallel = config.student.sequence_parallel
-    if sequence_parallel and config.student.tp == 1:
+    if config.teacher.model and config.teacher.weights != "frozen":
+        raise UserError(
+            f"teacher.weights={config.teacher.weights} is for a self-teacher; unset teacher.model or teacher.weights"
+        )
+    if config.student.sequence_parallel and config.student.tp == 1:
         raise UserError("student.sequence_parallel=true needs student.tp > 1")
 
 
@@ -105,13 +129,12 @@ def _longest(config: TrainConfig) -> int:
 def check_run_folder(config: TrainConfig, resume: bool) -> None:
     """Raise `UserError` if the run folder cannot be written or holds a run that would be overwritten."""
     folder = Path(config.run_dir)
-    begun = (folder / "config.yaml").exists()
-    if begun and not resume:
-        raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
     try:
+        if not resume and (folder / "config.yaml").exists():
+            raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"run folder '{folder}' cannot be written: {error.strerror}") from None
+        raise UserError(f"run folder '{folder}' cannot be written: {error.strerror}; set run_dir=") from None

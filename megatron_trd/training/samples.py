@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -23,31 +23,32 @@ class SampleBuilder:
     """Makes the prompts of a step and turns its trajectories into training samples.
 
     Prompts over their limit are cut inside the reference or the rollout, or the sample is dropped, as
-    `data.overlong` says; `metrics` counts both.
+    `data.overlong` says; `metrics` counts both. Ranks refine different rollouts, so what is counted there is read off
+    the trajectories, which every rank has, and not off the calls this rank happened to see.
     """
 
     config: TrainConfig
     prompts: PromptBuilder
-    too_long: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "refinement_prompt": 0})
+    too_long: int = 0  # problems of this step whose prompt was dropped or cut
 
     def begin(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]]]:
         """Problems of a step that can be sampled, with their vanilla prompts. Starts the step's counts."""
-        self.too_long = dict.fromkeys(self.too_long, 0)
+        self.too_long = 0
         kept, prompts = [], []
         for problem in problems:
             ids = self.prompts.ids("vanilla", problem.problem)
-            teacher = self._raw_teacher_prompt(problem)
-            if len(ids) > prompt_limit(self.config, "vanilla") or teacher is None:
-                self.too_long["prompt"] += 1
-                continue
-            kept.append(problem)
-            prompts.append(ids)
+            teacher, over = self._raw_teacher_prompt(problem)
+            fits = len(ids) <= prompt_limit(self.config, "vanilla")
+            self.too_long += over or not fits
+            if fits and teacher is not None:
+                kept.append(problem)
+                prompts.append(ids)
         return kept, prompts
 
     def refine_prompt(self, problem: Problem, rollout: Completion) -> list[int] | None:
         """Teacher prompt that shows the rollout; None if it is too long and is to be dropped."""
         method = METHODS[self.config.method]
-        return self._fit(method.teacher_context, problem, rollout.tokens)
+        return self._fit(method.teacher_context, problem, rollout.tokens)[0]
 
     def samples(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
         """Training samples of the trajectories kept by length and corpus filter, with normalised token weights."""
@@ -61,7 +62,7 @@ class SampleBuilder:
     def _sample(self, trajectory: Trajectory) -> Sample | None:
         method = METHODS[self.config.method]
         response = trajectory.refinement if method.refines else trajectory.rollout
-        teacher = trajectory.refine_prompt if method.refines else self._raw_teacher_prompt(trajectory.problem)
+        teacher = trajectory.refine_prompt if method.refines else self._raw_teacher_prompt(trajectory.problem)[0]
         if response is None or teacher is None or not response.tokens:
             return None
         if response.truncated and self.config.data.overlong == "drop":
@@ -83,28 +84,30 @@ class SampleBuilder:
             "corrected": not before and bool(after),
         }[corpus]
 
-    def _raw_teacher_prompt(self, problem: Problem) -> list[int] | None:
+    def _raw_teacher_prompt(self, problem: Problem) -> tuple[list[int] | None, bool]:
         method = METHODS[self.config.method]
-        return [] if method.refines else self._fit(method.teacher_context, problem)
+        return ([], False) if method.refines else self._fit(method.teacher_context, problem)
 
-    def _fit(self, context: Context, problem: Problem, rollout: Sequence[int] | None = None) -> list[int] | None:
-        reference = problem.reference
+    def _fit(
+        self, context: Context, problem: Problem, rollout: Sequence[int] | None = None
+    ) -> tuple[list[int] | None, bool]:
+        """Prompt within its limit, None if it is to be dropped; and whether it was too long."""
         limit = prompt_limit(self.config, context)
+        reference = problem.reference if "reference" in context else None
         ids = self.prompts.ids(context, problem.problem, reference, rollout)
-        if len(ids) <= limit:
-            return ids
-        self.too_long["prompt" if rollout is None else "refinement_prompt"] += 1
-        if self.config.data.overlong == "drop":
-            return None
         over = len(ids) - limit
+        if over <= 0:
+            return ids, False
+        if self.config.data.overlong == "drop":
+            return None, True
         if rollout is not None:
-            kept = max(0, len(rollout) - over)
-            over -= len(rollout) - kept
-            rollout = rollout[:kept]
-        if over > 0 and reference is not None and "reference" in context:
-            reference = self.prompts.cut(reference, over)
-        ids = self.prompts.ids(context, problem.problem, reference, rollout)
-        return ids if len(ids) <= limit else None
+            rollout = self.prompts.without_eos(rollout)
+            rollout = rollout[: max(0, len(rollout) - over)]
+            ids = self.prompts.ids(context, problem.problem, reference, rollout)
+        while len(ids) > limit and reference:  # again where a text cut short has more tokens than it had inside the whole
+            reference = self.prompts.cut(reference, len(ids) - limit)
+            ids = self.prompts.ids(context, problem.problem, reference, rollout)
+        return (ids if len(ids) <= limit else None), True
 
     def right(self, trajectory: Trajectory) -> tuple[bool | None, bool | None]:
         """Whether rollout and refinement have the right answer; None where there is nothing to grade."""
@@ -128,8 +131,8 @@ class SampleBuilder:
         values: dict[str, float] = {
             "samples/trained": len(samples),
             "tokens/trained": sum(len(sample.response) for sample in samples),
-            "overflow/prompt": self.too_long["prompt"],
-            "overflow/refinement_prompt": self.too_long["refinement_prompt"],
+            "overflow/prompt": self.too_long,
+            "overflow/refinement_prompt": sum(map(self._refine_prompt_too_long, trajectories)),
             "overflow/rollout": sum(trajectory.rollout.truncated for trajectory in trajectories),
             "overflow/refinement": sum(completion.truncated for completion in refined),
         }
@@ -141,6 +144,10 @@ class SampleBuilder:
             "edit_ratio": [self._edit_ratio(trajectory) for trajectory in trajectories if trajectory.refinement],
         }
         return values | {key: fmean(numbers) for key, numbers in means.items() if numbers}
+
+    def _refine_prompt_too_long(self, trajectory: Trajectory) -> bool:
+        method = METHODS[self.config.method]
+        return method.refines and self._fit(method.teacher_context, trajectory.problem, trajectory.rollout.tokens)[1]
 
     def _edit_ratio(self, trajectory: Trajectory) -> float:
         """Share of lines that refinement changed: 0 for a copy, 1 for a text without a line of the rollout."""

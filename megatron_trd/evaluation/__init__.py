@@ -1,0 +1,1 @@
+"""Scoring a model: sampled responses, grading, avg@k and pass@k."""

@@ -1,0 +1,88 @@
+"""Whether a response has the right answer: math-verify on what stands in its last \\boxed{}."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import selectors
+import subprocess
+import sys
+
+_BOX = "\\boxed{"
+_SECONDS = 5.0  # for one comparison
+_START_SECONDS = 60.0  # to start, which imports sympy
+_LONGEST = 1000  # characters of an answer worth comparing
+
+
+def is_correct(response: str, answer: str) -> bool:
+    """Whether the last `\\boxed{…}` of `response` equals `answer` as mathematics (`1/2` is `0.5` is `\\frac12`).
+
+    A response without a closed box is wrong: it was asked for one, and the last number of a text cut short is not an
+    answer. So is one whose comparison takes more than five seconds. `answer` may be bare or boxed, text or LaTeX.
+    """
+    found = last_boxed(response)
+    if found is None:
+        return False
+    wanted = last_boxed(answer)
+    wanted = answer.strip() if wanted is None else wanted
+    if found == wanted or not found or len(found) > _LONGEST:
+        return found == wanted
+    if _is_integer(found) and _is_integer(wanted):
+        return int(found) == int(wanted)
+    return _equal(wanted, found)
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last `\\boxed{…}` whose braces close; None if there is none."""
+    start = len(text)
+    while (start := text.rfind(_BOX, 0, start)) >= 0:
+        depth = 0
+        for place in range(start + len(_BOX) - 1, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return text[start + len(_BOX) : place].strip()
+    return None
+
+
+def _is_integer(text: str) -> bool:
+    return text.isascii() and text.removeprefix("-").isdecimal()
+
+
+@functools.lru_cache(maxsize=65536)  # rollouts of one problem give few different answers
+def _equal(wanted: str, found: str) -> bool:
+    return _judge().equal(wanted, found)
+
+
+@functools.cache
+def _judge() -> _Judge:
+    return _Judge()
+
+
+class _Judge:
+    """The comparing process of this one, started when first asked and again after it had to be killed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def equal(self, wanted: str, found: str) -> bool:
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-m", "megatron_trd.evaluation.judge"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            self._process = subprocess.Popen(command, **pipes)
+            if not self._ask("1", "1.0", _START_SECONDS):
+                raise RuntimeError("the judge of mathematical answers does not start: is math-verify installed?")
+        return self._ask(wanted, found, _SECONDS)
+
+    def _ask(self, wanted: str, found: str, seconds: float) -> bool:
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(OSError):  # it died of the last question
+            self._process.stdin.write(json.dumps([wanted, found]).encode() + b"\n")
+            self._process.stdin.flush()
+            with selectors.DefaultSelector() as ready:
+                ready.register(self._process.stdout, selectors.EVENT_READ)
+                if ready.select(seconds):
+                    return self._process.stdout.readline() == b"true\n"
+        self._process.kill()
+        self._process.wait()
+        return False

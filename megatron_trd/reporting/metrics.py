@@ -1,0 +1,121 @@
+"""Metrics and sample pairs of a run folder: `metrics.jsonl`, `tensorboard/` and `samples/`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_trd.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+SAMPLES_FOLDER = "samples"
+
+# JSON has no literal for these; the names are those of protobuf's JSON mapping, and `float` reads each of them.
+_NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
+
+
+class MetricsWriter:
+    """Appends one line a step to `metrics.jsonl`, and the step's numbers to `tensorboard/`.
+
+    `resume_from` is the first step (from 0) this process will write. Lines of that step and later ones are dropped: a
+    run that was killed after its last checkpoint runs those steps again.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool, resume_from: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        kept = [row for row in _read_rows(path) if row["step"] < resume_from] if path.exists() else []
+        replace_text(path, "".join(map(_line, kept)))
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard_writer(folder, resume_from) if tensorboard else None
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append the metrics of a step (from 0). Values are JSON scalars; NaN and infinities are kept as strings."""
+        self._file.write(_line({"step": step, **metrics}))
+        self._file.flush()
+        if self._tensorboard is None:
+            return
+        for key, value in metrics.items():
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(key, value, step)
+        self._tensorboard.flush()  # a step takes seconds; a killed run shows all it did
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class SampleWriter:
+    """Writes the y_o / y_r pairs of a step to `samples/step_<step>.jsonl`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / SAMPLES_FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, step: int, pairs: list[dict[str, Any]]) -> None:
+        """Write the pairs of a step (from 0), one JSON object a line, in place of an earlier file of that step."""
+        replace_text(self._folder / f"step_{step:05d}.jsonl", "".join(map(_line, pairs)))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """One dictionary a step, in the order written. A half-written last line is left out.
+
+    Raises `UserError` if the folder has no `metrics.jsonl`, or if a line before the last is not a metrics line.
+    """
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: no {METRICS_FILE}; expected the folder of a training run")
+    return [{key: _number(value) for key, value in row.items()} for row in _read_rows(path)]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole: a reader, or a process killed meanwhile, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file as they were written, without a half-written last one."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0  # a metrics line is an object with a numeric step
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is not a metrics line; remove it") from None
+        rows.append(row)
+    return rows
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps({key: _json_value(value) for key, value in values.items()}, allow_nan=False) + "\n"
+
+
+def _json_value(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and value in _NOT_FINITE else value
+
+
+def _tensorboard_writer(folder: Path, resume_from: int) -> Any:
+    # Imported here: it takes a second, and reading metrics needs none of it.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=resume_from)

@@ -1,0 +1,313 @@
+"""`fused_linear_divergence` against the float64 reference, at every tensor-parallel size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_trd.losses import fused_linear_divergence
+from tests.distributed import run_ranks
+from tests.losses import cases, ranks, reference
+from tests.losses.reference import Case, Outcome, check, check_gradient, check_loss
+
+CASES = cases.for_fused()
+
+
+@pytest.fixture(scope="module", params=cases.WORLDS)
+def outcomes(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
+    """By the case's name, what every rank of a world found."""
+    world, listed = request.param, list(CASES.values())
+    by_rank = [ranks.fused(0, 1, listed)] if world == 1 else run_ranks(ranks.fused, world, listed)
+    return {name: [found[number] for found in by_rank] for number, name in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_equal_the_dense_reference_on_every_rank(
+    name: str, outcomes: dict[str, list[Outcome]]
+) -> None:
+    case, found, want = CASES[name], outcomes[name], reference.fused(CASES[name])
+    check_loss(case, found[0], want)
+    for rank in found:  # the gradient of student_hidden is complete on each
+        check_gradient(case, rank.gradients["student_hidden"], want.gradients["student_hidden"])
+        check_gradient(case, rank.gradients["token_weights"], want.gradients["token_weights"])
+    weight = torch.cat([rank.gradients["student_weight"] for rank in found])
+    check_gradient(case, weight[: case.vocabulary], want.gradients["student_weight"])
+    assert not weight[case.vocabulary :].any(), "padded rows of the output head moved"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_returns_the_same_bits(name: str, outcomes: dict[str, list[Outcome]]) -> None:
+    first, *others = outcomes[name]
+    assert first.per_token.dtype == torch.promote_types(CASES[name].dtype, torch.float32)
+    assert not first.per_token.requires_grad
+    for other in others:
+        assert torch.equal(other.per_token, first.per_token)
+        assert torch.equal(other.loss, first.loss)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.clip])
+def test_the_clipped_cases_have_tokens_on_both_sides_of_the_bound(name: str) -> None:
+    case = CASES[name]
+    clipped = reference.fused(case).per_token == case.clip
+    assert clipped.any() and not clipped.all()
+
+
+def test_groups_of_one_world_do_not_mix() -> None:
+    listed = [Case(seed=1, tokens=5), Case("jsd", seed=2, tokens=9, chunk_tokens=2)]
+    found = run_ranks(ranks.in_pairs, 4, listed)
+    for rank in range(4):
+        case = listed[rank // 2]
+        want = reference.fused(case)
+        check_loss(case, found[rank][0], want)
+        check_gradient(case, found[rank][0].gradients["student_hidden"], want.gradients["student_hidden"])
+
+
+def call(inputs: reference.Heads, **options: Any) -> Tensor:
+    return fused_linear_divergence(*inputs, **options).loss
+
+
+def trained(inputs: reference.Heads) -> list[Tensor]:
+    return [
+        inputs.student_hidden.requires_grad_(),
+        inputs.student_weight.requires_grad_(),
+        inputs.token_weights.requires_grad_(),
+    ]
+
+
+def gradients(inputs: reference.Heads, **options: Any) -> tuple[Tensor, ...]:
+    leaves = trained(inputs)
+    return torch.autograd.grad(call(inputs, **options), leaves)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "divergence": st.sampled_from(["forward_kl", "reverse_kl", "jsd"]),
+        "beta": st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.01, 0.99)),
+        "temperature": st.floats(0.25, 4),
+        "clip": st.one_of(st.none(), st.floats(0.01, 5)),
+        "top_k": st.one_of(st.none(), st.integers(1, 12)),
+        "tokens": st.integers(0, 9),
+        "vocabulary": st.integers(1, 11),
+        "width": st.integers(11, 13),
+        "hidden": st.integers(1, 5),
+        "teacher_hidden": st.integers(1, 5),
+        "chunk_tokens": st.one_of(st.none(), st.integers(1, 10)),
+        "seed": st.integers(0, 10**6),
+    }
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(OPTIONS)
+def test_any_sizes_and_options_agree_with_the_reference(options: dict[str, Any]) -> None:
+    case = Case(**options, dtype=torch.float64)
+    want = reference.fused(case)
+    if case.clip is not None and (want.per_token - case.clip).abs().lt(1e-9).logical_and(want.per_token != case.clip).any():
+        return  # too close to the bound to say on which side
+    (found,) = ranks.fused(0, 1, [case])
+    check_loss(case, found, want)
+    for name, gradient in want.gradients.items():
+        check_gradient(case, found.gradients[name][: gradient.shape[0]], gradient)
+
+
+@settings(max_examples=30, deadline=None)
+@given(OPTIONS)
+def test_the_result_does_not_depend_on_chunk_tokens(options: dict[str, Any]) -> None:
+    """In float32, up to the rounding of a matrix product of another height."""
+    case = Case(**options)
+    (found,) = ranks.fused(0, 1, [case])
+    (whole,) = ranks.fused(0, 1, [Case(**options | {"chunk_tokens": None})])
+    assert torch.allclose(found.per_token, whole.per_token, rtol=2e-6, atol=1e-7)
+    for name, gradient in whole.gradients.items():
+        check(case, found.gradients[name], gradient, 1e-5)
+
+
+@pytest.mark.parametrize("name", [*cases.THREE, "jsd(0.0)", "jsd(1.0)"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"clip": 0.6, "temperature": 1.5}], ids=str)
+def test_gradcheck(name: str, options: dict[str, Any]) -> None:
+    base = cases.DIVERGENCES[name]
+    case = Case(**base.objective() | options, tokens=5, vocabulary=7, hidden=3, dtype=torch.float64, seed=4)
+    inputs = reference.heads(case)
+
+    def loss(hidden: Tensor, weight: Tensor, token_weights: Tensor) -> Tensor:
+        replaced = inputs._replace(student_hidden=hidden, student_weight=weight, token_weights=token_weights)
+        return call(replaced, vocab_size=6, chunk_tokens=2, **case.objective())
+
+    assert torch.autograd.gradcheck(loss, trained(inputs))
+
+
+@pytest.mark.parametrize("name", cases.THREE)
+def test_the_teacher_never_receives_a_gradient(name: str) -> None:
+    inputs = reference.heads(cases.DIVERGENCES[name])
+    call(reference.Heads(*(tensor.requires_grad_() for tensor in inputs)), divergence=name.split("(")[0]).backward()
+    assert inputs.teacher_hidden.grad is None and inputs.teacher_weight.grad is None
+    assert inputs.student_hidden.grad is not None
+
+
+def test_a_head_shared_with_the_teacher_is_trained_as_the_students_alone() -> None:
+    case = Case(teacher_hidden=8, dtype=torch.float64)
+    inputs = reference.heads(case)
+    shared = inputs._replace(teacher_weight=inputs.student_weight)
+    apart = inputs._replace(teacher_weight=inputs.student_weight.clone())
+    assert all(torch.equal(found, want) for found, want in zip(gradients(shared), gradients(apart), strict=True))
+
+
+@pytest.mark.parametrize("wanted", ["student_hidden", "student_weight", "token_weights"])
+def test_an_input_that_needs_no_gradient_does_not_change_that_of_another(wanted: str) -> None:
+    case = Case(chunk_tokens=4)
+    inputs = reference.heads(case)
+    alone = getattr(inputs, wanted).requires_grad_()
+    call(inputs, chunk_tokens=4).backward()
+    (together,) = ranks.fused(0, 1, [case])
+    assert torch.equal(alone.grad, together.gradients[wanted])
+    assert sum(tensor.grad is not None for tensor in inputs) == 1
+
+
+def test_without_gradients_the_loss_is_the_same_and_has_no_graph() -> None:
+    inputs = reference.heads(Case("reverse_kl"))
+    trained(inputs)
+    with torch.no_grad():
+        found = fused_linear_divergence(*inputs, divergence="reverse_kl")
+    want = fused_linear_divergence(*inputs, divergence="reverse_kl")
+    assert not found.loss.requires_grad
+    assert torch.equal(found.loss, want.loss) and torch.equal(found.per_token, want.per_token)
+
+
+def test_backward_scales_by_the_upstream_gradient_and_can_run_twice() -> None:
+    inputs = reference.heads(Case())
+    leaves = trained(inputs)
+    loss = call(inputs)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    thrice = torch.autograd.grad(-3 * loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    for first, scaled, repeated in zip(once, thrice, again, strict=True):
+        assert torch.allclose(scaled, -3 * first) and torch.equal(repeated, first)
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    inputs = reference.heads(Case("jsd", top_k=4, temperature=2.0))
+    before = [tensor.clone() for tensor in inputs]
+    trained(inputs)
+    call(inputs, divergence="jsd", top_k=4, temperature=2.0).backward()
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, before, strict=True))
+
+
+def test_strided_inputs_give_what_contiguous_ones_do() -> None:
+    inputs = reference.heads(Case(dtype=torch.float64))
+    strided = reference.Heads(*(torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in inputs))
+    assert not strided.student_hidden.is_contiguous()
+    for found, want in zip(gradients(strided), gradients(inputs), strict=True):
+        assert torch.allclose(found, want, rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", cases.THREE)
+@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bf16_is_no_worse_than_float32_softmaxes_of_dense_bf16_logits(name: str, teacher_dtype: torch.dtype) -> None:
+    """Errors against float64 on the same bf16 inputs; the dense computation is autograd's own."""
+    case = cases.DIVERGENCES[name]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 32), (500, 32), (64, 24), (500, 24), (64,)]
+    dtypes = [torch.bfloat16, torch.bfloat16, teacher_dtype, teacher_dtype, torch.float32]
+    given = reference.Heads(
+        *(torch.randn(shape, generator=generator).mul(0.6).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    )
+
+    def errors(loss: Tensor, inputs: reference.Heads) -> list[float]:
+        found = [loss.detach(), *torch.autograd.grad(loss, [inputs.student_hidden, inputs.student_weight])]
+        return [((f.double() - w).norm() / w.norm()).item() for f, w in zip(found, want, strict=True)]
+
+    def copies(dtype: torch.dtype | None = None) -> reference.Heads:
+        made = reference.Heads(*(tensor.to(dtype or tensor.dtype, copy=True) for tensor in given))
+        trained(made)
+        return made
+
+    def dense(inputs: reference.Heads) -> Tensor:
+        student, teacher = inputs.student_hidden @ inputs.student_weight.t(), inputs.teacher_hidden @ inputs.teacher_weight.t()
+        return (_float32_divergence(student.float(), teacher.float(), case) * inputs.token_weights).sum()
+
+    exact, plain, fused = copies(torch.float64), copies(), copies()
+    per_token = reference.divergence(
+        exact.student_hidden @ exact.student_weight.t(), exact.teacher_hidden @ exact.teacher_weight.t(), case
+    )
+    loss = (per_token * exact.token_weights).sum()
+    want = [loss.detach(), *torch.autograd.grad(loss, [exact.student_hidden, exact.student_weight])]
+    result = call(fused, divergence=case.divergence, beta=case.beta, chunk_tokens=17)
+    for found, limit in zip(errors(result, fused), errors(dense(plain), plain), strict=True):
+        assert found <= 1.05 * limit + 1e-5
+    leaves = (fused.student_hidden, fused.student_weight)
+    assert [g.dtype for g in torch.autograd.grad(call(fused), leaves)] == [torch.bfloat16] * 2
+
+
+def _float32_divergence(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
+    log_s, log_t = student.log_softmax(dim=1), teacher.log_softmax(dim=1).detach()
+    if case.divergence == "forward_kl":
+        return (log_t.exp() * (log_t - log_s)).sum(dim=1)
+    if case.divergence == "reverse_kl":
+        return (log_s.exp() * (log_s - log_t)).sum(dim=1)
+    log_m = (case.beta * log_t.exp() + (1 - case.beta) * log_s.exp()).log()
+    of_teacher, of_student = (log_t.exp() * (log_t - log_m)).sum(dim=1), (log_s.exp() * (log_s - log_m)).sum(dim=1)
+    return case.beta * of_teacher + (1 - case.beta) * of_student
+
+
+def test_a_hidden_state_that_is_nan_gives_nan_and_leaves_other_tokens_alone() -> None:
+    """A step with a broken activation must be visible and skippable, with and without top_k."""
+    for top_k in (None, 3):
+        inputs = reference.heads(Case())
+        want = fused_linear_divergence(*inputs, top_k=top_k).per_token
+        for side in (inputs.student_hidden, inputs.teacher_hidden):
+            kept = side[1].clone()
+            side[1] = torch.nan
+            found = fused_linear_divergence(*inputs, top_k=top_k).per_token
+            side[1] = kept
+            assert found.isnan().tolist() == [number == 1 for number in range(6)]
+            assert torch.equal(found[2:], want[2:])
+
+
+WRONG_SHAPES = {
+    "student_hidden": torch.ones(6, 7),
+    "student_weight": torch.ones(23, 8),
+    "teacher_hidden": torch.ones(5, 12),
+    "teacher_weight": torch.ones(24, 11),
+    "token_weights": torch.ones(6, 1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SHAPES)
+def test_shapes_that_do_not_fit_are_named(name: str) -> None:
+    inputs = reference.heads(Case())._replace(**{name: WRONG_SHAPES[name]})
+    with pytest.raises(ValueError, match="expected hidden") as error:
+        call(inputs)
+    assert str(list(WRONG_SHAPES[name].shape)) in str(error.value)
+
+
+def test_three_dimensional_hidden_states_are_refused() -> None:
+    inputs = reference.heads(Case())
+    with pytest.raises(ValueError, match="expected hidden"):
+        call(inputs._replace(student_hidden=inputs.student_hidden[None]))
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"divergence": "kl"}, "divergence must be one of forward_kl, reverse_kl, jsd, not 'kl'"),
+    ({"beta": -0.1}, r"beta .* must lie in \[0, 1\], not -0.1"),
+    ({"beta": 1.1}, r"beta .* must lie in \[0, 1\], not 1.1"),
+    ({"beta": float("nan")}, "beta .* not nan"),
+    ({"temperature": 0}, "temperature must be positive, not 0"),
+    ({"temperature": float("nan")}, "temperature must be positive, not nan"),
+    ({"clip": 0.0}, "clip must be positive"),
+    ({"clip": -1.0}, "clip must be positive"),
+    ({"top_k": 0}, "top_k must be at least 1"),
+    ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+    ({"vocab_size": 0}, r"vocab_size 0 does not fit 1 shard\(s\) of 24 columns"),
+    ({"vocab_size": 25}, r"vocab_size 25 does not fit 1 shard\(s\) of 24 columns"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS, ids=[str(options) for options, _ in BAD_ARGUMENTS])
+def test_arguments_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(reference.heads(Case()), **options)

@@ -1,0 +1,93 @@
+"""Memory grows with `chunk_tokens * V / p`, never with `tokens * V`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_trd.losses import fused_linear_divergence, vocab_parallel_log_prob
+from tests.distributed import run_ranks
+from tests.losses import ranks
+
+VOCABULARY, HIDDEN, CHUNK = 16384, 4, 32
+LOGITS = CHUNK * VOCABULARY * 4  # bytes of a chunk, one side
+SMALL = 0.3 * LOGITS  # room for scratch of a few rows, statistics and what is [tokens, hidden]
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"divergence": "reverse_kl"},
+    {"divergence": "jsd"},
+    {"top_k": 32},
+    {"top_k": VOCABULARY},
+    {"clip": 0.1, "temperature": 2.0},
+]
+
+
+def sizes(tokens: int, **options: Any) -> dict[str, Any]:
+    return {"tokens": tokens, "vocabulary": VOCABULARY, "hidden": HIDDEN, "chunk_tokens": CHUNK, **options}
+
+
+def head_gradient(world: int) -> int:
+    return VOCABULARY // world * HIDDEN * 4
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_two_chunks_of_logits_are_the_peak_however_many_tokens(options: dict[str, Any]) -> None:
+    for tokens in (CHUNK, 16 * CHUNK):
+        (found,) = ranks.memory(0, 1, [sizes(tokens, **options)])
+        assert 2 * LOGITS <= found.peak <= 2 * LOGITS + head_gradient(1) + SMALL, tokens
+        assert found.left <= head_gradient(1) + 0.1 * LOGITS, "logits outlive the call"
+
+
+def test_a_rank_of_two_needs_half() -> None:
+    calls = [sizes(8 * CHUNK), sizes(8 * CHUNK, divergence="jsd"), sizes(8 * CHUNK, top_k=32)]
+    for rank in run_ranks(ranks.memory, 2, calls):
+        for found in rank:
+            assert found.peak <= LOGITS + head_gradient(2) + SMALL
+            assert found.left <= head_gradient(2) + 0.1 * LOGITS
+
+
+def test_log_probabilities_need_one_chunk() -> None:
+    tokens = 8 * CHUNK
+    inputs = torch.randn(tokens, HIDDEN), torch.randn(VOCABULARY, HIDDEN), torch.zeros(tokens, dtype=torch.int64)
+    found = ranks.allocated(lambda: vocab_parallel_log_prob(*inputs, chunk_tokens=CHUNK))
+    assert LOGITS <= found.peak <= LOGITS + SMALL
+    assert found.left <= 0.1 * LOGITS
+
+
+def test_without_gradients_the_heads_gradient_is_not_allocated() -> None:
+    with torch.no_grad():
+        (found,) = ranks.memory(0, 1, [sizes(4 * CHUNK, hidden=64)])
+    assert found.peak <= 2 * LOGITS + SMALL < 2 * LOGITS + VOCABULARY * 64 * 4
+
+
+class _NarrowCopies(TorchDispatchMode):
+    """Counts, whenever a chunk's logits are computed, the bf16 copies of earlier chunks' gradients still there."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.products, self.made, self.outlived = shape, 0, [], 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self.shape:
+            if func.overloadpacket is torch.ops.aten._to_copy:
+                self.made.append(weakref.ref(result))
+            elif func.overloadpacket is torch.ops.aten.mm:
+                self.products += 1
+                self.outlived += sum(copy() is not None for copy in self.made)
+        return result
+
+
+def test_the_bf16_copy_of_a_chunks_gradient_is_gone_before_the_next_chunk() -> None:
+    """Half a chunk's logits; a name that still holds it would raise the peak by as much, unseen on one chunk."""
+    hidden, weight = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((12, 2), (64, 2)))
+    with _NarrowCopies((4, 64)) as seen:
+        fused_linear_divergence(hidden, weight, hidden, weight, torch.ones(12), chunk_tokens=4)
+    assert seen.products == 6 and len(seen.made) == 3
+    assert seen.outlived == 0

@@ -1,0 +1,339 @@
+"""Trajectories to training samples: what is trained on, what is dropped or cut and counted, and a step's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from megatron_trd.config import from_dict
+from megatron_trd.data.problems import Problem
+from megatron_trd.data.prompts import PromptBuilder
+from megatron_trd.engines.sampler import Completion, Trajectory
+from megatron_trd.training.checks import prompt_limit
+from megatron_trd.training.samples import SampleBuilder
+from tests.data.tokenizers import END, ids_of, tokenizer
+
+(EOS,) = ids_of(END)
+PROBLEM = Problem(0, "What is 12 + 34?", "46", "It is 46.")
+
+
+def encode(text: str) -> list[int]:
+    return list(tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def builder(method: str = "trd-opsd", **fields: Any) -> SampleBuilder:
+    return SampleBuilder(from_dict({"method": method} | fields, "test"), PromptBuilder(tokenizer()))
+
+
+def completion(text: str, *, truncated: bool = False) -> Completion:
+    tokens = (*encode(text), *(() if truncated else (EOS,)))
+    return Completion(tokens, tuple(-0.5 - place for place in range(len(tokens))), truncated)
+
+
+def answer(value: int) -> str:
+    return f"So it is\n\\boxed{{{value}}}"
+
+
+def trajectory(
+    before: Completion, after: Completion | None = None, problem: Problem = PROBLEM, prompt: Sequence[int] | None = (5, 6)
+) -> Trajectory:
+    return Trajectory(problem, before, None if prompt is None else tuple(prompt), after)
+
+
+def limits(prompt: int, reference: int, rollout: int, overlong: str = "drop") -> dict[str, Any]:
+    return {
+        "data": {"max_prompt_tokens": prompt, "max_reference_tokens": reference, "overlong": overlong},
+        "sampler": {"max_rollout_tokens": rollout},
+    }
+
+
+# What a sample is
+
+
+def test_a_refined_sample_is_the_vanilla_prompt_the_refinement_prompt_and_the_refinement() -> None:
+    made = builder("trd-opsd")
+    before, after = completion(answer(45)), completion(answer(46))
+    prompt = made.refine_prompt(PROBLEM, before)
+    assert prompt == made.prompts.ids("refine_reference", PROBLEM.problem, PROBLEM.reference, before.tokens)
+    (sample,) = made.samples([trajectory(before, after, prompt=prompt)])
+    assert list(sample.student_prompt) == made.prompts.ids("vanilla", PROBLEM.problem)
+    assert list(sample.teacher_prompt) == prompt
+    assert (sample.response, sample.sampler_log_probs) == (after.tokens, after.log_probs)
+    assert sample.response[-1] == EOS, "end-of-sequence is trained where it was sampled"
+
+
+@pytest.mark.parametrize(("method", "context"), [("opd-forward-kl", "vanilla"), ("opsd-jsd", "reference")])
+def test_a_raw_sample_is_the_rollout_under_the_teacher_s_own_context(method: str, context: Any) -> None:
+    made = builder(method)
+    rollout = completion(answer(45))
+    (sample,) = made.samples([trajectory(rollout, prompt=None)])
+    assert list(sample.student_prompt) == made.prompts.ids("vanilla", PROBLEM.problem)
+    assert list(sample.teacher_prompt) == made.prompts.ids(context, PROBLEM.problem, PROBLEM.reference)
+    assert (sample.response, sample.sampler_log_probs) == (rollout.tokens, rollout.log_probs)
+
+
+def test_opd_refines_without_the_reference() -> None:
+    made = builder("trd-opd")
+    prompt = made.refine_prompt(PROBLEM, completion(answer(45)))
+    assert prompt is not None and PROBLEM.reference not in tokenizer().decode(prompt)
+
+
+@pytest.mark.parametrize(("normalize", "weights"), [("sequence", [1 / 2 / 3, 1 / 2 / 9]), ("token", [1 / 12, 1 / 12])])
+def test_weights_are_normalised_over_the_samples_that_are_kept(normalize: str, weights: list[float]) -> None:
+    made = builder("opd-forward-kl", loss={"normalize": normalize})
+    kept = [Completion((7,) * count, (0.0,) * count, truncated=False) for count in (3, 9)]
+    dropped = Completion((7,) * 5, (0.0,) * 5, truncated=True)
+    samples = made.samples([trajectory(rollout, prompt=None) for rollout in (kept[0], dropped, kept[1])])
+    assert [sample.weight for sample in samples] == pytest.approx(weights)
+    assert sum(sample.weight * len(sample.response) for sample in samples) == pytest.approx(1.0)
+
+
+def test_nothing_to_train_on_is_an_empty_list() -> None:
+    made = builder("trd-opsd")
+    empty = Completion((), (), truncated=False)
+    rollout = completion("x")
+    assert made.samples([]) == []
+    assert made.samples([trajectory(rollout, None, prompt=None)]) == [], "its refinement prompt was dropped"
+    assert made.samples([trajectory(rollout, empty)]) == [], "no token to learn from"
+
+
+# Truncated responses
+
+
+@pytest.mark.parametrize(("overlong", "kept"), [("drop", 1), ("cut", 2)])
+@pytest.mark.parametrize("method", ["trd-opsd", "opd-forward-kl"])
+def test_truncated_responses_are_dropped_or_kept_and_counted(overlong: str, kept: int, method: str) -> None:
+    made = builder(method, data={"overlong": overlong})
+    refines = method == "trd-opsd"
+    whole, broken = completion(answer(46)), completion("So", truncated=True)
+    trajectories = [
+        trajectory(whole if refines else response, response if refines else None) for response in (whole, broken)
+    ]
+    samples = made.samples(trajectories)
+    assert len(samples) == kept
+    metrics = made.metrics(trajectories, samples)
+    assert metrics["overflow/refinement" if refines else "overflow/rollout"] == 1
+    assert metrics["overflow/rollout" if refines else "overflow/refinement"] == 0
+    assert metrics["samples/trained"] == kept
+
+
+def test_a_truncated_rollout_may_be_refined_and_its_refinement_trained_on() -> None:
+    made = builder("trd-opsd")
+    trajectories = [trajectory(completion("So", truncated=True), completion(answer(46)))]
+    samples = made.samples(trajectories)
+    assert len(samples) == 1 and made.metrics(trajectories, samples)["overflow/rollout"] == 1
+
+
+# Over-long prompts
+
+
+LONG = Problem(1, "What is 12 + 34? " * 30, "46", "It is 46.")
+VERBOSE = Problem(2, "What is 12 + 34?", "46", "It is 46, indeed. " * 50)
+# A teacher prompt's own words are some tokens longer than the vanilla prompt's.
+ROOM = len(encode(PromptBuilder(tokenizer()).text("refine_reference", "", "")))
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+@pytest.mark.parametrize("method", ["trd-opsd", "trd-opd", "opd-forward-kl", "opsd-forward-kl"])
+def test_a_problem_too_long_is_dropped_never_cut_and_counted_once(method: str, overlong: str) -> None:
+    made = builder(method, **limits(200, 60, 20, overlong))
+    problems, prompts = made.begin([PROBLEM, LONG, PROBLEM])
+    assert problems == [PROBLEM, PROBLEM]
+    assert prompts == [made.prompts.ids("vanilla", PROBLEM.problem)] * 2
+    assert made.metrics([], [])["overflow/prompt"] == 1
+
+
+def test_the_count_of_too_long_problems_begins_anew_each_step() -> None:
+    made = builder("opsd-jsd", **limits(200, 60, 20))
+    made.begin([LONG, LONG])
+    made.begin([PROBLEM, LONG])
+    assert made.metrics([], [])["overflow/prompt"] == 1
+
+
+def test_a_reference_too_long_drops_the_problem_and_is_counted_once() -> None:
+    made = builder("opsd-forward-kl", **limits(200, 60, 20, "drop"))
+    problems, _ = made.begin([VERBOSE, PROBLEM])
+    assert problems == [PROBLEM]
+    assert made.metrics([], [])["overflow/prompt"] == 1
+
+
+def test_a_reference_too_long_is_cut_to_fit_and_is_counted_once() -> None:
+    made = builder("opsd-forward-kl", **limits(200, 60, 20, "cut"))
+    problems, _ = made.begin([VERBOSE, PROBLEM])
+    assert problems == [VERBOSE, PROBLEM]
+    trajectories = [trajectory(completion(answer(46)), None, problem, prompt=None) for problem in problems]
+    samples = made.samples(trajectories)
+    assert len(samples) == 2
+    cut = list(samples[0].teacher_prompt)
+    limit = prompt_limit(made.config, "reference")
+    assert limit - 3 <= len(cut) <= limit, "cut, and no more than needed"
+    text = tokenizer().decode(cut)
+    assert VERBOSE.problem in text and "It is 46, indeed. It is 46" in text and VERBOSE.reference not in text
+    assert "Solve the problem in your own words" in text, "the words after the reference are not cut off"
+    assert list(samples[1].teacher_prompt) == made.prompts.ids("reference", PROBLEM.problem, PROBLEM.reference)
+    assert made.metrics(trajectories, samples)["overflow/prompt"] == 1
+
+
+def test_methods_that_do_not_show_the_reference_do_not_mind_its_length() -> None:
+    made = builder("opd-forward-kl", **limits(200, 60, 20))
+    assert made.begin([VERBOSE])[0] == [VERBOSE]
+    assert made.metrics([], [])["overflow/prompt"] == 0
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_rollout_too_long_is_cut_inside_the_refinement_prompt(ended: bool) -> None:
+    made = builder("trd-opd", **limits(ROOM + 20, 1, 10, "cut"))
+    tokens = tuple(range(100, 250))
+    rollout = Completion((*tokens, EOS) if ended else tokens, (0.0,) * (150 + ended), truncated=not ended)
+    prompt = made.refine_prompt(PROBLEM, rollout)
+    room = prompt_limit(made.config, "refine") - len(made.prompts.ids("refine", PROBLEM.problem, None, []))
+    assert 0 < room < 150
+    assert prompt == made.prompts.ids("refine", PROBLEM.problem, None, tokens[:room]), "cut, and no more than needed"
+    assert made.metrics([trajectory(rollout, prompt=prompt)], [])["overflow/refinement_prompt"] == 1
+
+
+def test_a_rollout_too_long_drops_the_refinement_where_the_configuration_says_so() -> None:
+    made = builder("trd-opd", **limits(ROOM + 20, 1, 10, "drop"))
+    rollout = Completion(tuple(range(100, 250)), (0.0,) * 150, truncated=True)
+    assert made.refine_prompt(PROBLEM, rollout) is None
+    dropped = trajectory(rollout, None, prompt=None)
+    assert made.samples([dropped]) == []
+    assert made.metrics([dropped], [])["overflow/refinement_prompt"] == 1
+
+
+def test_a_reference_is_cut_after_the_rollout_is_used_up() -> None:
+    made = builder("trd-opsd", **limits(ROOM + 20, 10, 10, "cut"))
+    rollout = completion(answer(45))
+    prompt = made.refine_prompt(VERBOSE, rollout)
+    assert prompt is not None
+    limit = prompt_limit(made.config, "refine_reference")
+    assert limit - 3 <= len(prompt) <= limit
+    text = tokenizer().decode(prompt)
+    assert VERBOSE.problem in text and "It is 46, indeed." in text and "boxed{45}" not in text
+
+
+def test_a_refinement_prompt_that_cannot_be_cut_to_fit_is_dropped() -> None:
+    made = builder("trd-opsd", **limits(10, 1, 1, "cut"))
+    assert made.refine_prompt(VERBOSE, completion(answer(45))) is None
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+def test_overlong_refinement_prompts_of_other_ranks_are_counted_here(overlong: str) -> None:
+    fields = limits(ROOM + 20, 1, 10, overlong)
+    elsewhere, here = builder("trd-opd", **fields), builder("trd-opd", **fields)
+    rollout = Completion(tuple(range(100, 250)), (0.0,) * 150, truncated=True)
+    made = trajectory(rollout, None, prompt=elsewhere.refine_prompt(PROBLEM, rollout))
+    short = trajectory(Completion((7,), (0.0,), truncated=False), None, prompt=(5,))
+    assert here.metrics([made, short, made], [])["overflow/refinement_prompt"] == 2
+
+
+def test_a_prompt_of_just_the_limit_is_neither_cut_nor_counted() -> None:
+    size = len(PromptBuilder(tokenizer()).ids("vanilla", PROBLEM.problem))
+    exact, below = (builder("opd-forward-kl", data={"max_prompt_tokens": limit}) for limit in (size, size - 1))
+    assert exact.begin([PROBLEM])[0] == [PROBLEM] and exact.metrics([], [])["overflow/prompt"] == 0
+    assert below.begin([PROBLEM])[0] == [] and below.metrics([], [])["overflow/prompt"] == 1
+
+
+# Corpus ablations: (rollout right, refinement right)
+
+
+CORNERS = [(False, False), (False, True), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "kept"),
+    [
+        ("all", CORNERS),
+        ("rollout_wrong", [(False, False), (False, True)]),
+        ("refinement_right", [(False, True), (True, True)]),
+        ("corrected", [(False, True)]),
+    ],
+)
+def test_a_corpus_keeps_the_samples_it_is_named_for(corpus: str, kept: list[tuple[bool, bool]]) -> None:
+    made = builder("trd-opsd", corpus=corpus)
+    trajectories = [
+        # a word more for each corner: every refinement is told by its length
+        trajectory(completion(answer(46 if before else 45)), completion("x " * index + answer(46 if after else 44)))
+        for index, (before, after) in enumerate(CORNERS)
+    ]
+    responses = [sample.response for sample in made.samples(trajectories)]
+    assert responses == [trajectories[CORNERS.index(corner)].refinement.tokens for corner in kept]  # type: ignore[union-attr]
+
+
+# Metrics
+
+
+def test_metrics_of_hand_made_trajectories() -> None:
+    made = builder("trd-opsd")
+    other = Problem(1, "What is 1 + 1?", "2", "2")
+    trajectories = [
+        # wrong, then right; one of two lines kept on each side
+        trajectory(completion(f"line\n{answer(45)}"), completion(f"line\n{answer(46)}")),
+        # right and copied
+        trajectory(completion(answer(46)), completion(answer(46))),
+        # wrong, its refinement too long
+        trajectory(completion("no idea"), completion("still none", truncated=True), problem=other),
+        # right, its refinement prompt dropped
+        trajectory(completion(answer(2)), None, problem=other, prompt=None),
+    ]
+    samples = made.samples(trajectories)
+    found = made.metrics(trajectories, samples)
+    before = [len(item.rollout.tokens) for item in trajectories]
+    after = [len(item.refinement.tokens) for item in trajectories if item.refinement]
+    assert found == pytest.approx(
+        {
+            "samples/trained": 2,
+            "tokens/trained": after[0] + after[1],
+            "overflow/prompt": 0,
+            "overflow/refinement_prompt": 0,
+            "overflow/rollout": 0,
+            "overflow/refinement": 1,
+            "length/rollout": sum(before) / 4,
+            "length/refinement": sum(after) / 3,
+            "right/rollout": 2 / 4,
+            "right/refinement": 2 / 3,
+            # 3 lines, 2 of them kept; a copy; nothing in common
+            "edit_ratio": (1 / 3 + 0 + 1) / 3,
+        }
+    )
+
+
+def test_metrics_of_a_step_without_trajectories_have_counts_and_no_means() -> None:
+    found = builder("trd-opsd").metrics([], [])
+    assert found["samples/trained"] == found["tokens/trained"] == 0
+    assert not any(key.startswith(("length/", "right/", "edit")) for key in found)
+
+
+def test_problems_without_an_answer_are_not_graded() -> None:
+    made = builder("trd-opsd")
+    item = trajectory(completion(answer(46)), completion(answer(46)), problem=Problem(0, "q", None, "r"))
+    found = made.metrics([item], [])
+    assert not any(key.startswith("right/") for key in found)
+    assert made.right(item) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ratio"),
+    [("a\nb\nc\nd", "a\nb\nc\nd", 0.0), ("a\nb\nc\nd", "a\nB\nc\nd", 0.25), ("a", "b", 1.0), ("a\nb", "a\nb\nc\nd", 1 / 3)],
+)
+def test_edit_ratio_is_the_share_of_lines_that_changed(before: str, after: str, ratio: float) -> None:
+    item = trajectory(completion(before), completion(after))
+    assert builder("trd-opsd").metrics([item], [])["edit_ratio"] == pytest.approx(ratio)
+
+
+def test_a_kept_pair_shows_both_texts_and_whether_they_are_right() -> None:
+    made = builder("trd-opsd")
+    pair = made.pair(trajectory(completion(answer(45)), completion(answer(46))))
+    assert pair == {
+        "problem": PROBLEM.problem,
+        "reference": PROBLEM.reference,
+        "answer": "46",
+        "rollout": answer(45),  # without its end-of-sequence token
+        "refinement": answer(46),
+        "rollout_right": False,
+        "refinement_right": True,
+    }
+    raw = builder("opd-forward-kl").pair(trajectory(completion(answer(46)), None, prompt=None))
+    assert (raw["refinement"], raw["refinement_right"], raw["rollout_right"]) == (None, None, True)
