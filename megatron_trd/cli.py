@@ -22,7 +22,7 @@ def train(
 ) -> None:
     """Train a recipe on this machine."""
     from megatron_trd.config import apply_overrides
-    from megatron_trd.training.launch import run_training
+    from megatron_trd.training.command import run_training
     from recipes.common import find_recipe
 
     extra = ["log.verify_refit=true"] if verify_refit else []

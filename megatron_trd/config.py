@@ -240,7 +240,7 @@ def _nearest(key: str) -> str:
 
 
 def _parse_value(key: str, text: str, override: str) -> Any:
-    """A YAML value; for a key that holds text, the text itself: run_dir=2026-01-31 is no date and model=007 no number."""
+    """A YAML value; for a key that holds text, the text itself: run_dir=2026-01-31 is no date, model=007 no number."""
     text = text.strip()
     if key in _text_keys() and text not in ("null", "~") and text[:1] not in ("'", '"'):
         return text

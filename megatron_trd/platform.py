@@ -11,8 +11,10 @@ import contextlib
 import functools
 import os
 import resource
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -56,6 +58,10 @@ class Platform(ABC):
     @abstractmethod
     def sampler_arguments(self, config: SamplerConfig) -> dict[str, Any]:
         """Arguments of `vllm.LLM` for memory, sleep and graph capture."""
+
+    def starting_sampler(self, job: str) -> contextlib.AbstractContextManager[Any]:
+        """Context in which a vLLM engine is made; `job` names this job among others on the machine."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def memory_gib(self) -> dict[str, float]:
@@ -177,6 +183,24 @@ class CpuPlatform(Platform):
     def sampler_arguments(self, config: SamplerConfig) -> dict[str, Any]:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.host_kv_cache_gib)  # GiB, read when the engine starts
         return {"enforce_eager": True}  # graph capture compiles for minutes on a CPU
+
+    @contextlib.contextmanager
+    def starting_sampler(self, job: str) -> Iterator[None]:
+        # vLLM's ranks of one machine talk through shared memory that it names after its `init_method`: the same name
+        # for every job, and never removed when a process is killed, so that the next job cannot start. Here each job
+        # and machine has a name (ranks whose names differ use gloo), and it is removed once all ranks have it mapped.
+        from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
+
+        identifier = f"{job}-{socket.gethostname()}"
+        original = Launcher._distributed_args
+
+        def distributed_args(self: Any) -> tuple[str, int, int]:
+            return f"file://{identifier}", *original(self)[1:]
+
+        with mock.patch.object(Launcher, "_distributed_args", distributed_args):
+            yield
+        for segment in Path("/dev/shm").glob(f"{identifier}-*cpushm_*"):
+            segment.unlink(missing_ok=True)
 
     def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
         # torch Adam makes its state at the first step; megatron-core's load asserts that every parameter has one.

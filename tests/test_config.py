@@ -103,7 +103,9 @@ def test_override_sets_one_key_with_its_type(override: str, key: str, value: obj
     assert changed <= {key}
 
 
-@pytest.mark.parametrize("text", ["123", "007", "1e5", "2026-01-31", "no", "on", "a: b", "a #b", "%x", "[x", "{x", "- a", "12:30"])
+@pytest.mark.parametrize(
+    "text", ["123", "007", "1e5", "2026-01-31", "no", "on", "a: b", "a #b", "%x", "[x", "{x", "- a", "12:30"]
+)
 def test_text_stays_as_typed_where_yaml_would_read_something_else(text: str) -> None:
     assert apply_overrides(TrainConfig(), [f"run_dir={text}", f"data.name={text}"]).run_dir == text
     assert apply_overrides(TrainConfig(), [f"data.name={text}"]).data.name == text
@@ -113,7 +115,9 @@ def test_text_stays_as_typed_where_yaml_would_read_something_else(text: str) -> 
 def test_quoted_text_is_text(quote: str) -> None:
     config = apply_overrides(TrainConfig(), [f"data.name={quote}null{quote}", f"model={quote}007{quote}"])
     assert (config.data.name, config.model) == ("null", "007")
-    kwargs = apply_overrides(TrainConfig(), [f"data.chat_template_kwargs.level={quote}1{quote}"]).data.chat_template_kwargs
+    kwargs = apply_overrides(
+        TrainConfig(), [f"data.chat_template_kwargs.level={quote}1{quote}"]
+    ).data.chat_template_kwargs
     assert kwargs == {"level": "1"}
 
 
@@ -139,7 +143,9 @@ def test_every_key_can_be_set_by_an_override(config: TrainConfig) -> None:
 def _as_yaml(value: object) -> str:
     """A value as a careful person types it: text in quotes."""
     style = '"' if isinstance(value, str) else None
-    return yaml.safe_dump(value, default_style=style, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(value, default_style=style, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    )
 
 
 # Mistakes

@@ -54,12 +54,14 @@ def _rows(config: DataConfig) -> Sequence[Mapping[str, Any]]:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
             if isinstance(loaded, datasets.DatasetDict) and config.split not in loaded:
-                raise UserError(f"data '{path}': no split '{config.split}'; set data.split to one of {', '.join(loaded)}")
+                raise UserError(
+                    f"data '{path}': no split '{config.split}'; set data.split to one of {', '.join(loaded)}"
+                )
             return list(loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded)
         return list(datasets.load_dataset(config.path, config.name, split=config.split))
     except UserError:
         raise
-    except Exception as error:  # datasets raises many kinds; the user needs the file and the reason
+    except Exception as error:  # noqa: BLE001 - datasets raises many kinds; the user needs file and reason
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         here = "" if path.exists() else " is no file or folder here, and as a hub data set"
         raise UserError(f"data '{config.path}'{here} (split '{config.split}') cannot be read: {reason}") from None
@@ -76,9 +78,13 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
             except UnicodeDecodeError:
                 raise UserError(f"data '{path}' line {number}: not UTF-8 text; convert the file to UTF-8") from None
             except json.JSONDecodeError as error:
-                raise UserError(f"data '{path}' line {number}: not JSON ({error.msg}); mend or remove the line") from None
+                raise UserError(
+                    f"data '{path}' line {number}: not JSON ({error.msg}); mend or remove the line"
+                ) from None
             if not isinstance(row, dict):
-                raise UserError(f"data '{path}' line {number}: expected an object with fields, got {type(row).__name__}")
+                raise UserError(
+                    f"data '{path}' line {number}: expected an object with fields, got {type(row).__name__}"
+                )
             yield row
 
 

@@ -22,7 +22,17 @@ def refit(llm: Any, arch: Architecture, source: weights.Source) -> None:
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
     for _ in tensors:  # vLLM may stop early; the other ranks of the gather do not
         pass
+    if arch.tied:
+        llm.apply_model(_renew_tied_head)
     llm.reset_prefix_cache()
+
+
+def _renew_tied_head(model: torch.nn.Module) -> None:
+    """Runs in the vLLM worker. A tied head shares the embedding's tensor, which is new; but no tensor was loaded for the
+    head itself, so a copy of it repacked for a kernel is still the old one (seen with vLLM 0.32 on a CPU)."""
+    head = getattr(model, "lm_head", None)
+    if isinstance(head, torch.nn.Module) and hasattr(head, "quant_method"):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def checksum(tensor: Tensor) -> str:
@@ -39,11 +49,11 @@ def verify(llm: Any, arch: Architecture, source: weights.Source) -> list[str]:
     """
     [found] = llm.apply_model(_read_back)
     full = dict(weights.named_tensors(arch, source))
+    if arch.tied:
+        full["lm_head.weight"] = full["model.embed_tokens.weight"]
     different = []
     for module, (digests, rank, tp) in found.items():
         for part, digest in zip(_parts(module), digests, strict=True):
-            if part not in full:
-                continue  # e.g. the head of a tied model is its embedding
             if checksum(_engine_shard(part, full[part], rank, tp)) != digest:
                 different.append(part)
     missing = set(full) - {part for module in found for part in _parts(module)}
@@ -71,18 +81,18 @@ def _read_back(model: torch.nn.Module) -> dict[str, tuple[list[str], int, int]]:
     """Runs in the vLLM worker: module name -> (checksums of its Hugging Face parts, tensor-parallel rank, size)."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
     from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     rank, tp = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     found: dict[str, tuple[list[str], int, int]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, VocabParallelEmbedding):
-            whole = _read_vocabulary(module)
-            if whole is not None:
-                found[name] = ([checksum(whole)], rank, tp)
+        if isinstance(module, ParallelLMHead):
+            found[name] = ([checksum(_whole_vocabulary(module, _read_linear(module, module.embedding_dim)))], rank, tp)
+        elif isinstance(module, VocabParallelEmbedding):
+            found[name] = ([checksum(_whole_vocabulary(module, module.weight.data))], rank, tp)
         elif isinstance(module, LinearBase):
             sizes = getattr(module, "output_sizes", None)
-            weight = _read_linear(module)
+            weight = _read_linear(module, module.input_size_per_partition)
             parts = weight.split([size // tp for size in sizes]) if sizes else [weight]
             found[name] = ([checksum(part) for part in parts], rank, tp)
         elif isinstance(getattr(module, "weight", None), torch.nn.Parameter):  # norms
@@ -90,20 +100,19 @@ def _read_back(model: torch.nn.Module) -> dict[str, tuple[list[str], int, int]]:
     return found
 
 
-def _read_linear(module: Any) -> Tensor:
-    """`[out, in]` shard of a linear layer, from its outputs for one-hot inputs: each is one weight, exactly."""
-    size, dtype = module.input_size_per_partition, module.params_dtype
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+def _read_linear(module: Any, size: int) -> Tensor:
+    """`[out, in]` shard of a layer of `size` inputs, from its outputs for one-hot inputs: each is one weight, exactly."""
+    weight = next(module.parameters())  # on a CPU an empty stand-in, whose device and dtype are right all the same
     columns = []
     for start in range(0, size, _PROBE_ROWS):
-        one_hot = torch.eye(size, dtype=dtype, device=device)[start : start + _PROBE_ROWS]
+        one_hot = torch.zeros(min(_PROBE_ROWS, size - start), size, dtype=weight.dtype, device=weight.device)
+        one_hot.diagonal(start).fill_(1)
         columns.append(module.quant_method.apply(module, one_hot))
     return torch.cat(columns).t()
 
 
-def _read_vocabulary(module: Any) -> Tensor | None:
-    """Whole embedding or head without padding, gathered over the engine's tensor-parallel ranks."""
+def _whole_vocabulary(module: Any, part: Tensor) -> Tensor:
+    """Embedding or head without padding, gathered over the engine's tensor-parallel ranks."""
     from vllm.distributed import tensor_model_parallel_all_gather
 
-    whole = tensor_model_parallel_all_gather(module.weight.data.contiguous(), dim=0)
-    return whole[: module.org_vocab_size]
+    return tensor_model_parallel_all_gather(part.contiguous(), dim=0)[: module.org_vocab_size]

@@ -7,8 +7,10 @@ problems of a step. A refinement is queued the moment its rollout ends. Each req
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +55,14 @@ def request_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+@functools.cache
+def _job_name() -> str:
+    """A name for this job that all its ranks agree on and no other job has. Collective when first asked."""
+    name = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, device=platform.current().device)
+    return name[0]
+
+
 class Engine:
     """One vLLM engine of this process."""
 
@@ -64,19 +74,20 @@ class Engine:
         from vllm import LLM
 
         self.arch = arch
-        self.llm = LLM(
-            model=model,
-            dtype=str(current.dtype).removeprefix("torch."),
-            tensor_parallel_size=config.sampler.tp,
-            distributed_executor_backend="external_launcher",
-            max_model_len=max_length,
-            max_num_seqs=config.sampler.max_sequences,
-            seed=config.seed,
-            enable_prefix_caching=True,
-            disable_log_stats=True,
-            trust_remote_code=False,
-            **arguments,
-        )
+        with current.starting_sampler(_job_name()):
+            self.llm = LLM(
+                model=model,
+                dtype=str(current.dtype).removeprefix("torch."),
+                tensor_parallel_size=config.sampler.tp,
+                distributed_executor_backend="external_launcher",
+                max_model_len=max_length,
+                max_num_seqs=config.sampler.max_sequences,
+                seed=config.seed,
+                enable_prefix_caching=True,
+                disable_log_stats=True,
+                trust_remote_code=False,
+                **arguments,
+            )
 
     def add(self, name: str, prompt: Sequence[int], *, max_tokens: int, seed: int, config: TrainConfig) -> None:
         """Queue a request."""

@@ -75,7 +75,8 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         "feed-forward bias": getattr(hf, "mlp_bias", False),
         "sliding-window attention": bool(getattr(hf, "use_sliding_window", False)),
         f"activation {hf.hidden_act}": hf.hidden_act != "silu",
-        "quantized weights": getattr(hf, "quantization_config", None) is not None,  # same names and shapes, scales apart
+        # names and shapes are those of plain weights, the scales are apart
+        "quantized weights": getattr(hf, "quantization_config", None) is not None,
     }
     for feature, present in unsupported.items():
         if present:

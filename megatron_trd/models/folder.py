@@ -36,7 +36,7 @@ class ModelFolder:
 
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises many kinds for fields it cannot use
+        except Exception as error:  # noqa: BLE001 - transformers raises many kinds for fields it cannot use
             raise UserError(f"model folder '{self.path}': config.json cannot be read: {_in_one_line(error)}") from None
 
     @functools.cached_property
@@ -48,7 +48,7 @@ class ModelFolder:
             raise UserError(f"model folder '{self.path}': no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}")
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # as above
+        except Exception as error:  # noqa: BLE001 - as above
             raise UserError(f"model folder '{self.path}': no usable tokenizer: {_in_one_line(error)}") from None
 
     @functools.cached_property
@@ -96,7 +96,9 @@ class ModelFolder:
         try:
             return self._open(file).get_slice(name)
         except SafetensorError:
-            raise UserError(f"model folder '{self.path}': the index puts tensor {name} in {file}, which lacks it") from None
+            raise UserError(
+                f"model folder '{self.path}': the index puts tensor {name} in {file}, which lacks it"
+            ) from None
 
     @functools.cache  # noqa: B019  one handle a file, for the life of the folder
     def _open(self, file: str) -> Any:
@@ -107,4 +109,4 @@ class ModelFolder:
 
 
 def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__

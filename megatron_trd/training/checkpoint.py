@@ -87,6 +87,14 @@ def load(path: Path, student: StudentEngine) -> None:
         student.scheduler.load_state_dict(state["scheduler"])
 
 
+def load_model(path: Path, model: Any) -> None:
+    """Load a checkpoint's model alone, into a model of any layout that has its head. Collective."""
+    from megatron.core import dist_checkpointing
+
+    with platform.current().megatron():
+        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
+
+
 def _state(student: StudentEngine, step: int, *, loading: bool) -> dict[str, Any]:
     model = student.model.module.sharded_state_dict()
     # canonical parameter-shaped optimizer state: loads at any TP x PP x DP

@@ -73,12 +73,13 @@ def _check_tokenizers(student: ModelFolder, teacher: ModelFolder, arch: Architec
     if teacher is student:
         return
     others = teacher.tokenizer.get_vocab()
-    for token, index in vocabulary.items():
-        if others.get(token, index) != index:
-            raise UserError(
-                f"teacher.model '{teacher.path}': token {token!r} is {others[token]}, the student's is {index}: "
-                "full-vocabulary distillation needs one tokenizer for both"
-            )
+    different = [token for token, index in vocabulary.items() if others.get(token, index) != index]
+    if different:
+        token = min(different, key=vocabulary.__getitem__)
+        raise UserError(
+            f"teacher.model '{teacher.path}': token {token!r} is {others[token]}, for the student {vocabulary[token]}: "
+            "full-vocabulary distillation needs one tokenizer for both"
+        )
 
 
 def _check_method(config: TrainConfig) -> None:
@@ -129,12 +130,17 @@ def _longest(config: TrainConfig) -> int:
 def check_run_folder(config: TrainConfig, resume: bool) -> None:
     """Raise `UserError` if the run folder cannot be written or holds a run that would be overwritten."""
     folder = Path(config.run_dir)
+    if not resume and (folder / "config.yaml").exists():
+        raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
+    make_folder(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that can be written. Raises `UserError`."""
     try:
-        if not resume and (folder / "config.yaml").exists():
-            raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"run folder '{folder}' cannot be written: {error.strerror}; set run_dir=") from None
+        raise UserError(f"run folder '{folder}' cannot be written: {error.strerror}; set another one") from None

@@ -104,7 +104,8 @@ class SampleBuilder:
             rollout = self.prompts.without_eos(rollout)
             rollout = rollout[: max(0, len(rollout) - over)]
             ids = self.prompts.ids(context, problem.problem, reference, rollout)
-        while len(ids) > limit and reference:  # again where a text cut short has more tokens than it had inside the whole
+        # more than once where the shortened text is tokenized into more than was left of it
+        while len(ids) > limit and reference:
             reference = self.prompts.cut(reference, len(ids) - limit)
             ids = self.prompts.ids(context, problem.problem, reference, rollout)
         return (ids if len(ids) <= limit else None), True

@@ -142,7 +142,9 @@ def test_a_replica_without_samples_gets_one_that_weighs_nothing(made: list[Sampl
 @pytest.mark.parametrize("by", ["sequence", "token"])
 @QUICK
 @given(made=samples(most=20), data=st.data())
-def test_weighted_sum_over_micro_batches_is_the_mean_in_float64(by: str, made: list[Sample], data: st.DataObject) -> None:
+def test_weighted_sum_over_micro_batches_is_the_mean_in_float64(
+    by: str, made: list[Sample], data: st.DataObject
+) -> None:
     replicas, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
     weighed = normalize(made, by)  # type: ignore[arg-type]
     random = np.random.default_rng(0)
@@ -184,7 +186,9 @@ def cost(sample: Sample) -> int:
 
 @QUICK
 @given(samples(least=0, most=30), st.integers(1, 6))
-def test_deal_gives_every_sample_once_and_loads_within_one_sample_of_each_other(made: list[Sample], shares: int) -> None:
+def test_deal_gives_every_sample_once_and_loads_within_one_sample_of_each_other(
+    made: list[Sample], shares: int
+) -> None:
     dealt = deal(made, shares, cost)
     assert len(dealt) == shares
     assert sorted(index for share in dealt for index in share) == list(range(len(made)))

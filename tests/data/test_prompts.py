@@ -75,7 +75,19 @@ def test_a_rollout_is_given_exactly_where_one_is_shown(context: Context) -> None
 # Text that looks like something else
 
 
-@pytest.mark.parametrize("odd", ["$rollout", "${rollout}", "$problem $reference", "$$", "$", "100% {} \\boxed{$x$}", "\ue000message\ue000"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "$rollout",
+        "${rollout}",
+        "$problem $reference",
+        "$$",
+        "$",
+        "100% {} \\boxed{$x$}",
+        "\ue000message\ue000",
+        "\ue000rollout\ue000",
+    ],
+)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_problem_and_reference_are_shown_as_they_are(context: Context, odd: str) -> None:
     rollout = encode(ROLLOUT) if "refine" in context else None
@@ -94,7 +106,10 @@ def special(ids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @QUICK
-@given(parts=st.lists(st.sampled_from([*SPECIAL, "system\n", "|im_end|>", "<", " ", "\n", "x"]), max_size=6), base=st.booleans())
+@given(
+    parts=st.lists(st.sampled_from([*SPECIAL, "system\n", "|im_end|>", "<", " ", "\n", "x"]), max_size=6),
+    base=st.booleans(),
+)
 def test_no_problem_text_becomes_a_special_token(context: Context, parts: list[str], base: bool) -> None:
     text = "".join(parts)
     prompts = PromptBuilder(tokenizer(chat=not base))
@@ -125,7 +140,9 @@ def test_cut_text_keeps_special_token_strings_as_characters() -> None:
 def test_prompts_without_a_rollout_are_the_chat_template_s_own(task: str, context: Context, problem: str) -> None:
     prompts = builder(task=task)
     text = prompts.text(context, problem, REFERENCE)
-    expected = tokenizer().apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+    expected = tokenizer().apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)[
+        "input_ids"
+    ]
     assert prompts.ids(context, problem, REFERENCE) == list(expected)
 
 

@@ -18,13 +18,14 @@ _WORDS = (
 )
 _CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}no thoughts\n{% endif %}{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is false %}no thoughts\n{% endif %}"
 )
 
 
 @functools.cache
 def tokenizer(*, chat: bool = True) -> Any:
-    """ChatML with end-of-sequence `<|im_end|>`; without `chat` a base model's, whose texts begin with a special token."""
+    """ChatML, ended by `<|im_end|>`; without `chat` a base model's, whose texts begin with a special token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ DIVERGENCES = {
 THREE = ("forward_kl", "reverse_kl", "jsd(0.3)")
 
 # Of the objective, for every divergence. The clips leave some tokens alone and bind for others (tested).
-OBJECTIVES = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     "": {},
     "temperature 0.7": {"temperature": 0.7},
     "temperature 3": {"temperature": 3.0},
@@ -28,7 +29,7 @@ OBJECTIVES = {
 }
 
 # Of the inputs, for one divergence of each kind.
-INPUTS = {
+INPUTS: dict[str, dict[str, Any]] = {
     "top 1": {"top_k": 1},
     "top 40, more than the vocabulary has": {"top_k": 40},
     "top 5 with many ties": {"top_k": 5, "teacher_hidden": 1, "vocabulary": 30, "tokens": 12},

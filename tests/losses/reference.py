@@ -133,7 +133,9 @@ def divergence(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
     """`[tokens]` in float64 from whole logits, by the definitions alone."""
     student, teacher = student.double() / case.temperature, teacher.detach().double() / case.temperature
     if case.top_k is not None and len(teacher) > 0:
-        order = [sorted(range(len(row)), key=lambda i, row=row: (-row[i], i)) for row in teacher.tolist()]
+        order = [
+            [column for _, column in sorted((-y, column) for column, y in enumerate(row))] for row in teacher.tolist()
+        ]
         kept = torch.tensor(order)[:, : case.top_k]
         student, teacher = student.gather(1, kept), teacher.gather(1, kept)
     s, t = student.softmax(dim=1), teacher.softmax(dim=1)
@@ -146,7 +148,7 @@ def divergence(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
         m = case.beta * t + (1 - case.beta) * s
         log_m = torch.where(m > 0, m, 1).log()
         parts = [(case.beta, t, log_t), (1 - case.beta, s, log_s)]
-        result = sum(weight * _kl(p, log_p, log_m) for weight, p, log_p in parts if weight > 0)
+        result = torch.stack([weight * _kl(p, log_p, log_m) for weight, p, log_p in parts if weight > 0]).sum(dim=0)
     return result if case.clip is None else torch.where(result <= case.clip, result, case.clip)
 
 

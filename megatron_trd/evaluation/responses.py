@@ -1,0 +1,63 @@
+"""Graded responses of an evaluation, and the folder they are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_trd.config import TrainConfig
+from megatron_trd.data.prompts import PromptBuilder
+from megatron_trd.engines.sampler import Trajectory
+from megatron_trd.evaluation.grading import is_correct
+from megatron_trd.evaluation.scores import summarise
+
+
+def write_results(
+    config: TrainConfig,
+    prompts: PromptBuilder,
+    trajectories: Sequence[Trajectory],
+    *,
+    seconds: float,
+    checkpoint: Path | None,
+) -> None:
+    """Grade and write `responses.jsonl`, a line a response, and then `scores.json`.
+
+    `trajectories` holds `config.rollouts_per_problem` responses of each problem, side by side.
+    """
+    rows = [_row(prompts, trajectory) for trajectory in trajectories]
+    samples = config.rollouts_per_problem
+    right = [[row["right"] for row in rows[start : start + samples]] for start in range(0, len(rows), samples)]
+    scores = {
+        "model": str(checkpoint or config.model),
+        "data": config.data.path,
+        "problems": len(right),
+        "samples": samples,
+        "seed": config.seed,
+        "temperature": config.sampler.temperature,
+        **summarise(right, samples, seed=config.seed),
+        "truncated": fmean(row["truncated"] for row in rows),
+        "mean_tokens": fmean(row["tokens"] for row in rows),
+        "max_tokens": config.sampler.max_rollout_tokens,
+        "seconds": seconds,
+    }
+    folder = Path(config.run_dir)
+    (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def _row(prompts: PromptBuilder, trajectory: Trajectory) -> dict[str, Any]:
+    problem, completion = trajectory.problem, trajectory.rollout
+    assert problem.answer is not None  # checked before the ranks were started
+    response = prompts.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+    return {
+        "index": problem.index,
+        "problem": problem.problem,
+        "answer": problem.answer,
+        "response": response,
+        "right": is_correct(response, problem.answer),
+        "truncated": completion.truncated,
+        "tokens": len(completion.tokens),
+    }

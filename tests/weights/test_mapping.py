@@ -1,0 +1,280 @@
+"""Hugging Face -> Megatron shards -> Hugging Face: bit for bit, and laid out as megatron-core reads it.
+
+A round trip alone would not see a layout that is wrong in both directions, so shards are also compared with a layout
+written out here row by row, after megatron-core's `SelfAttention.get_query_key_value_tensors` (each key/value group:
+its queries, its key, its value), its gated `linear_fc1` (a rank's gate rows above its up rows) and its padded embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_trd.models.architecture import VOCAB_MULTIPLE, Architecture
+from megatron_trd.models.weights import Slot, merge, shard, slots, stage_of
+
+QUICK = settings(max_examples=100, deadline=None)
+DTYPES = (torch.float32, torch.bfloat16)
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+Shard = Callable[[Slot, Sequence[Tensor], Architecture, int, int], Tensor]
+
+
+def architecture(**fields: Any) -> Architecture:
+    """6 query heads over 2 groups, head size other than hidden / heads, a prime-like vocabulary."""
+    values: dict[str, Any] = {
+        "family": "Qwen3ForCausalLM",
+        "layers": 2,
+        "hidden_size": 10,
+        "ffn_size": 14,
+        "heads": 6,
+        "kv_heads": 2,
+        "head_dim": 3,
+        "vocab_size": 1003,
+        "max_positions": 64,
+        "tied": False,
+        "norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "qk_norm": True,
+    }
+    return Architecture(**values | fields)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Architecture, int]:
+    """An architecture of awkward sizes and a tensor parallelism that fits it."""
+    tp = draw(st.sampled_from([1, 2, 4]))
+    kv_heads = tp * draw(st.integers(1, 3))
+    arch = architecture(
+        layers=draw(st.integers(1, 2)),
+        hidden_size=draw(st.integers(1, 12)),
+        ffn_size=tp * draw(st.integers(1, 5)),
+        heads=kv_heads * draw(st.integers(1, 4)),
+        kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 5)),
+        vocab_size=draw(st.one_of(st.integers(1, 300), st.sampled_from([127, 128, 129, 256, 257, 512, 1003]))),
+        tied=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+    )
+    return arch, tp
+
+
+def random_bits(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Every bit pattern there is: infinities, subnormals, negative zero and NaNs with their payload."""
+    limits = torch.iinfo(BITS[dtype])
+    return torch.randint(limits.min, limits.max, tuple(shape), generator=generator, dtype=BITS[dtype]).view(dtype)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and _bits(left).equal(_bits(right))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(BITS[tensor.dtype])
+
+
+def full_model(arch: Architecture, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: shape for slot in slots(arch) for name, shape in zip(slot.hf, slot.shapes, strict=True)}
+    return {name: random_bits(shape, dtype, generator) for name, shape in shapes.items()}
+
+
+def laid_out(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
+    """A rank's shard, one row (of `row` slots: one column) at a time."""
+    if slot.kind == "replicated":
+        return full[0]
+    if slot.kind == "row":
+        width = full[0].shape[1] // tp
+        return torch.stack([full[0][:, rank * width + place] for place in range(width)], dim=1)
+    if slot.kind == "gated":
+        height = arch.ffn_size // tp
+        return torch.stack([part[rank * height + place] for part in full for place in range(height)])
+    if slot.kind == "vocab":
+        height = -(-arch.vocab_size // (VOCAB_MULTIPLE * tp)) * VOCAB_MULTIPLE
+        padding = torch.zeros(arch.hidden_size, dtype=full[0].dtype)
+        tokens = range(rank * height, (rank + 1) * height)
+        return torch.stack([full[0][token] if token < arch.vocab_size else padding for token in tokens])
+    query, key, value = full
+    of_group, size = arch.heads // arch.kv_heads, arch.head_dim
+    rows = []
+    for group in range(rank * arch.kv_heads // tp, (rank + 1) * arch.kv_heads // tp):
+        rows += [query[(group * of_group + head) * size + place] for head in range(of_group) for place in range(size)]
+        rows += [key[group * size + place] for place in range(size)]
+        rows += [value[group * size + place] for place in range(size)]
+    return torch.stack(rows)
+
+
+def check_layout(arch: Architecture, tp: int, dtype: torch.dtype, cut: Shard) -> None:
+    """Every shard that `cut` makes is the one megatron-core reads."""
+    tensors = full_model(arch, dtype)
+    for slot in slots(arch):
+        full = [tensors[name] for name in slot.hf]
+        for rank in range(tp):
+            assert same_bits(cut(slot, full, arch, rank, tp), laid_out(slot, full, arch, rank, tp)), (slot, rank)
+
+
+@QUICK
+@given(cases(), st.sampled_from(DTYPES))
+def test_there_and_back_is_bit_exact(case: tuple[Architecture, int], dtype: torch.dtype) -> None:
+    arch, tp = case
+    tensors = full_model(arch, dtype)
+    back: dict[str, Tensor] = {}
+    for slot in slots(arch):
+        full = [tensors[name] for name in slot.hf]
+        shards = [shard(slot, full, arch, rank, tp) for rank in range(tp)]
+        assert len({(part.shape, part.dtype) for part in shards}) == 1, "ranks hold equal shares"
+        merged = merge(slot, shards, arch)
+        assert all(same_bits(old, new) for old, new in zip(full, merged, strict=True)), slot
+        if slot.exported:
+            back |= dict(zip(slot.hf, merged, strict=True))
+    assert back.keys() == tensors.keys()
+    assert all(same_bits(tensors[name], back[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_there_and_back_at_the_awkward_sizes(tp: int, qk_norm: bool, tied: bool, dtype: torch.dtype) -> None:
+    arch = architecture(tied=tied, qk_norm=qk_norm)
+    tensors = full_model(arch, dtype)
+    for slot in slots(arch):
+        full = [tensors[name] for name in slot.hf]
+        merged = merge(slot, [shard(slot, full, arch, rank, tp) for rank in range(tp)], arch)
+        assert all(same_bits(old, new) for old, new in zip(full, merged, strict=True)), slot
+
+
+@QUICK
+@given(cases(), st.sampled_from(DTYPES))
+def test_shards_are_laid_out_as_megatron_reads_them(case: tuple[Architecture, int], dtype: torch.dtype) -> None:
+    arch, tp = case
+    check_layout(arch, tp, dtype, shard)
+
+
+def _not_grouped(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
+    """All of a rank's queries, then its keys, then its values."""
+    if slot.kind != "qkv":
+        return shard(slot, full, arch, rank, tp)
+    return torch.cat([part.chunk(tp)[rank] for part in full])
+
+
+def _keys_for_values(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
+    return shard(slot, [full[0], full[2], full[1]] if slot.kind == "qkv" else full, arch, rank, tp)
+
+
+def _up_above_gate(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
+    return shard(slot, full[::-1] if slot.kind == "gated" else full, arch, rank, tp)
+
+
+def _gate_and_up_cut_as_one(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
+    return torch.cat(list(full)).chunk(tp)[rank] if slot.kind == "gated" else shard(slot, full, arch, rank, tp)
+
+
+def _ranks_in_reverse(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
+    return shard(slot, full, arch, tp - 1 - rank, tp)
+
+
+def _vocabulary_cut_before_padding(
+    slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int
+) -> Tensor:
+    if slot.kind != "vocab":
+        return shard(slot, full, arch, rank, tp)
+    part = full[0].tensor_split(tp)[rank]
+    return torch.nn.functional.pad(part, (0, 0, 0, arch.padded_vocab(tp) // tp - part.shape[0]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        _not_grouped,
+        _keys_for_values,
+        _up_above_gate,
+        _gate_and_up_cut_as_one,
+        _ranks_in_reverse,
+        _vocabulary_cut_before_padding,
+    ],
+)
+def test_a_permuted_layout_is_caught(wrong: Shard) -> None:
+    arch = architecture(heads=12, kv_heads=4)  # two groups a rank: with one, grouped and not grouped are the same
+    check_layout(arch, 2, torch.float32, shard)
+    with pytest.raises(AssertionError):
+        check_layout(arch, 2, torch.float32, wrong)
+
+
+def test_shards_merged_in_another_order_are_another_model() -> None:
+    arch = architecture()
+    tensors = full_model(arch, torch.float32)
+    for slot in slots(arch):
+        full = [tensors[name] for name in slot.hf]
+        shards = [shard(slot, full, arch, rank, 2) for rank in (1, 0)]
+        intact = all(same_bits(old, new) for old, new in zip(full, merge(slot, shards, arch), strict=True))
+        assert intact == (slot.kind == "replicated"), slot
+
+
+@QUICK
+@given(st.integers(1, 2000), st.sampled_from([1, 2, 4, 8]))
+def test_padded_vocabulary_is_the_least_multiple_that_every_rank_shares(vocab: int, tp: int) -> None:
+    padded = architecture(vocab_size=vocab).padded_vocab(tp)
+    assert padded % (VOCAB_MULTIPLE * tp) == 0
+    assert vocab <= padded < vocab + VOCAB_MULTIPLE * tp
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 128, 129, 1003])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_padding_is_zero_and_beyond_the_vocabulary(vocab: int, tp: int) -> None:
+    arch = architecture(vocab_size=vocab)
+    slot = slots(arch)[0]
+    shards = [shard(slot, [torch.ones(vocab, arch.hidden_size)], arch, rank, tp) for rank in range(tp)]
+    whole = torch.cat(shards)
+    assert whole.shape[0] == arch.padded_vocab(tp)
+    assert whole[:vocab].eq(1).all() and whole[vocab:].eq(0).all()
+
+
+# The table
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_table_has_every_tensor_of_the_transformers_model(family: str, tied: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    arch = architecture(tied=tied, qk_norm=family == "qwen3", hidden_size=12)
+    fields: dict[str, Any] = {
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_size,
+        "num_hidden_layers": arch.layers,
+        "num_attention_heads": arch.heads,
+        "num_key_value_heads": arch.kv_heads,
+        "head_dim": arch.head_dim,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    with torch.device("meta"):
+        model = (
+            Qwen3ForCausalLM(Qwen3Config(**fields)) if family == "qwen3" else LlamaForCausalLM(LlamaConfig(**fields))
+        )
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head once
+    exported = [slot for slot in slots(arch) if slot.exported]
+    found = [(name, shape) for slot in exported for name, shape in zip(slot.hf, slot.shapes, strict=True)]
+    assert len(found) == len(dict(found)), "no tensor is exported twice"
+    assert dict(found) == expected
+
+
+@QUICK
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_every_layer_is_on_one_stage_and_stages_hold_equal_runs_of_them(pp: int, per_stage: int) -> None:
+    arch = architecture(layers=pp * per_stage)
+    for slot in slots(arch):
+        expected = {"first": 0, "last": pp - 1, "layer": slot.layer // per_stage}[slot.place]
+        assert stage_of(slot, arch, pp) == expected
+    layers = [slot for slot in slots(arch) if slot.place == "layer"]
+    assert {slot.layer for slot in layers} == set(range(arch.layers))
+    assert all(f".{slot.layer}." in name for slot in layers for name in (*slot.hf, *slot.megatron))
