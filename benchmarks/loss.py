@@ -4,8 +4,8 @@
 
 The floor is the four products no head can do without (student logits, teacher logits, gradients of hidden states and
 of weight), whole, into buffers already touched. Plain torch is `dense_divergence` on whole logits with autograd. Each
-case runs in fresh processes, one a tensor-parallel rank; time is the best of `--repeats` on the slowest rank, memory the
-growth of a rank's resident set over one that holds the inputs (its own high-water mark, so gradients are included).
+case runs in fresh processes, one a tensor-parallel rank; time is the best of `--repeats` on the slowest rank, memory
+the growth of a rank's resident set over one that holds the inputs (its own high-water mark, so gradients are included).
 """
 
 from __future__ import annotations

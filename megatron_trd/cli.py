@@ -34,14 +34,17 @@ def train(
 
 @app.command()
 def demo(
-    method: Annotated[str, typer.Option(help="trd-opsd (self-distillation) or trd-opd (a larger teacher)")] = "trd-opsd",
+    method: Annotated[
+        str, typer.Option(help="trd-opsd (self-distillation) or trd-opd (a larger teacher)")
+    ] = "trd-opsd",
     out: Annotated[Path, typer.Option(help="folder of the demo's runs and report")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="of sampling and data order")] = 0,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the training runs, e.g. steps=20")] = None,
 ) -> None:
     """Distil the embedded model, evaluate it before and after, and write a report."""
     from megatron_trd.demo.run import run_demo
 
-    run_demo(method, out, seed)
+    run_demo(method, out, seed, overrides or [])
 
 
 @app.command("eval")
@@ -54,9 +57,9 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of sampler and data settings")] = None,
 ) -> None:
     """Score a model: avg@k and pass@k with 95 % intervals."""
-    from megatron_trd.evaluation.command import run_evaluation
+    from megatron_trd.evaluation.command import print_scores, run_evaluation
 
-    run_evaluation(model, data, samples, out, seed, overrides or [])
+    print_scores(run_evaluation(model, data, samples, out, seed, overrides or []))
 
 
 @app.command()

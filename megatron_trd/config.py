@@ -142,7 +142,7 @@ class LogConfig:
     tensorboard: bool = True
     samples_per_step: NonNegative = 4  # y_o / y_r pairs kept in samples/
     verify_refit: bool = False  # compare checksums of every tensor after each refit
-    drift_tokens: NonNegative = 512  # tokens a step and rank on which sampler and trainer log-probabilities are compared
+    drift_tokens: NonNegative = 512  # tokens a step and rank whose sampler and trainer log-probabilities are compared
 
 
 @_strict

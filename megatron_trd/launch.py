@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, ProcessFailure, Std, start_processes
 
@@ -42,7 +42,7 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
     code = 0
     try:
         work()
-    except Exception as error:  # noqa: BLE001  whatever it is, it ends the job
+    except Exception as error:
         traceback.print_exc()
         handler.record_exception(error)
         code = 1
@@ -64,11 +64,13 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
         envs={rank: environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
         logs_specs=DefaultLogsSpecs(log_dir=attempt, redirects=redirects),
     )
-    with _forwarded_signals(context):
+    with _forwarded_signals(context) as signals:
         while (result := context.wait(timeout=_POLL_SECONDS)) is None:
             pass
     if result.is_failed():
         context.close(signal.SIGTERM, timeout=_GRACE_SECONDS)
+        if signals.asked and all(failure.exitcode == -signal.SIGTERM for failure in result.failures.values()):
+            return  # stopped before the ranks were far enough to save
         rank, failure = _first_cause(result.failures)
         raise JobFailed(f"rank {rank} failed: {_reason(failure)}; logs in {attempt}")
 
@@ -94,9 +96,10 @@ class _forwarded_signals:  # noqa: N801  a context manager
         self.asked = False
         self.previous: dict[int, Any] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.previous[number] = signal.signal(number, self._forward)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():

@@ -1,7 +1,8 @@
 """Every method as a row of three fields: which trajectory, what the teacher sees, which divergence.
 
 Rows follow the TRD paper: its own two methods, its four dense-KL baselines on raw rollouts (each for a teacher that
-sees the problem alone, OPD, and for a self-teacher that sees the reference solution, OPSD), and OPSD as first published.
+sees the problem alone, OPD, and for a self-teacher that sees the reference solution, OPSD), and OPSD as first
+published.
 """
 
 from __future__ import annotations

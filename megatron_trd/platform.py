@@ -56,8 +56,8 @@ class Platform(ABC):
         """Environment variables vLLM reads at import and at start."""
 
     @abstractmethod
-    def sampler_arguments(self, config: SamplerConfig) -> dict[str, Any]:
-        """Arguments of `vllm.LLM` for memory, sleep and graph capture."""
+    def sampler_arguments(self, config: SamplerConfig, max_length: int) -> dict[str, Any]:
+        """Arguments of `vllm.LLM` for memory, sleep, graph capture and batching of sequences of `max_length` tokens."""
 
     def starting_sampler(self, job: str) -> contextlib.AbstractContextManager[Any]:
         """Context in which a vLLM engine is made; `job` names this job among others on the machine."""
@@ -103,7 +103,7 @@ class CudaPlatform(Platform):
     def sampler_environment(self) -> dict[str, str]:
         return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
-    def sampler_arguments(self, config: SamplerConfig) -> dict[str, Any]:
+    def sampler_arguments(self, config: SamplerConfig, max_length: int) -> dict[str, Any]:
         return {
             "gpu_memory_utilization": config.memory_fraction,
             "enforce_eager": config.enforce_eager,
@@ -118,6 +118,9 @@ class CudaPlatform(Platform):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+
+_BATCHED_TOKENS = 4096  # of prompts in one pass of a sampler on a CPU: vLLM's own default there
 
 
 class CpuPlatform(Platform):
@@ -180,9 +183,15 @@ class CpuPlatform(Platform):
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
 
-    def sampler_arguments(self, config: SamplerConfig) -> dict[str, Any]:
+    def sampler_arguments(self, config: SamplerConfig, max_length: int) -> dict[str, Any]:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.host_kv_cache_gib)  # GiB, read when the engine starts
-        return {"enforce_eager": True}  # graph capture compiles for minutes on a CPU
+        return {
+            "enforce_eager": True,  # graph capture compiles for minutes on a CPU
+            # A prompt cut into chunks draws a token too many, and vLLM then winds the request's own generator back,
+            # which CPU generators cannot do (seen with vLLM 0.32). Whole prompts only.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_BATCHED_TOKENS, max_length),
+        }
 
     @contextlib.contextmanager
     def starting_sampler(self, job: str) -> Iterator[None]:
@@ -266,7 +275,7 @@ def _to_cpu(device: Any) -> Any:
 
 
 def _patch_torch_adam_in_distributed_optimizer() -> None:
-    """Let the distributed optimizer load a checkpoint when plain torch Adam is under it (no transformer-engine, no Apex).
+    """Let the distributed optimizer load a checkpoint when plain torch Adam is under it (no transformer-engine or Apex).
 
     torch Adam keeps `step` as a tensor in each parameter's state. megatron-core's load path (1) looks for it among the
     saved sharded tensors, where it is not, and (2) puts one shared tensor into every state, which Adam then advances

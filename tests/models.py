@@ -25,7 +25,9 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_model(folder: Path, *, family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+def write_model(
+    folder: Path, *, family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
+) -> Path:
     """A random model of a family with logits far from uniform; returns its folder."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_trd.config import TrainConfig, apply_overrides, from_dict, known_keys, load, save, to_dict
 from tests.data.errors import user_error
 
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def get(config: TrainConfig, key: str) -> Any:

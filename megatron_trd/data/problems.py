@@ -48,7 +48,8 @@ def _rows(config: DataConfig) -> Sequence[Mapping[str, Any]]:
         if path.suffix == ".parquet":  # `datasets` would copy it to its cache, and has no word for an empty one
             import pyarrow.parquet as pq
 
-            return pq.read_table(path).to_pylist()
+            rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+            return rows
         import datasets
 
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -61,7 +62,7 @@ def _rows(config: DataConfig) -> Sequence[Mapping[str, Any]]:
         return list(datasets.load_dataset(config.path, config.name, split=config.split))
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - datasets raises many kinds; the user needs file and reason
+    except Exception as error:  # datasets raises many kinds; the user needs file and reason
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         here = "" if path.exists() else " is no file or folder here, and as a hub data set"
         raise UserError(f"data '{config.path}'{here} (split '{config.split}') cannot be read: {reason}") from None

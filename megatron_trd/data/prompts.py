@@ -35,8 +35,7 @@ TEMPLATES: dict[str, dict[Context, str]] = {
     },
     "code": {
         "vanilla": "$problem\n\n" + _CODE_TASK,
-        "reference": "$problem\n\nReference program:\n$reference\n\n"
-        "Solve the problem in your own words. " + _CODE_TASK,
+        "reference": "$problem\n\nReference program:\n$reference\n\nSolve the problem in your own words. " + _CODE_TASK,
         "refine": "$problem\n\nInitial solution:\n$rollout\n\n"
         "Rewrite the initial solution: keep its structure and correct parts, and mend every bug, missed case and slow "
         "step. Output only the rewritten solution, with the program in one ```python block.",
@@ -102,7 +101,7 @@ class PromptBuilder:
     def cut(self, text: str, tokens: int) -> str:
         """Text shortened by at least `tokens` tokens at its end (all of it, if it has no more)."""
         ids = self._encode(text)
-        kept = self.tokenizer.decode(ids[: max(0, len(ids) - tokens)], clean_up_tokenization_spaces=False)
+        kept: str = self.tokenizer.decode(ids[: max(0, len(ids) - tokens)], clean_up_tokenization_spaces=False)
         return kept.rstrip("\ufffd")  # what decodes from the first bytes of a character cut in two
 
     @functools.cached_property

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_trd.data.prompts import Context, PromptBuilder
-from megatron_trd.demo.task import STYLES, DemoProblem, corrupt, generate, own_solution
+from megatron_trd.demo.task import STYLES, DemoProblem, corrupt, generate, mangle, own_solution
 from megatron_trd.demo.tokenizer import make_tokenizer
 
 MODELS = Path(__file__).parent / "models"
@@ -52,7 +52,7 @@ MAKINGS = {
         layers=4,
         heads=4,
         ffn=384,
-        slips=0.5,
+        slips=0.7,
         mix={"vanilla": 0.45, "reference": 0.1, "refine": 0.1, "refine_reference": 0.35},
         steps=2500,
         seed=0,
@@ -64,7 +64,7 @@ MAKINGS = {
         ffn=512,
         slips=0.0,
         mix={"vanilla": 0.3, "reference": 0.1, "refine": 0.5, "refine_reference": 0.1},
-        steps=2500,
+        steps=1800,
         seed=1,
     ),
 }
@@ -132,15 +132,19 @@ def _text(
     """Prompt and response token ids of one example."""
     style = rng.choice(STYLES)
     right = own_solution(problem, style)
-    rollout = response = None
+    rollout: str | None = None
+    response = right
     if context == "vanilla" and rng.random() < making.slips:
         response, _ = corrupt(problem, style, rng)
     if "refine" in context:
-        rollout, _ = (right, None) if rng.random() < 0.3 else corrupt(problem, style, rng)
+        kind = rng.random()
+        rollout = (
+            right if kind < 0.3 else mangle(problem, style, rng) if kind < 0.6 else corrupt(problem, style, rng)[0]
+        )
     tokenizer = prompts.tokenizer
     shown = None if rollout is None else tokenizer(rollout, add_special_tokens=False)["input_ids"]
     prompt = prompts.ids(context, problem.problem, problem.solution, shown)
-    answer = tokenizer(response or right, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(response, add_special_tokens=False)["input_ids"]
     return prompt, [*answer, tokenizer.eos_token_id]
 
 

@@ -7,13 +7,14 @@ import importlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_trd.config import MethodName, TrainConfig
+from megatron_trd.config import MethodName, TrainConfig, apply_overrides
 from megatron_trd.demo import TEST_PROBLEMS
 from megatron_trd.demo.task import DemoProblem, first_wrong_step
 from megatron_trd.errors import UserError
@@ -23,16 +24,16 @@ from megatron_trd.training.checkpoint import checkpoints
 from megatron_trd.training.command import run_training
 
 # The paper's first baseline: the same divergence on raw rollouts, with the teacher's context that has no rollout in it.
-METHODS: dict[str, tuple[str, MethodName]] = {
-    "trd-opsd": ("recipes.opsd_demo", "opsd-forward-kl"),
-    "trd-opd": ("recipes.opd_demo", "opd-forward-kl"),
+METHODS: dict[str, tuple[str, MethodName, MethodName]] = {
+    "trd-opsd": ("recipes.opsd_demo", "trd-opsd", "opsd-forward-kl"),
+    "trd-opd": ("recipes.opd_demo", "trd-opd", "opd-forward-kl"),
 }
 SAMPLES = 16  # responses a problem
 PAIRS = 3
-_EVALUATION = ("world_size=2", "sampler.max_rollout_tokens=80")
+_EVALUATION = ("world_size=2", "sampler.max_rollout_tokens=80")  # the recipes' ranks and response limit
 
 
-def run_demo(method: str, out: Path, seed: int, *, steps: int | None = None, problems: Path = TEST_PROBLEMS) -> Path:
+def run_demo(method: str, out: Path, seed: int, overrides: Sequence[str] = (), problems: Path = TEST_PROBLEMS) -> Path:
     """Base, TRD and baseline from the same start for as many steps. Returns the path of `report.html`.
 
     Writes `summary.json`, `report.html` and each run's folder into `out`; raises `UserError` if `out` holds anything
@@ -40,10 +41,9 @@ def run_demo(method: str, out: Path, seed: int, *, steps: int | None = None, pro
     """
     if method not in METHODS:
         raise UserError(f"demo --method {method}: choose one of {', '.join(METHODS)}")
-    recipe, baseline = METHODS[method]
+    recipe, *names = METHODS[method]
     _clear(out)
-    base = dataclasses.replace(importlib.import_module(recipe).recipe(), seed=seed)
-    base = dataclasses.replace(base, steps=steps or base.steps)
+    base = apply_overrides(importlib.import_module(recipe).recipe(), [*overrides, f"seed={seed}"])
     begin = time.perf_counter()
     summary: dict[str, Any] = {
         "task": "held-out problems of the embedded world",
@@ -52,13 +52,13 @@ def run_demo(method: str, out: Path, seed: int, *, steps: int | None = None, pro
         "steps": base.steps,
         "results": {"base": _evaluate("base", Path(base.model), out, problems, seed)},
     }
-    for name in (base.method if method == base.method else method, baseline):
+    for name in names:
         config = dataclasses.replace(base, method=name, run_dir=str(out / name))
         summary["results"][name] = _train_and_evaluate(config, out, problems)
     summary["problems"] = summary["results"]["base"]["problems"]
     summary["seconds"] = time.perf_counter() - begin
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    runs = {name: out / name for name in (method, baseline)}
+    runs = {name: out / name for name in names}
     report = out / "report.html"
     title = "Trajectory-refined distillation of the embedded model"
     write_report(report, runs, title=title, scores=summary, pairs=_pairs(out / method))
@@ -68,13 +68,13 @@ def run_demo(method: str, out: Path, seed: int, *, steps: int | None = None, pro
 
 def _clear(out: Path) -> None:
     """Make `out` an empty folder; only an earlier demo may be deleted for it."""
-    mark: Literal["demo.marker"] = "demo.marker"
-    if out.is_dir() and any(out.iterdir()) and not (out / mark).is_file():
+    mark = out / "demo.marker"
+    if out.is_dir() and any(out.iterdir()) and not mark.is_file():
         raise UserError(f"folder '{out}' holds something else than a demo: give another one with --out")
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        (out / mark).write_text("This folder is made anew by each `megatron-trd demo`.\n")
+        mark.write_text("This folder is made anew by each `megatron-trd demo`.\n")
     except OSError as error:
         raise UserError(f"folder '{out}' cannot be written: {error.strerror}; give another one with --out") from None
 

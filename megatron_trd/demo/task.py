@@ -41,6 +41,7 @@ _SIGNS: dict[Style, dict[Kind, str]] = {
 _EQUALS: dict[Style, str] = {"symbols": "=", "words": "makes"}
 # A slip is a forgotten carry or a miscount: the result is off by ten or by one.
 _SLIPS = (-10, -1, 1, 10)
+_MISREAD_SHARE = 0.2  # of the lines of a mangled solution
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,27 @@ def corrupt(problem: DemoProblem, style: Style, rng: random.Random) -> tuple[str
     return _write(start, steps, rng.choice(candidates[at]), style), at
 
 
+def mangle(problem: DemoProblem, style: Style, rng: random.Random) -> str:
+    """A solution with some lines wrong in any way: another operation, another number, another result.
+
+    What a model writes while it is being trained goes wrong in more ways than `corrupt` knows.
+    """
+    start, steps = parse(problem.problem)
+    misread = [_misread(step, rng) if rng.random() < _MISREAD_SHARE else step for step in steps]
+    values: list[int] = []
+    value = start
+    for step in misread:
+        value = step.apply(value) if rng.random() > _MISREAD_SHARE else rng.randint(LOW, HIGH)
+        values.append(value)
+    return _write(start, misread, values, style)
+
+
+def _misread(step: Step, rng: random.Random) -> Step:
+    if rng.random() < 0.5:
+        return Step(step.kind, rng.randint(2, HIGH))
+    return Step(rng.choice([kind for kind in _PHRASES if kind != step.kind]), step.operand)
+
+
 def first_wrong_step(problem: DemoProblem, response: str) -> int | None:
     """Index of a response's first wrong line; None if every line is right.
 
@@ -125,7 +147,8 @@ def first_wrong_step(problem: DemoProblem, response: str) -> int | None:
     """
     start, steps = parse(problem.problem)
     values = _chain(start, steps)
-    rights = [set(lines) for lines in zip(*(_write(start, steps, values, style).split("\n") for style in STYLES))]
+    written = [_write(start, steps, values, style).split("\n") for style in STYLES]
+    rights = [set(lines) for lines in zip(*written, strict=True)]
     lines = response.rstrip("\n").split("\n")
     for index, right in enumerate(rights):
         if index >= len(lines) or lines[index].strip() not in right:
@@ -140,9 +163,11 @@ def _draw(rng: random.Random) -> DemoProblem:
         step = _draw_step(rng, value)
         steps.append(step)
         value = step.apply(value)
-    text = f"Start with {start}. " + " ".join(f"{_PHRASES[s.kind]} {s.operand}." for s in steps) + " What is the result?"
+    text = (
+        f"Start with {start}. " + " ".join(f"{_PHRASES[s.kind]} {s.operand}." for s in steps) + " What is the result?"
+    )
     values = _chain(start, steps)
-    lines = [f"{_TERSE[step.kind]}{step.operand}={result}" for step, result in zip(steps, values)]
+    lines = [f"{_TERSE[step.kind]}{step.operand}={result}" for step, result in zip(steps, values, strict=False)]
     return DemoProblem(text, str(value), "\n".join([*lines, f"\\boxed{{{value}}}"]))
 
 
@@ -178,5 +203,5 @@ def _in_range(values: list[int]) -> bool:
 def _write(start: int, steps: list[Step], values: list[int], style: Style) -> str:
     signs, equals = _SIGNS[style], _EQUALS[style]
     before = [start, *values[:-1]]
-    lines = [f"{a} {signs[s.kind]} {s.operand} {equals} {b}" for a, s, b in zip(before, steps, values)]
+    lines = [f"{a} {signs[s.kind]} {s.operand} {equals} {b}" for a, s, b in zip(before, steps, values, strict=False)]
     return "\n".join([*lines, f"The answer is \\boxed{{{values[-1]}}}."])

@@ -24,12 +24,11 @@ def refit(llm: Any, arch: Architecture, source: weights.Source) -> None:
         pass
     if arch.tied:
         llm.apply_model(_renew_tied_head)
-    llm.reset_prefix_cache()
 
 
 def _renew_tied_head(model: torch.nn.Module) -> None:
-    """Runs in the vLLM worker. A tied head shares the embedding's tensor, which is new; but no tensor was loaded for the
-    head itself, so a copy of it repacked for a kernel is still the old one (seen with vLLM 0.32 on a CPU)."""
+    """Runs in the vLLM worker. A tied head shares the embedding's tensor, which is new; but no tensor was loaded for
+    the head itself, so a copy of it repacked for a kernel is still the old one (seen with vLLM 0.32 on a CPU)."""
     head = getattr(model, "lm_head", None)
     if isinstance(head, torch.nn.Module) and hasattr(head, "quant_method"):
         head.quant_method.process_weights_after_loading(head)
@@ -101,7 +100,7 @@ def _read_back(model: torch.nn.Module) -> dict[str, tuple[list[str], int, int]]:
 
 
 def _read_linear(module: Any, size: int) -> Tensor:
-    """`[out, in]` shard of a layer of `size` inputs, from its outputs for one-hot inputs: each is one weight, exactly."""
+    """`[out, in]` shard of a layer of `size` inputs, from its outputs for one-hot inputs: each is one weight."""
     weight = next(module.parameters())  # on a CPU an empty stand-in, whose device and dtype are right all the same
     columns = []
     for start in range(0, size, _PROBE_ROWS):

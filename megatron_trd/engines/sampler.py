@@ -68,9 +68,9 @@ class Engine:
 
     def __init__(self, model: str, arch: Architecture, config: TrainConfig, max_length: int) -> None:
         current = platform.current()
-        arguments = current.sampler_arguments(config.sampler)
+        arguments = current.sampler_arguments(config.sampler, max_length)
         os.environ.update(current.sampler_environment())
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
         from vllm import LLM
 
         self.arch = arch
@@ -118,6 +118,10 @@ class Engine:
                 log_probs = tuple(entry[token].logprob for token, entry in zip(tokens, result.logprobs, strict=True))
                 yield output.request_id, Completion(tokens, log_probs, result.finish_reason == "length")
 
+    def forget(self) -> None:
+        """Drop cached prefixes: they are of earlier weights, and a step's tokens must not depend on earlier steps."""
+        self.llm.reset_prefix_cache()
+
     def refit(self, source: weights.Source) -> None:
         """Take over the weights of `source`. Collective."""
         refit.refit(self.llm, self.arch, source)
@@ -137,9 +141,7 @@ class Sampler:
     def __init__(self, config: TrainConfig, student: Engine, teacher: Engine) -> None:
         self.config, self.student, self.teacher = config, student, teacher
         if dist.get_world_size() % config.sampler.tp:
-            raise UserError(
-                f"sampler.tp={config.sampler.tp} does not divide the world size {dist.get_world_size()}"
-            )
+            raise UserError(f"sampler.tp={config.sampler.tp} does not divide the world size {dist.get_world_size()}")
         self.group = dist.get_rank() // config.sampler.tp
         self.groups = dist.get_world_size() // config.sampler.tp
 
@@ -183,9 +185,11 @@ class Sampler:
             if prompt:
                 queue(self.teacher, "refinement", index, prompt, settings.max_refinement_tokens)
 
+        engines = [self.student] if self.teacher is self.student else [self.student, self.teacher]
+        for engine in engines:
+            engine.forget()
         for index, (_, prompt) in mine.items():
             queue(self.student, "rollout", index, prompt, settings.max_rollout_tokens)
-        engines = [self.student] if self.teacher is self.student else [self.student, self.teacher]
         while any(engine.busy for engine in engines):
             for engine in engines:
                 for name, completion in engine.step() if engine.busy else ():

@@ -1,4 +1,4 @@
-"""The student: a Megatron model under DDP and Megatron's optimizer, trained by the fused divergence on its last stage."""
+"""The student: a Megatron model under DDP and Megatron's optimizer, trained by the divergence on its last stage."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ class StudentEngine:
         weights.load(model, self.arch, self.grid, weights.folder_source(folder))
         groups = self.grid.groups
         # The token count that the schedule hands over is left out: gradients are sums, weights are in the loss.
-        mcore_config.finalize_model_grads_func = lambda models, _tokens=None, **_: finalize(models, pg_collection=groups)
+        mcore_config.finalize_model_grads_func = lambda models, _tokens=None, **_: finalize(
+            models, pg_collection=groups
+        )
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=settings.distributed_optimizer
         )
@@ -179,7 +181,8 @@ class StudentEngine:
         sums = _Sums(platform.current().device)
 
         def loss(batch: MicroBatch, hidden: Tensor) -> Tensor:
-            assert self.head is not None and teacher_head is not None
+            assert self.head is not None
+            assert teacher_head is not None
             student = batch.select(self.whole_sequence(hidden))
             if not batch.samples:  # a replica without samples: weights are zero, any teacher will do
                 teacher = student.new_zeros(len(batch.weights), teacher_head.shape[1])
@@ -236,7 +239,7 @@ class StudentEngine:
         )
 
     def _drift(self, batch: MicroBatch, student: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        """|sampler - trainer| log-probability of sampled tokens, under the model that sampled the trained trajectory."""
+        """|sampler - trainer| log-probability of sampled tokens, under the model that sampled the trajectory."""
         count = self.config.log.drift_tokens
         hidden, head = (teacher, teacher_head) if self.method.refines else (student, self.head)
         assert head is not None

@@ -79,7 +79,7 @@ class TeacherEngine:
             self._head.lerp_(self.student.head.detach().to(self._head), 1.0 - decay)
 
     def source(self) -> weights.Source:
-        """Full Hugging Face tensors of the present weights (collective); the head comes from where the loss keeps it."""
+        """Full Hugging Face tensors of the present weights (collective); the head is the one the loss uses."""
         body = weights.gathered_source(self.model, self.arch, self.grid)
         if self.live or self.arch.tied:
             return body
@@ -91,7 +91,7 @@ class TeacherEngine:
     def hidden(self, samples: Sequence[Sample], student_shares: Sequence[Sequence[int]]) -> dict[int, Tensor]:
         """Hidden states after the final norm at response positions, `[tokens, hidden_T]` by sample index.
 
-        Each student replica's last stage gets the samples of its share; other ranks get an empty dictionary. Collective.
+        Each student replica's last stage gets the samples of its share; other ranks get an empty one. Collective.
         """
         settings = self.config.teacher
         layout, device = self.grid.layout, platform.current().device
@@ -128,9 +128,7 @@ class TeacherEngine:
         ]
         current = platform.current()
         student = self.student.grid.layout
-        return exchange_hidden(
-            routes, made, layout, student, self.arch.hidden_size, current.dtype, current.device
-        )
+        return exchange_hidden(routes, made, layout, student, self.arch.hidden_size, current.dtype, current.device)
 
 
 def check_teacher(student: Architecture, teacher: Architecture) -> None:

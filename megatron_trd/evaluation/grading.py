@@ -75,7 +75,9 @@ class _Judge:
         return self._ask(wanted, found, _SECONDS)
 
     def _ask(self, wanted: str, found: str, seconds: float) -> bool:
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(OSError):  # it died of the last question
             self._process.stdin.write(json.dumps([wanted, found]).encode() + b"\n")
             self._process.stdin.flush()

@@ -8,8 +8,8 @@ and the teacher's logits over the temperature, s and t their softmaxes:
     jsd          D = b KL(t || m) + (1 - b) KL(s || m)           dD/dx = (1 - b) s (log s - log m - KL(s || m))
                  m = b t + (1 - b) s
 
-A rank sees its columns only. It shifts them by its own maximum, sums, and sends (maximum, sum) of both sides and, for the
-two KLs, its share of D in ONE all-gather; every rank then combines the shares to the same bits. Only `jsd`, whose
+A rank sees its columns only. It shifts them by its own maximum, sums, and sends (maximum, sum) of both sides and, for
+the two KLs, its share of D in ONE all-gather; every rank then combines the shares to the same bits. Only `jsd`, whose
 mixture needs both normalisers first, has a second collective.
 """
 

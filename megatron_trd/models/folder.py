@@ -17,7 +17,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class ModelFolder:
-    """Reads `config.json`, the tokenizer and the safetensors of a local folder. Nothing is loaded before it is asked for.
+    """Reads `config.json`, the tokenizer and the safetensors of a local folder, each when it is asked for.
 
     Raises `UserError` for a folder, configuration, index or shard that is missing or broken.
     """
@@ -36,7 +36,7 @@ class ModelFolder:
 
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001 - transformers raises many kinds for fields it cannot use
+        except Exception as error:  # transformers raises many kinds for fields it cannot use
             raise UserError(f"model folder '{self.path}': config.json cannot be read: {_in_one_line(error)}") from None
 
     @functools.cached_property
@@ -48,7 +48,7 @@ class ModelFolder:
             raise UserError(f"model folder '{self.path}': no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}")
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # as above
             raise UserError(f"model folder '{self.path}': no usable tokenizer: {_in_one_line(error)}") from None
 
     @functools.cached_property

@@ -11,8 +11,8 @@ out in it and how tensor parallelism cuts it:
 | `gated`      | gate, up                  | rank's rows of gate above rank's rows of up                            |
 | `vocab`      | `[vocab, hidden]`         | rows padded with zeros to a multiple of the ranks, then cut            |
 
-Sources: `transformers` modeling_qwen3.py and modeling_llama.py; megatron-core `SelfAttention.get_query_key_value_tensors`
-and the `mlp.linear_fc1` gated layout.
+Sources: `transformers` modeling_qwen3.py and modeling_llama.py; megatron-core
+`SelfAttention.get_query_key_value_tensors` and the `mlp.linear_fc1` gated layout.
 """
 
 from __future__ import annotations
@@ -192,7 +192,13 @@ def check_folder(folder: ModelFolder, arch: Architecture) -> None:
 
 @torch.no_grad()
 def load(
-    model: torch.nn.Module, arch: Architecture, grid: Grid, source: Source, *, decay: float = 0.0, all_slots: bool = False
+    model: torch.nn.Module,
+    arch: Architecture,
+    grid: Grid,
+    source: Source,
+    *,
+    decay: float = 0.0,
+    all_slots: bool = False,
 ) -> None:
     """Fill this rank's parameters: `parameter <- decay * parameter + (1 - decay) * source`.
 

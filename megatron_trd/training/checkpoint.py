@@ -1,13 +1,14 @@
 """Checkpoints of a run: Megatron distributed checkpoints that appear whole or not at all.
 
-`<run_dir>/checkpoints/step_N` holds the student, its optimizer and schedule (megatron-core `torch_dist`), and an averaged
-teacher as a Hugging Face folder `ema/`. Everything random in a run is a function of (seed, step), so the step number is
+`<run_dir>/checkpoints/step_N` holds the student, its optimizer and schedule (megatron-core `torch_dist`), and an
+averaged teacher as a Hugging Face folder `ema/`. Everything random in a run is a function of (seed, step), so the step number is
 the whole data and sampler position.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import re
 import shutil
 from pathlib import Path
@@ -39,7 +40,11 @@ def checkpoints(run_dir: str | Path) -> dict[int, Path]:
 def save(run_dir: str | Path, step: int, student: StudentEngine, teacher: TeacherEngine, keep: int) -> Path:
     """Write `step_N` (after `step` optimizer steps) and drop all but the newest `keep`. Collective."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # megatron-core would start a server process for this queue, which outlives a killed trainer and holds its terminal;
+    # saves are synchronous here, and one process needs no server.
+    filesystem_async._results_queue = queue.Queue()
     target = Path(run_dir) / "checkpoints" / f"step_{step}"
     partial = target.with_name(f"{target.name}.partial")
     if dist.get_rank() == 0:

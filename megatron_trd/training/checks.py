@@ -130,9 +130,9 @@ def _longest(config: TrainConfig) -> int:
 def check_run_folder(config: TrainConfig, resume: bool) -> None:
     """Raise `UserError` if the run folder cannot be written or holds a run that would be overwritten."""
     folder = Path(config.run_dir)
+    make_folder(folder)  # first: one cannot even look into a folder that is closed, or whose name is too long
     if not resume and (folder / "config.yaml").exists():
         raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
-    make_folder(folder)
 
 
 def make_folder(folder: Path) -> None:

@@ -74,9 +74,7 @@ class Run:
     def problems(self, step: int) -> list[Problem]:
         """Problems of a step (from 0), each as often as it is to be rolled out."""
         config, problems = self.config, self.inputs.problems
-        indices = step_indices(
-            len(problems), config.batch_size, step, seed=config.seed, shuffle=config.data.shuffle
-        )
+        indices = step_indices(len(problems), config.batch_size, step, seed=config.seed, shuffle=config.data.shuffle)
         return [problems[index] for index in indices for _ in range(config.rollouts_per_problem)]
 
     def refit(self) -> None:
@@ -93,9 +91,7 @@ class Run:
         """Sample indices of each student replica, balanced by length."""
         return deal(samples, self.student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
 
-    def log(
-        self, step: int, trajectories: list[Trajectory], samples: list[Sample], result: StepResult | None
-    ) -> None:
+    def log(self, step: int, trajectories: list[Trajectory], samples: list[Sample], result: StepResult | None) -> None:
         """Write a finished step's metrics and samples (rank 0)."""
         phases, self.phases = self.phases, {}
         if self._writers is None:
@@ -125,9 +121,7 @@ class Run:
 
     def save(self, steps_done: int) -> None:
         """Write a checkpoint after `steps_done` steps. Collective."""
-        path = checkpoint.save(
-            self.config.run_dir, steps_done, self.student, self.teacher, self.config.checkpoint.keep
-        )
+        path = checkpoint.save(self.config.run_dir, steps_done, self.student, self.teacher, self.config.checkpoint.keep)
         if self._writers is not None:
             self._writers.progress.note(f"saved {path}")
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_trd.data.batching import MicroBatch, Sample, Side, deal, micro_batches, normalize
 
 CPU = torch.device("cpu")
-QUICK = settings(max_examples=80, deadline=None)
+QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # Token ids from 1: padding is 0, so a padded position can be told from a real one.
 _IDS = st.integers(1, 50)
@@ -121,7 +121,8 @@ def test_every_sample_of_the_share_is_in_one_micro_batch_beside_its_like(
     found = batches(made, side, size=size, indices=indices)
     order = [index for batch in found for index in batch.samples]
     assert sorted(order) == sorted(indices)
-    assert all(len(batch.samples) == size for batch in found[:-1]) and 0 < len(found[-1].samples) <= size
+    assert all(len(batch.samples) == size for batch in found[:-1])
+    assert 0 < len(found[-1].samples) <= size
     lengths = [len(made[index].tokens(side)) for index in order]
     assert lengths == sorted(lengths, reverse=True)
 
@@ -131,7 +132,8 @@ def test_every_sample_of_the_share_is_in_one_micro_batch_beside_its_like(
 def test_a_replica_without_samples_gets_one_that_weighs_nothing(made: list[Sample], side: Side, multiple: int) -> None:
     (batch,) = batches(made, side, size=2, multiple=multiple, indices=[])
     assert batch.samples == ()
-    assert batch.tokens.shape[0] == 1 and batch.tokens.shape[1] % multiple == 0
+    assert batch.tokens.shape[0] == 1
+    assert batch.tokens.shape[1] % multiple == 0
     assert len(batch.weights) == len(batch.response) == sum(batch.lengths) > 0
     assert batch.weights.tolist() == [0.0] * len(batch.weights)
 

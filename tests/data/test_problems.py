@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_trd.config import DataConfig
@@ -133,20 +133,23 @@ def test_a_broken_line_is_named_by_its_number_in_the_file(tmp_path: Path, line: 
 def test_an_empty_file_is_named(tmp_path: Path, content: str) -> None:
     config = write(tmp_path / "data.jsonl", content)
     message = user_error(load_problems, config)
-    assert config.path in message and "no problems" in message
+    assert config.path in message
+    assert "no problems" in message
 
 
 def test_an_empty_parquet_file_is_named(tmp_path: Path) -> None:
     dataset(ROWS).select([]).to_parquet(tmp_path / "data.parquet")
     message = user_error(load_problems, DataConfig(path=str(tmp_path / "data.parquet")))
-    assert str(tmp_path) in message and "no problems" in message
+    assert str(tmp_path) in message
+    assert "no problems" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all"])
 def test_a_broken_parquet_file_is_named(tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     config = write(tmp_path / "data.parquet", content)
     message = user_error(load_problems, config)
-    assert config.path in message and "cannot be read" in message
+    assert config.path in message
+    assert "cannot be read" in message
     assert capfd.readouterr() == ("", ""), "the message is all that is said"
 
 
@@ -161,12 +164,14 @@ def test_a_broken_saved_dataset_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     message = user_error(load_problems, DataConfig(path=str(tmp_path / name)))
-    assert str(tmp_path / name) in message and "no" in message
+    assert str(tmp_path / name) in message
+    assert "no" in message
 
 
 def test_no_path_says_what_to_give() -> None:
     message = user_error(load_problems, DataConfig())
-    assert "data.path" in message and "JSONL" in message
+    assert "data.path" in message
+    assert "JSONL" in message
 
 
 @pytest.mark.parametrize(
@@ -187,7 +192,7 @@ def test_a_missing_field_is_named_with_the_fields_there_are(tmp_path: Path, key:
 # Steps
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31), st.booleans())
 def test_every_problem_is_seen_once_an_epoch(count: int, batch: int, seed: int, shuffle: bool) -> None:
     steps = -(-3 * count // batch)
@@ -196,7 +201,7 @@ def test_every_problem_is_seen_once_an_epoch(count: int, batch: int, seed: int, 
         assert Counter(visited[start : start + count]) == Counter(range(count))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 30), st.integers(0, 2**31))
 def test_a_step_is_a_function_of_its_number_alone(count: int, batch: int, step: int, seed: int) -> None:
     unbroken = [step_indices(count, batch, number, seed=seed, shuffle=True) for number in range(step + 1)]

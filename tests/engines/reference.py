@@ -29,6 +29,24 @@ def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
     return (t.exp() * (t - s)).sum(-1)
 
 
+def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(student || teacher) of each token, from logits."""
+    return forward_kl(student, teacher)
+
+
+def jsd(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student."""
+    t, s = teacher.softmax(-1), student.softmax(-1)
+    log_m = (beta * t + (1 - beta) * s).log()
+    return beta * (t * (t.log() - log_m)).sum(-1) + (1 - beta) * (s * (s.log() - log_m)).sum(-1)
+
+
+def top_k(teacher: Tensor, student: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Logits of both on the teacher's k most probable tokens."""
+    kept = teacher.topk(k, dim=-1).indices
+    return teacher.gather(-1, kept), student.gather(-1, kept)
+
+
 def step_loss(
     student: torch.nn.Module,
     teacher: torch.nn.Module,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_trd.config import TrainConfig, from_dict
 from megatron_trd.data.batching import Sample, deal, normalize
@@ -36,7 +38,13 @@ def make_config(model: str, **values: Any) -> TrainConfig:
     base = {
         "model": model,
         "steps": 10,
-        "optimizer": {"lr": LR, "weight_decay": WEIGHT_DECAY, "clip_grad": 0.5, "warmup_fraction": 0.0, "schedule": "constant"},
+        "optimizer": {
+            "lr": LR,
+            "weight_decay": WEIGHT_DECAY,
+            "clip_grad": 0.5,
+            "warmup_fraction": 0.0,
+            "schedule": "constant",
+        },
     }
     return from_dict(base | values, "test")
 
@@ -58,7 +66,8 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
     results = []
     samples = make_samples()
     for case in cases:
-        config = make_config(model, student=case["student"], teacher=case["teacher"] | {"model": teacher_model})
+        settings = case | {"teacher": case["teacher"] | {"model": teacher_model}}
+        config = make_config(model, **settings)
         folder = ModelFolder(model)
         grid = student_grid(config.student.tp, config.student.pp, seed=0)
         student = StudentEngine(config, read_architecture(folder), folder, grid)
@@ -78,14 +87,18 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
                 parameter.data.copy_(parameter.saved)
         result = student.train_step(samples, share, hidden, teacher.head)
         after = dict(weights.named_tensors(student.arch, student.source()))
-        results.append({"loss": loss, "grad": gradients, "norm": result.grad_norm, "after": after} if rank == 0 else None)
+        results.append(
+            {"loss": loss, "grad": gradients, "norm": result.grad_norm, "after": after} if rank == 0 else None
+        )
         parallel_state.destroy_model_parallel()
     return results
 
 
-def expected(model: Path, teacher: Path) -> dict[str, Any]:
+def expected(
+    model: Path, teacher: Path, divergence: Callable[[Tensor, Tensor], Tensor] = reference.forward_kl
+) -> dict[str, Any]:
     student, teach = reference.load(model), reference.load(teacher)
-    loss = reference.step_loss(student, teach, make_samples())
+    loss = reference.step_loss(student, teach, make_samples(), divergence)
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
@@ -151,9 +164,18 @@ def compare(found: dict[str, Any], want: dict[str, Any], case: object) -> None:
 
 @pytest.mark.parametrize(
     ("student", "teacher", "world"),
-    [("untied", None, 1), ("untied", None, 2), ("untied", None, 4), ("tied", None, 2), ("tied", "large", 4), ("llama", None, 2)],
+    [
+        ("untied", None, 1),
+        ("untied", None, 2),
+        ("untied", None, 4),
+        ("tied", None, 2),
+        ("tied", "large", 4),
+        ("llama", None, 2),
+    ],
 )
-def test_layouts_agree_with_dense_float64(models: dict[str, Path], student: str, teacher: str | None, world: int) -> None:
+def test_layouts_agree_with_dense_float64(
+    models: dict[str, Path], student: str, teacher: str | None, world: int
+) -> None:
     cases = CASES[world]
     if teacher:
         cases = [case for case in cases if case["teacher"]["weights"] != "live"]
@@ -162,3 +184,27 @@ def test_layouts_agree_with_dense_float64(models: dict[str, Path], student: str,
     want = expected(models[student], models[teacher or student])
     for case, result in zip(cases, found, strict=True):
         compare(result, want, case)
+
+
+BETA, CLIP, TOP_K = 0.3, 2.0, 7
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "opsd-forward-kl-clip": lambda teacher, student: reference.forward_kl(teacher, student).clamp(max=CLIP),
+    "opsd-reverse-kl": reference.reverse_kl,
+    "opsd-reverse-kl-topk": lambda teacher, student: reference.reverse_kl(*reference.top_k(teacher, student, TOP_K)),
+    "opsd-jsd": lambda teacher, student: reference.jsd(teacher, student, BETA),
+}
+
+
+def test_every_divergence_of_the_methods_agrees_with_dense_float64(models: dict[str, Path]) -> None:
+    numbers = {"beta": BETA, "clip": CLIP, "top_k": TOP_K, "chunk_tokens": 7}
+    cases = [layout(2, 1, 1, 1) | {"method": method, "loss": numbers} for method in DIVERGENCES]
+    found = run_ranks(run_layouts, 2, str(models["untied"]), str(models["large"]), cases)[0]
+    for (method, divergence), result in zip(DIVERGENCES.items(), found, strict=True):
+        compare(result, expected(models["untied"], models["large"], divergence), method)
+
+
+def test_a_mean_over_all_tokens_is_an_option(models: dict[str, Path]) -> None:
+    sequence, token = (normalize(make_samples(), by) for by in ("sequence", "token"))
+    assert sum(sample.weight * len(sample.response) for sample in token) == pytest.approx(1)
+    assert len({sample.weight for sample in token}) == 1
+    assert len({sample.weight for sample in sequence}) > 1

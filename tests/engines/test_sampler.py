@@ -1,4 +1,4 @@
-"""The real vLLM engine in every rank: greedy tokens equal `transformers`, before and after refit from Megatron shards."""
+"""The real vLLM engine in every rank: greedy tokens equal `transformers`, before and after a refit."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def sizes(tokens: int, **options: Any) -> dict[str, Any]:
-    return {"tokens": tokens, "vocabulary": VOCABULARY, "hidden": HIDDEN, "chunk_tokens": CHUNK, **options}
+    return {"tokens": tokens, "vocabulary": VOCABULARY, "hidden": HIDDEN, "chunk_tokens": CHUNK} | options
 
 
 def head_gradient(world: int) -> int:
@@ -38,22 +39,28 @@ def head_gradient(world: int) -> int:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_two_chunks_of_logits_are_the_peak_however_many_tokens(options: dict[str, Any]) -> None:
-    for tokens in (CHUNK, 16 * CHUNK):
+    for tokens in (CHUNK, 6 * CHUNK):
         (found,) = ranks.memory(0, 1, [sizes(tokens, **options)])
         assert 2 * LOGITS <= found.peak <= 2 * LOGITS + head_gradient(1) + SMALL, tokens
         assert found.left <= head_gradient(1) + 0.1 * LOGITS, "logits outlive the call"
 
 
 def test_a_rank_of_two_needs_half() -> None:
-    calls = [sizes(8 * CHUNK), sizes(8 * CHUNK, divergence="jsd"), sizes(8 * CHUNK, top_k=32)]
+    calls = [sizes(3 * CHUNK), sizes(3 * CHUNK, divergence="jsd", top_k=32)]
     for rank in run_ranks(ranks.memory, 2, calls):
         for found in rank:
             assert found.peak <= LOGITS + head_gradient(2) + SMALL
             assert found.left <= head_gradient(2) + 0.1 * LOGITS
 
 
+def test_the_default_chunk_is_what_its_budget_holds() -> None:
+    with mock.patch("megatron_trd.losses.head.CHUNK_BYTES", LOGITS + VOCABULARY):
+        (found,) = ranks.memory(0, 1, [sizes(6 * CHUNK, chunk_tokens=None)])
+    assert 2 * LOGITS <= found.peak <= 2 * LOGITS + head_gradient(1) + SMALL
+
+
 def test_log_probabilities_need_one_chunk() -> None:
-    tokens = 8 * CHUNK
+    tokens = 4 * CHUNK
     inputs = torch.randn(tokens, HIDDEN), torch.randn(VOCABULARY, HIDDEN), torch.zeros(tokens, dtype=torch.int64)
     found = ranks.allocated(lambda: vocab_parallel_log_prob(*inputs, chunk_tokens=CHUNK))
     assert LOGITS <= found.peak <= LOGITS + SMALL

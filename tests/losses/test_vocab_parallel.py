@@ -117,6 +117,16 @@ def test_identities_between_the_divergences(student: Tensor, beta: float) -> Non
 
 
 @pytest.mark.parametrize("name", cases.THREE)
+def test_rounding_never_makes_a_divergence_negative(name: str) -> None:
+    """Sides so close that the truth is far below the rounding of their probabilities."""
+    base = cases.DIVERGENCES[name]
+    student = torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
+    found = vocab_parallel_divergence(student, student * 1.00001, divergence=name.split("(")[0], beta=base.beta)
+    assert (found >= 0).all()
+    assert (found < 1e-6).all()
+
+
+@pytest.mark.parametrize("name", cases.THREE)
 @pytest.mark.parametrize("offset", [30.0, 1e3, -1e4])
 def test_a_constant_added_to_every_logit_changes_nothing(name: str, offset: float) -> None:
     """The probabilities do not change, so neither may the error: no log sum exp rounded at the logits' size."""

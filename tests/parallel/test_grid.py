@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_trd.parallel.grid import Layout
@@ -18,7 +18,7 @@ def layout(tp: int, pp: int, dp: int) -> Layout:
     return Layout(tp, pp, tp * pp * dp)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SIZES, SIZES, SIZES)
 def test_rank_and_coordinates_are_each_other_s_inverse(tp: int, pp: int, dp: int) -> None:
     grid = layout(tp, pp, dp)
@@ -26,7 +26,9 @@ def test_rank_and_coordinates_are_each_other_s_inverse(tp: int, pp: int, dp: int
     seen = set()
     for rank in range(grid.world):
         t, p, d = grid.coordinates(rank)
-        assert (0 <= t < tp) and (0 <= p < pp) and (0 <= d < dp)
+        assert 0 <= t < tp
+        assert 0 <= p < pp
+        assert 0 <= d < dp
         assert grid.rank(t, p, d) == rank
         seen.add((t, p, d))
     assert len(seen) == grid.world
@@ -58,7 +60,7 @@ def test_groups_are_those_that_megatron_makes(tp: int, pp: int, dp: int) -> None
         assert set(map(tuple, generator.get_ranks(token))) == grouped(kept), token
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SIZES, SIZES, SIZES)
 def test_last_stages_are_the_last_ranks_in_tensor_parallel_order(tp: int, pp: int, dp: int) -> None:
     grid = layout(tp, pp, dp)

@@ -83,8 +83,10 @@ def says(config: TrainConfig, *parts: str) -> None:
 
 def test_a_good_run_passes_and_its_inputs_are_told(run: Run, models: Path) -> None:
     found: Inputs = check(run())
-    assert found.world_size == 1 and found.teacher is found.student
-    assert found.student_arch.layers == 2 and found.problems[0].answer == "2"
+    assert found.world_size == 1
+    assert found.teacher is found.student
+    assert found.student_arch.layers == 2
+    assert found.problems[0].answer == "2"
     assert found.max_length == (64 + 64 + 64) + 64  # problem, reference and rollout, then the refinement
 
 
@@ -450,7 +452,7 @@ def test_a_run_folder_that_cannot_be_written(run: Run, tmp_path: Path, name: str
     (tmp_path / "file").write_text("")
     folder = str(tmp_path / name)
     message = user_error(check_run_folder, run(run_dir=folder), resume=resume)
-    assert all(part in message for part in (folder, "cannot be written", "run_dir=")), message
+    assert all(part in message for part in (folder, "cannot be written", "set another")), message
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -464,4 +466,5 @@ def test_a_run_folder_that_cannot_be_entered(
     for name in ("exists", "mkdir"):
         monkeypatch.setattr(Path, name, refuse)
     message = user_error(check_run_folder, run(run_dir=str(tmp_path / "closed")), resume=resume)
-    assert "Permission denied" in message and str(tmp_path / "closed") in message
+    assert "Permission denied" in message
+    assert str(tmp_path / "closed") in message

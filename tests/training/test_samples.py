@@ -80,7 +80,8 @@ def test_a_raw_sample_is_the_rollout_under_the_teacher_s_own_context(method: str
 def test_opd_refines_without_the_reference() -> None:
     made = builder("trd-opd")
     prompt = made.refine_prompt(PROBLEM, completion(answer(45)))
-    assert prompt is not None and PROBLEM.reference not in tokenizer().decode(prompt)
+    assert prompt is not None
+    assert PROBLEM.reference not in tokenizer().decode(prompt)
 
 
 @pytest.mark.parametrize(("normalize", "weights"), [("sequence", [1 / 2 / 3, 1 / 2 / 9]), ("token", [1 / 12, 1 / 12])])
@@ -126,7 +127,8 @@ def test_a_truncated_rollout_may_be_refined_and_its_refinement_trained_on() -> N
     made = builder("trd-opsd")
     trajectories = [trajectory(completion("So", truncated=True), completion(answer(46)))]
     samples = made.samples(trajectories)
-    assert len(samples) == 1 and made.metrics(trajectories, samples)["overflow/rollout"] == 1
+    assert len(samples) == 1
+    assert made.metrics(trajectories, samples)["overflow/rollout"] == 1
 
 
 # Over-long prompts
@@ -173,7 +175,9 @@ def test_a_reference_too_long_is_cut_to_fit_and_is_counted_once() -> None:
     limit = prompt_limit(made.config, "reference")
     assert limit - 3 <= len(cut) <= limit, "cut, and no more than needed"
     text = tokenizer().decode(cut)
-    assert VERBOSE.problem in text and "It is 46, indeed. It is 46" in text and VERBOSE.reference not in text
+    assert VERBOSE.problem in text
+    assert "It is 46, indeed. It is 46" in text
+    assert VERBOSE.reference not in text
     assert "Solve the problem in your own words" in text, "the words after the reference are not cut off"
     assert list(samples[1].teacher_prompt) == made.prompts.ids("reference", PROBLEM.problem, PROBLEM.reference)
     assert made.metrics(trajectories, samples)["overflow/prompt"] == 1
@@ -214,7 +218,9 @@ def test_a_reference_is_cut_after_the_rollout_is_used_up() -> None:
     limit = prompt_limit(made.config, "refine_reference")
     assert limit - 3 <= len(prompt) <= limit
     text = tokenizer().decode(prompt)
-    assert VERBOSE.problem in text and "It is 46, indeed." in text and "boxed{45}" not in text
+    assert VERBOSE.problem in text
+    assert "It is 46, indeed." in text
+    assert "boxed{45}" not in text
 
 
 def test_a_refinement_prompt_that_cannot_be_cut_to_fit_is_dropped() -> None:
@@ -235,8 +241,10 @@ def test_overlong_refinement_prompts_of_other_ranks_are_counted_here(overlong: s
 def test_a_prompt_of_just_the_limit_is_neither_cut_nor_counted() -> None:
     size = len(PromptBuilder(tokenizer()).ids("vanilla", PROBLEM.problem))
     exact, below = (builder("opd-forward-kl", data={"max_prompt_tokens": limit}) for limit in (size, size - 1))
-    assert exact.begin([PROBLEM])[0] == [PROBLEM] and exact.metrics([], [])["overflow/prompt"] == 0
-    assert below.begin([PROBLEM])[0] == [] and below.metrics([], [])["overflow/prompt"] == 1
+    assert exact.begin([PROBLEM])[0] == [PROBLEM]
+    assert exact.metrics([], [])["overflow/prompt"] == 0
+    assert below.begin([PROBLEM])[0] == []
+    assert below.metrics([], [])["overflow/prompt"] == 1
 
 
 # Corpus ablations: (rollout right, refinement right)

@@ -1,0 +1,63 @@
+"""Answers are compared as mathematics, and no answer can hang or crash whoever grades it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from megatron_trd.evaluation import grading
+from megatron_trd.evaluation.grading import is_correct, last_boxed
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("so it is \\boxed{42}.", "42"),
+        ("\\boxed{042}", "42"),
+        ("\\boxed{0.5}", "1/2"),
+        ("\\boxed{\\frac{1}{2}}", "0.5"),
+        ("\\boxed{1,000}", "1000"),
+        ("\\boxed{\\$18}", "18"),
+        ("\\boxed{(1, 2)}", "(1,2)"),
+        ("\\boxed{x^2 + 2x + 1}", "(x+1)^2"),
+        ("first \\boxed{3}, no: \\boxed{4}", "4"),
+        ("\\boxed{4} and then \\boxed{", "4"),
+        ("\\boxed{5}", "thus \\boxed{5}"),
+    ],
+)
+def test_right(response: str, answer: str) -> None:
+    assert is_correct(response, answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("the answer is 42", "42"),  # not in a box
+        ("\\boxed{42", "42"),  # cut short
+        ("\\boxed{41}", "42"),
+        ("\\boxed{4}, no: \\boxed{3}", "4"),
+        ("\\boxed{}", "0"),
+        ("\\boxed{\\frac{}{}}", "1"),
+        ("\\boxed{import os}", "1"),
+        ("\\boxed{" + "(" * 900 + "}", "1"),
+        ("\\boxed{" + "1" * 5000 + "}", "1"),
+        ("", "1"),
+    ],
+)
+def test_wrong(response: str, answer: str) -> None:
+    assert not is_correct(response, answer)
+
+
+def test_nested_braces() -> None:
+    assert last_boxed("a \\boxed{\\frac{1}{\\sqrt{2}}} b") == "\\frac{1}{\\sqrt{2}}"
+    assert last_boxed("none") is None
+
+
+def test_an_answer_that_never_evaluates_is_wrong_in_time_and_grading_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading, "_SECONDS", 1.0)
+    begin = time.monotonic()
+    assert not is_correct("\\boxed{9^{9^{9^9}}}", "3")
+    assert not is_correct("\\boxed{10^{10^{10}}}", "3")
+    assert is_correct("\\boxed{\\frac{2}{8}}", "0.25")
+    assert time.monotonic() - begin < 60  # three starts of the judge on a busy machine, and two time-outs

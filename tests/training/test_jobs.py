@@ -1,0 +1,107 @@
+"""Jobs as users start them: what they write, and that stopping or killing one changes nothing but the time it takes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.training import jobs
+
+# What must not differ between an unbroken and a resumed run, to the bit.
+SAME = ("loss", "grad_norm", "lr", "divergence/mean", "tokens/trained", "length/rollout", "length/refinement")
+
+
+def load_tensors(rank: int, world: int, checkpoint: str) -> dict[str, torch.Tensor]:
+    """Rank function: every tensor of a checkpoint, optimizer state included."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_trd import platform
+
+    platform.current().set_up()
+    with platform.current().megatron():
+        return dist_checkpointing.load_plain_tensors(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """(job file, run folder, output) of a job that nobody disturbed, with its refit checked every step."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    job = jobs.write_job(folder)
+    output = jobs.finish(jobs.start("train", job, f"run_dir={folder / 'run'}", "--verify-refit"))
+    return job, folder / "run", output
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    rows = zip(jobs.metrics(found), jobs.metrics(expected), strict=True)
+    for row, other in rows:
+        assert {key: row.get(key) for key in SAME} == {key: other.get(key) for key in SAME}
+    name = f"checkpoints/step_{jobs.STEPS}"
+    tensors = [run_ranks(load_tensors, 1, str(run / name), timeout=120)[0] for run in (found, expected)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert len(tensors[0]) > 20
+    for key, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][key]), key
+    assert (found / name / "ema/model-00001.safetensors").read_bytes() == (
+        expected / name / "ema/model-00001.safetensors"
+    ).read_bytes()
+
+
+def test_a_run_writes_what_is_promised(unbroken: tuple[Path, Path, str]) -> None:
+    _, run, output = unbroken
+    rows: list[dict[str, Any]] = jobs.metrics(run)
+    assert [row["step"] for row in rows] == list(range(jobs.STEPS))
+    for row in rows:
+        assert row["samples/trained"] == 3
+        assert row["loss"] > 0
+        assert row["grad_norm"] > 0
+        assert row["drift/max"] < 1e-4, "sampler and trainer give the same log-probabilities"
+        for key in ("time/refit", "time/sample", "time/teacher", "time/train", "throughput/sample", "memory/host_gib"):
+            assert row[key] > 0, key
+        assert row["time/step"] >= sum(row[f"time/{name}"] for name in ("refit", "sample", "teacher", "train"))
+    assert rows[-1]["loss"] < rows[0]["loss"], "an averaged teacher of decay 0.5 and a student that follow each other"
+    assert (run / "config.yaml").is_file()
+    assert list((run / "tensorboard").glob("events*"))
+    assert len(list((run / "samples").glob("*.jsonl"))) == jobs.STEPS
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_2", "step_4"]
+    assert output.count("step ") >= jobs.STEPS
+
+
+def test_a_killed_rank_ends_the_job_and_resume_gives_the_same_bits(
+    unbroken: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    job, expected, _ = unbroken
+    run = tmp_path / "run"
+    process = jobs.start("train", job, f"run_dir={run}")
+    jobs.wait_for(lambda: len(jobs.metrics(run)) >= 3)
+    os.kill(jobs.rank_pids(process)[-1], signal.SIGKILL)
+    begin = time.monotonic()
+    output = jobs.finish(process, code=1)
+    assert time.monotonic() - begin < 15
+    assert output.count("killed by SIGKILL") == 1
+    assert "Traceback" not in output.splitlines()[-1]
+    refused = jobs.finish(jobs.start("train", job, f"run_dir={run}"), code=2)
+    assert "--resume" in refused
+    jobs.finish(jobs.start("train", job, f"run_dir={run}", "--resume"))
+    assert_same_run(run, expected)
+
+
+def test_a_stopped_job_saves_and_resume_gives_the_same_bits(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
+    job, expected, _ = unbroken
+    run = tmp_path / "run"
+    process = jobs.start("train", job, f"run_dir={run}", "checkpoint.every=0")
+    jobs.wait_for(lambda: len(jobs.metrics(run)) >= 1)
+    process.send_signal(signal.SIGTERM)
+    output = jobs.finish(process)
+    done = len(jobs.metrics(run))
+    assert done < jobs.STEPS, "stopped too late to test anything"
+    assert f"{done} steps done" in output
+    assert "--resume" in output
+    jobs.finish(jobs.start("train", job, f"run_dir={run}", "checkpoint.every=0", "--resume"))
+    assert_same_run(run, expected)
