@@ -36,10 +36,10 @@ MethodName = Literal[
     "opsd-jsd",
 ]
 
-_strict = dataclass(config=ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False), kw_only=True)
+_STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-@_strict
+@dataclass(config=_STRICT, kw_only=True)
 class StudentConfig:
     """Megatron engine of the model being trained. Data parallelism is what is left of the world: world / (tp * pp)."""
 
@@ -51,7 +51,7 @@ class StudentConfig:
     distributed_optimizer: bool = True  # shard optimizer state over data parallel ranks
 
 
-@_strict
+@dataclass(config=_STRICT, kw_only=True)
 class TeacherConfig:
     """Megatron engine of the teacher: its own TP x PP grid over the same ranks."""
 
@@ -65,7 +65,7 @@ class TeacherConfig:
     micro_batch_size: Positive = 1
 
 
-@_strict
+@dataclass(config=_STRICT, kw_only=True)
 class SamplerConfig:
     """vLLM engine in every rank; sampler data parallelism is world / tp."""
 
@@ -80,7 +80,7 @@ class SamplerConfig:
     enforce_eager: bool = False  # no graph capture: slower steps, faster start
 
 
-@_strict
+@dataclass(config=_STRICT, kw_only=True)
 class DataConfig:
     """Problems: a JSONL or parquet file, a `datasets` folder, or a hub name."""
 
@@ -100,7 +100,7 @@ class DataConfig:
     shuffle: bool = True
 
 
-@_strict
+@dataclass(config=_STRICT, kw_only=True)
 class LossConfig:
     """Numbers of the divergences; which divergence is used is the method's choice."""
 
@@ -112,7 +112,7 @@ class LossConfig:
     chunk_tokens: Positive | None = None  # response tokens whose logits exist at once; None: chosen by the loss
 
 
-@_strict
+@dataclass(config=_STRICT, kw_only=True)
 class OptimizerConfig:
     """AdamW with linear warm-up, then constant or cosine."""
 
@@ -127,7 +127,7 @@ class OptimizerConfig:
     clip_grad: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0: no clipping
 
 
-@_strict
+@dataclass(config=_STRICT, kw_only=True)
 class CheckpointConfig:
     """Megatron distributed checkpoints in `<run_dir>/checkpoints/step_N`."""
 
@@ -135,7 +135,7 @@ class CheckpointConfig:
     keep: Positive = 2  # newest ones kept
 
 
-@_strict
+@dataclass(config=_STRICT, kw_only=True)
 class LogConfig:
     """What a run writes besides its metrics."""
 
@@ -145,7 +145,7 @@ class LogConfig:
     drift_tokens: NonNegative = 512  # tokens a step and rank whose sampler and trainer log-probabilities are compared
 
 
-@_strict
+@dataclass(config=_STRICT, kw_only=True)
 class TrainConfig:
     """One TRD run."""
 

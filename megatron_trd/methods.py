@@ -8,10 +8,20 @@ published.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict, cast
 
 from megatron_trd.config import LossConfig, MethodName
 from megatron_trd.data.prompts import Context
+
+
+class DivergenceArguments(TypedDict):
+    """Keyword arguments of the functions in `megatron_trd.losses`."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    beta: float
+    temperature: float
+    clip: float | None
+    top_k: int | None
 
 
 @dataclass(frozen=True)
@@ -22,8 +32,8 @@ class Divergence:
     clipped: bool = False
     top_k: bool = False
 
-    def arguments(self, config: LossConfig) -> dict[str, float | int | str | None]:
-        """Keyword arguments of the functions in `megatron_trd.losses`."""
+    def arguments(self, config: LossConfig) -> DivergenceArguments:
+        """The numbers of `config` that this divergence uses."""
         return {
             "divergence": self.kind,
             "beta": config.beta,
@@ -50,16 +60,17 @@ class Method:
         return "reference" in self.teacher_context
 
 
-def _baselines(prefix: str, context: Context) -> dict[str, Method]:
-    return {
+def _baselines(prefix: Literal["opd", "opsd"], context: Context) -> dict[MethodName, Method]:
+    rows = {
         f"{prefix}-forward-kl": Method("raw", context),
         f"{prefix}-forward-kl-clip": Method("raw", context, Divergence(clipped=True)),
         f"{prefix}-reverse-kl": Method("raw", context, Divergence("reverse_kl")),
         f"{prefix}-reverse-kl-topk": Method("raw", context, Divergence("reverse_kl", top_k=True)),
     }
+    return cast(dict[MethodName, Method], rows)  # a test checks the names
 
 
-METHODS: dict[MethodName, Method] = {  # type: ignore[assignment]  # names are checked by a test
+METHODS: dict[MethodName, Method] = {
     "trd-opd": Method("refined", "refine"),
     "trd-opsd": Method("refined", "refine_reference"),
     **_baselines("opd", "vanilla"),

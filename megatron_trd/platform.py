@@ -275,7 +275,7 @@ def _to_cpu(device: Any) -> Any:
 
 
 def _patch_torch_adam_in_distributed_optimizer() -> None:
-    """Let the distributed optimizer load a checkpoint when plain torch Adam is under it (no transformer-engine or Apex).
+    """Let the distributed optimizer load a checkpoint with plain torch Adam under it (no transformer-engine or Apex).
 
     torch Adam keeps `step` as a tensor in each parameter's state. megatron-core's load path (1) looks for it among the
     saved sharded tensors, where it is not, and (2) puts one shared tensor into every state, which Adam then advances

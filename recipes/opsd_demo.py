@@ -28,6 +28,6 @@ def recipe() -> TrainConfig:
         sampler=SamplerConfig(max_rollout_tokens=80, max_refinement_tokens=80),
         data=DataConfig(path=str(TRAIN_PROBLEMS), max_prompt_tokens=64, max_reference_tokens=64),
         # Full fine-tuning of a model of under a million parameters wants a larger rate than the paper's 5e-6.
-        optimizer=OptimizerConfig(lr=3e-4, schedule="constant"),
+        optimizer=OptimizerConfig(lr=1e-4, schedule="constant"),
         log=LogConfig(samples_per_step=16),
     )

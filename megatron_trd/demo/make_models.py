@@ -111,7 +111,7 @@ def _train(making: Making) -> Any:
         rate = min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         optimizer.param_groups[0]["lr"] = making.lr * rate
         context = rng.choices(list(making.mix), weights=list(making.mix.values()))[0]
-        texts = []
+        texts: list[tuple[list[int], list[int]]] = []
         while sum(len(prompt) + len(response) for prompt, response in texts) < _BATCH_TOKENS:
             texts.append(_text(making, context, rng.choice(problems), rng, prompts))
         tokens, labels = _batch(texts)

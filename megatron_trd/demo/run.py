@@ -58,7 +58,7 @@ def run_demo(method: str, out: Path, seed: int, overrides: Sequence[str] = (), p
     summary["problems"] = summary["results"]["base"]["problems"]
     summary["seconds"] = time.perf_counter() - begin
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    runs = {name: out / name for name in names}
+    runs: dict[str, Path] = {name: out / name for name in names}
     report = out / "report.html"
     title = "Trajectory-refined distillation of the embedded model"
     write_report(report, runs, title=title, scores=summary, pairs=_pairs(out / method))

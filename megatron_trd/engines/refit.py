@@ -31,7 +31,8 @@ def _renew_tied_head(model: torch.nn.Module) -> None:
     the head itself, so a copy of it repacked for a kernel is still the old one (seen with vLLM 0.32 on a CPU)."""
     head = getattr(model, "lm_head", None)
     if isinstance(head, torch.nn.Module) and hasattr(head, "quant_method"):
-        head.quant_method.process_weights_after_loading(head)
+        quant_method: Any = head.quant_method  # vLLM's; torch declares every attribute of a module a tensor or module
+        quant_method.process_weights_after_loading(head)
 
 
 def checksum(tensor: Tensor) -> str:

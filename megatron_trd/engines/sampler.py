@@ -193,6 +193,6 @@ class Sampler:
         while any(engine.busy for engine in engines):
             for engine in engines:
                 for name, completion in engine.step() if engine.busy else ():
-                    kind, index, _ = name.split("/")
-                    finish(kind, int(index), completion)
+                    kind, number, _ = name.split("/")
+                    finish(kind, int(number), completion)
         return done

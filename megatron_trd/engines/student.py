@@ -78,11 +78,11 @@ class StudentEngine:
         self.arch, self.grid, self.config = arch, grid, config
         self.method = METHODS[config.method]
         with platform.current().megatron():
-            self.model = self._build_model(folder)
+            self.model: Any = self._build_model(folder)  # megatron-core is not typed
             self.optimizer = self._build_optimizer()
             self.scheduler = self._build_scheduler()
 
-    def _build_model(self, folder: ModelFolder) -> torch.nn.Module:
+    def _build_model(self, folder: ModelFolder) -> Any:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.distributed import finalize_model_grads as finalize
 
@@ -181,7 +181,6 @@ class StudentEngine:
         sums = _Sums(platform.current().device)
 
         def loss(batch: MicroBatch, hidden: Tensor) -> Tensor:
-            assert self.head is not None
             assert teacher_head is not None
             student = batch.select(self.whole_sequence(hidden))
             if not batch.samples:  # a replica without samples: weights are zero, any teacher will do
@@ -201,9 +200,11 @@ class StudentEngine:
         return sums
 
     def _divergence(self, batch: MicroBatch, student: Tensor, teacher: Tensor, teacher_head: Tensor) -> FusedDivergence:
+        head = self.head
+        assert head is not None
         return fused_linear_divergence(
             student,
-            self.head,
+            head,
             teacher,
             teacher_head,
             batch.weights,

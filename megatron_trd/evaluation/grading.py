@@ -68,8 +68,8 @@ class _Judge:
     def equal(self, wanted: str, found: str) -> bool:
         if self._process is None or self._process.poll() is not None:
             command = [sys.executable, "-m", "megatron_trd.evaluation.judge"]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self._process = subprocess.Popen(command, **pipes)
+            pipe, null = subprocess.PIPE, subprocess.DEVNULL
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null)
             if not self._ask("1", "1.0", _START_SECONDS):
                 raise RuntimeError("the judge of mathematical answers does not start: is math-verify installed?")
         return self._ask(wanted, found, _SECONDS)

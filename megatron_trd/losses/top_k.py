@@ -1,8 +1,8 @@
 """The divergence on the teacher's k most probable tokens of the whole vocabulary, wherever their columns are.
 
 Each rank sends the logits of its own k best columns once; every rank then ranks the same candidates, and the rest is
-the ordinary divergence on k columns that all ranks hold. Equal logits go by the lower index, so every sharding of the same
-logits picks the same tokens.
+the ordinary divergence on k columns that all ranks hold. Equal logits go by the lower index, so every sharding of the
+same logits picks the same tokens.
 """
 
 from __future__ import annotations

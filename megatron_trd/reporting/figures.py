@@ -1,8 +1,8 @@
 """The report's figures: matplotlib drawings as inline SVG whose colours are CSS variables of the page.
 
 matplotlib knows fixed colours only, and the page has two sets of them, light and dark. So everything is drawn in
-stand-in colours, one for each variable of the page's style sheet, and `_inline` puts the variables in their place. Text stays
-text, set in the page's font.
+stand-in colours, one for each variable of the page's style sheet, and `_inline` puts the variables in their place. Text
+stays text, set in the page's font.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checkpoints of a run: Megatron distributed checkpoints that appear whole or not at all.
 
 `<run_dir>/checkpoints/step_N` holds the student, its optimizer and schedule (megatron-core `torch_dist`), and an
-averaged teacher as a Hugging Face folder `ema/`. Everything random in a run is a function of (seed, step), so the step number is
-the whole data and sampler position.
+averaged teacher as a Hugging Face folder `ema/`. Everything random in a run is a function of (seed, step), so the step
+number is the whole data and sampler position.
 """
 
 from __future__ import annotations
