@@ -20,7 +20,7 @@ def recipe() -> TrainConfig:
         model=str(STUDENT),
         method="trd-opsd",
         run_dir="runs/opsd_demo",
-        steps=40,
+        steps=20,
         batch_size=32,
         student=StudentConfig(tp=2, micro_batch_size=16),
         teacher=TeacherConfig(micro_batch_size=16),

@@ -58,13 +58,13 @@ MAKINGS = {
         seed=0,
     ),
     "teacher": Making(
-        hidden=192,
-        layers=6,
+        hidden=160,
+        layers=5,
         heads=6,
-        ffn=512,
+        ffn=448,
         slips=0.0,
-        mix={"vanilla": 0.3, "reference": 0.1, "refine": 0.5, "refine_reference": 0.1},
-        steps=1800,
+        mix={"vanilla": 0.5, "refine": 0.5},
+        steps=1500,
         seed=1,
     ),
 }
