@@ -48,7 +48,7 @@ def _table(summaries: list[dict]) -> str:
         f"{', '.join(map(str, seeds))}; {platform.machine()}, {os.cpu_count()} cores. A whole demo took "
         f"{mean(summary['seconds'] for summary in summaries):.0f} s.",
         "",
-        f"| | {' | '.join(f'avg@{SAMPLES}, seed {seed}' for seed in seeds)} | mean ± sd | pass@{SAMPLES}, mean | training, s |",
+        f"| avg@{SAMPLES} | {' | '.join(f'seed {seed}' for seed in seeds)} | mean ± sd | pass@{SAMPLES} | train, s |",
         "|---|" + "---:|" * (len(seeds) + 3),
     ]
     for name in first["results"]:

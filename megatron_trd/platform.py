@@ -2,8 +2,8 @@
 
 On a GPU node: NCCL, transformer-engine layers, bf16. On a bare CPU node: gloo, megatron-core's local layers, fp32, and
 the few places where megatron-core takes a GPU for granted are led to the CPU while Megatron code runs
-(`Platform.megatron()`). Everything else in the project asks `current()` and does not branch; `losses`, which imports torch
-alone, looks at its tensors for the size of a block and for the mixed-precision products that only CUDA has.
+(`Platform.megatron()`). Everything else in the project asks `current()` and does not branch; `losses`, which imports
+torch alone, looks at its tensors for the size of a block and for the mixed-precision products that only CUDA has.
 """
 
 from __future__ import annotations
