@@ -7,6 +7,7 @@ that a step and a checkpoint take; a rank that fails takes the others down withi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -57,6 +58,7 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
     attempt = tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs)
     redirects = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(ranks)}
     environment = _environment(ranks)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is printed once, here
     context = start_processes(
         name="trd",
         entrypoint=sys.executable,

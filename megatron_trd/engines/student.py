@@ -109,6 +109,7 @@ class StudentEngine:
         optimizer = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
+            min_lr=self._min_lr,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.beta1,
             adam_beta2=settings.beta2,
@@ -119,6 +120,11 @@ class StudentEngine:
         )
         return get_megatron_optimizer(optimizer, [self.model])
 
+    @property
+    def _min_lr(self) -> float:
+        settings = self.config.optimizer
+        return settings.lr * (settings.min_lr_ratio if settings.schedule == "cosine" else 1.0)
+
     def _build_scheduler(self) -> Any:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -127,7 +133,7 @@ class StudentEngine:
             self.optimizer,
             init_lr=0.0,
             max_lr=settings.lr,
-            min_lr=settings.lr * (settings.min_lr_ratio if settings.schedule == "cosine" else 1.0),
+            min_lr=self._min_lr,
             lr_warmup_steps=min(steps - 1, round(settings.warmup_fraction * steps)),
             lr_decay_steps=steps,
             lr_decay_style=settings.schedule,

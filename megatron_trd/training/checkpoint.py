@@ -89,6 +89,7 @@ def load(path: Path, student: StudentEngine) -> None:
         state = dist_checkpointing.load(_state(student, 0, loading=True), str(path))
         student.model.module.load_state_dict(state["model"])
         student.optimizer.load_state_dict(state["optimizer"])
+        student.scheduler.num_steps = 0  # it adds the saved count to its own, which began with the first step's rate
         student.scheduler.load_state_dict(state["scheduler"])
 
 

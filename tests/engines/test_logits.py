@@ -60,5 +60,5 @@ def test_logits_equal_transformers(tmp_path: Path, family: str, tied: bool, tp: 
     model = reference.load(folder)
     for logits, prompt, response in zip(found, PROMPTS, RESPONSES, strict=True):
         expected = reference.response_logits(model, prompt, response).detach()
-        assert expected.std() > 1, "logits must be far from uniform for this to mean anything"
+        assert expected.std() > 0.3, "logits must be far from uniform for this to mean anything"
         assert (logits.double() - expected).abs().max() < 1e-4

@@ -208,3 +208,32 @@ def test_a_mean_over_all_tokens_is_an_option(models: dict[str, Path]) -> None:
     assert sum(sample.weight * len(sample.response) for sample in token) == pytest.approx(1)
     assert len({sample.weight for sample in token}) == 1
     assert len({sample.weight for sample in sequence}) > 1
+
+
+def rates(rank: int, world: int, model: str, schedule: str, steps: int) -> list[float]:
+    """Rank function: the learning rate that each step of a run is taken with."""
+    from megatron_trd import platform
+    from megatron_trd.engines.student import StudentEngine
+    from megatron_trd.models.architecture import read_architecture
+    from megatron_trd.models.folder import ModelFolder
+    from megatron_trd.parallel.grid import student_grid
+
+    platform.current().set_up()
+    optimizer = {"lr": 1.0, "schedule": schedule, "warmup_fraction": 0.25, "min_lr_ratio": 0.1}
+    config = make_config(model, steps=steps, optimizer=optimizer)
+    folder = ModelFolder(model)
+    student = StudentEngine(config, read_architecture(folder), folder, student_grid(1, 1, seed=0))
+    found = []
+    for _ in range(steps):
+        found.append(student.optimizer.param_groups[0]["lr"])
+        student.scheduler.step(increment=1)
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_rate_warms_up_and_then_keeps_or_falls(models: dict[str, Path], schedule: str) -> None:
+    warm, decay = 2, 6  # of 8 steps
+    after = np.arange(1, decay + 1)
+    falling = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * after / decay))
+    expected_rates = [0.5, 1.0, *(falling if schedule == "cosine" else np.ones(decay))]
+    assert run_ranks(rates, 1, str(models["untied"]), schedule, warm + decay)[0] == pytest.approx(expected_rates)

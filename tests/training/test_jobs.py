@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ def load_tensors(rank: int, world: int, checkpoint: str) -> dict[str, torch.Tens
 
     platform.current().set_up()
     with platform.current().megatron():
-        return dist_checkpointing.load_plain_tensors(checkpoint)
+        return dict(flatten(dist_checkpointing.load_plain_tensors(checkpoint)))
+
+
+def flatten(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of nested dictionaries and lists, by its path."""
+    if isinstance(tree, torch.Tensor):
+        yield name, tree
+    elif isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from flatten(value, f"{name}/{key}")
 
 
 @pytest.fixture(scope="module")
