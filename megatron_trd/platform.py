@@ -31,6 +31,7 @@ class Platform(ABC):
     backend: str
     dtype: torch.dtype
     device: torch.device
+    sequence_parallel: bool  # whether the layers can be sequence-parallel
 
     @abstractmethod
     def set_up(self) -> None:
@@ -80,6 +81,7 @@ class CudaPlatform(Platform):
 
     backend = "nccl"
     dtype = torch.bfloat16
+    sequence_parallel = True
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -130,6 +132,7 @@ class CpuPlatform(Platform):
     backend = "gloo"
     dtype = torch.float32
     device = torch.device("cpu")
+    sequence_parallel = False  # megatron-core's local norms refuse it
 
     def __init__(self) -> None:
         self._depth = 0
@@ -149,7 +152,7 @@ class CpuPlatform(Platform):
         try:
             # By name: megatron-core is imported when it is first used, not by everyone who asks for the platform.
             random = mock.patch.multiple("megatron.core.tensor_parallel.random", **_RANDOM_ON_CPU)
-            with mock.patch.multiple(torch.cuda, **_CUDA_ON_CPU), random, _CudaMeansCpu():
+            with mock.patch.multiple(torch.cuda, **_CUDA_ON_CPU), random, _recomputation_on_cpu(), _CudaMeansCpu():
                 yield
         finally:
             self._depth -= 1
@@ -251,6 +254,19 @@ _RANDOM_ON_CPU: dict[str, Any] = {
     "_get_cuda_rng_state": lambda *_, **__: torch.get_rng_state(),
     "_set_cuda_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
 }
+
+
+def _recomputation_on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """torch leaves function modes while its backward runs; layers that are computed again there need theirs back."""
+    from megatron.core.tensor_parallel.random import CheckpointFunction
+
+    original = CheckpointFunction.backward
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        with _CudaMeansCpu():
+            return original(ctx, *gradients)
+
+    return mock.patch.object(CheckpointFunction, "backward", staticmethod(backward))
 
 
 class _CudaMeansCpu(TorchFunctionMode):

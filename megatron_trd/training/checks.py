@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem, load_problems
 from megatron_trd.data.prompts import Context
@@ -96,6 +97,8 @@ def _check_method(config: TrainConfig) -> None:
         )
     if config.student.sequence_parallel and config.student.tp == 1:
         raise UserError("student.sequence_parallel=true needs student.tp > 1")
+    if config.student.sequence_parallel and not platform.current().sequence_parallel:
+        raise UserError("student.sequence_parallel=true needs transformer-engine, hence a GPU: leave it out here")
 
 
 def _world_size(config: TrainConfig) -> int:

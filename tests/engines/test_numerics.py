@@ -109,9 +109,12 @@ def expected(
     return {"loss": loss.item(), "grad": gradients, "norm": norm.item(), "after": dict(student.named_parameters())}
 
 
-def layout(tp: int, pp: int, ttp: int, tpp: int, weights: str = "frozen", distributed: bool = False) -> dict[str, Any]:
+def layout(
+    tp: int, pp: int, ttp: int, tpp: int, weights: str = "frozen", distributed: bool = False, recompute: bool = False
+) -> dict[str, Any]:
+    student = {"tp": tp, "pp": pp, "micro_batch_size": 2, "distributed_optimizer": distributed, "recompute": recompute}
     return {
-        "student": {"tp": tp, "pp": pp, "micro_batch_size": 2, "distributed_optimizer": distributed},
+        "student": student,
         "teacher": {"tp": ttp, "pp": tpp, "micro_batch_size": 2, "weights": weights},
     }
 
@@ -122,6 +125,7 @@ CASES = {
         layout(2, 1, 1, 1),
         layout(2, 1, 1, 2),
         layout(2, 1, 2, 1, "live"),
+        layout(2, 1, 1, 1, recompute=True),
         layout(1, 2, 2, 1),
         layout(1, 2, 1, 2, "live"),
         layout(1, 1, 2, 1),
