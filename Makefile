@@ -1,5 +1,8 @@
 # Two commands: `make demo` runs the main job, `make test` the tests. Each installs what it needs into .venv first.
 
+# The locked environment's vLLM is the CPU build: on a machine with a GPU, leave that alone here.
+export CUDA_VISIBLE_DEVICES :=
+
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python

@@ -75,7 +75,8 @@ class SamplerConfig:
     max_rollout_tokens: Positive = 16384  # paper
     max_refinement_tokens: Positive = 16384  # paper
     max_sequences: Positive = 256  # running at once in one engine
-    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of a GPU's memory, for weights and KV cache
+    # Of a GPU's memory, for weights and KV cache of one engine; a teacher with weights of its own has a second one.
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     host_kv_cache_gib: Positive = 1  # KV cache of an engine that runs from host memory
     enforce_eager: bool = False  # no graph capture: slower steps, faster start
 
@@ -201,6 +202,14 @@ _SECTIONS: dict[str, type] = {
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain nested dictionary of a configuration."""
     return dataclasses.asdict(config)
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in to_dict(config).items():
+        flat |= {f"{name}.{key}": entry for key, entry in value.items()} if name in _SECTIONS else {name: value}
+    return flat
 
 
 def from_dict(values: Mapping[str, Any], where: str) -> TrainConfig:

@@ -6,6 +6,9 @@ that a step and a checkpoint take; a rank that fails takes the others down withi
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import json
 import logging
 import os
@@ -15,10 +18,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, ProcessFailure, Std, start_processes
 
@@ -26,6 +29,8 @@ from megatron_trd.errors import UserError
 
 _GRACE_SECONDS = 5  # between asking the ranks of a failed job to end and killing them
 _POLL_SECONDS = 0.2
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class JobFailed(UserError):
@@ -38,6 +43,7 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
     """The life of one rank: `work`, and on an error its reason where the launcher reads it, and an end at once."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank does not outlive a launcher that was killed
     handler = get_error_handler()
     handler.initialize()
     code = 0
@@ -59,6 +65,7 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
     redirects = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(ranks)}
     environment = _environment(ranks)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is printed once, here
+    signals = _ForwardedSignals()
     context = start_processes(
         name="trd",
         entrypoint=sys.executable,
@@ -66,11 +73,12 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
         envs={rank: environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
         logs_specs=DefaultLogsSpecs(log_dir=attempt, redirects=redirects),
     )
-    with _forwarded_signals(context) as signals:
+    # On a failure torch ends the other ranks with what is its default here: 30 seconds, of which a job has no use.
+    context.close = functools.partial(context.close, signal.SIGTERM, _GRACE_SECONDS)  # type: ignore[method-assign]
+    with signals.to(context):
         while (result := context.wait(timeout=_POLL_SECONDS)) is None:
             pass
     if result.is_failed():
-        context.close(signal.SIGTERM, timeout=_GRACE_SECONDS)
         if signals.asked and all(failure.exitcode == -signal.SIGTERM for failure in result.failures.values()):
             return  # stopped before the ranks were far enough to save
         rank, failure = _first_cause(result.failures)
@@ -90,29 +98,34 @@ def _environment(ranks: int) -> dict[str, str]:
     }
 
 
-class _forwarded_signals:  # noqa: N801  a context manager
-    """While the job runs, a stop signal asks every rank to save and end; a second one kills them."""
+class _ForwardedSignals:
+    """While the job runs, a stop signal asks every rank to save and end; a second one kills them.
 
-    def __init__(self, context: PContext) -> None:
-        self.context = context
+    Made before the ranks are started: torch puts handlers of its own in place then, which must not be what is restored.
+    """
+
+    def __init__(self) -> None:
         self.asked = False
-        self.previous: dict[int, Any] = {}
+        self._previous = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
 
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.previous[number] = signal.signal(number, self._forward)
-        return self
+    @contextlib.contextmanager
+    def to(self, context: PContext) -> Iterator[None]:
+        """Forward to the ranks of `context`; whatever happens, none of them outlives the block."""
+        for number in _STOP_SIGNALS:
+            signal.signal(number, functools.partial(self._forward, context))
+        try:
+            yield
+        finally:
+            context.close()
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _forward(self, _number: int, _frame: FrameType | None) -> None:
+    def _forward(self, context: PContext, _number: int, _frame: FrameType | None) -> None:
         number = signal.SIGKILL if self.asked else signal.SIGTERM
         if not self.asked:
             print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
         self.asked = True
-        for pid in self.context.pids().values():
+        for pid in context.pids().values():
             try:
                 os.kill(pid, number)
             except ProcessLookupError:

@@ -110,7 +110,6 @@ class CudaPlatform(Platform):
         return {
             "gpu_memory_utilization": config.memory_fraction,
             "enforce_eager": config.enforce_eager,
-            "enable_sleep_mode": True,
         }
 
     def memory_gib(self) -> dict[str, float]:
@@ -140,7 +139,7 @@ class CpuPlatform(Platform):
     def set_up(self) -> None:
         # One rank a share of the cores: without this every rank starts a thread for each core and they fight.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
         _patch_torch_adam_in_distributed_optimizer()
 
     @contextlib.contextmanager
@@ -210,10 +209,12 @@ class CpuPlatform(Platform):
         def distributed_args(self: Any) -> tuple[str, int, int]:
             return f"file://{identifier}", *original(self)[1:]
 
-        with mock.patch.object(Launcher, "_distributed_args", distributed_args):
-            yield
-        for segment in Path("/dev/shm").glob(f"{identifier}-*cpushm_*"):
-            segment.unlink(missing_ok=True)
+        try:
+            with mock.patch.object(Launcher, "_distributed_args", distributed_args):
+                yield
+        finally:
+            for segment in Path("/dev/shm").glob(f"{identifier}-*cpushm_*"):
+                segment.unlink(missing_ok=True)
 
     def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
         # torch Adam makes its state at the first step; megatron-core's load asserts that every parameter has one.

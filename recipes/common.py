@@ -21,9 +21,13 @@ def find_recipe(name: str) -> TrainConfig:
     """Configuration of a recipe: its name, its file in recipes/, or a YAML file. Raises `UserError`."""
     if name.endswith((".yaml", ".yml")):
         return configuration.load(Path(name))
-    stem = Path(name).stem
-    if stem not in recipe_names():
-        raise UserError(f"recipe '{name}' does not exist; recipes: {', '.join(recipe_names())}")
+    path = Path(name)
+    stem = path.stem
+    elsewhere = path.parent != Path() and path.parent.resolve() != _FOLDER.resolve()
+    if stem not in recipe_names() or elsewhere:
+        raise UserError(
+            f"recipe '{name}' does not exist; give a YAML file, or one of recipes/: {', '.join(recipe_names())}"
+        )
     config = importlib.import_module(f"recipes.{stem}").recipe()
     assert isinstance(config, TrainConfig)
     return config

@@ -61,6 +61,7 @@ def test_bad_training_input_is_one_line(
     [
         (["train", "opsd_dmo"], ["opsd_dmo", "opsd_demo"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["train", "elsewhere/opsd_demo.py"], ["elsewhere/opsd_demo.py", "does not exist"]),
         (["report", "nowhere"], ["nowhere"]),
         (["eval", "--model", "nowhere", "--data", "x.jsonl"], ["nowhere"]),
         (["demo", "--method", "sft"], ["sft", "trd-opsd"]),

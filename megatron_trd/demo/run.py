@@ -21,6 +21,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.evaluation.command import run_evaluation
 from megatron_trd.reporting.report import write_report
 from megatron_trd.training.checkpoint import checkpoints
+from megatron_trd.training.checks import check
 from megatron_trd.training.command import run_training
 
 # The paper's first baseline: the same divergence on raw rollouts, with the teacher's context that has no rollout in it.
@@ -30,7 +31,6 @@ METHODS: dict[str, tuple[str, MethodName, MethodName]] = {
 }
 SAMPLES = 16  # responses a problem
 PAIRS = 3
-_EVALUATION = ("world_size=2", "sampler.max_rollout_tokens=80")  # the recipes' ranks and response limit
 
 
 def run_demo(method: str, out: Path, seed: int, overrides: Sequence[str] = (), problems: Path = TEST_PROBLEMS) -> Path:
@@ -50,7 +50,7 @@ def run_demo(method: str, out: Path, seed: int, overrides: Sequence[str] = (), p
         "samples": SAMPLES,
         "seeds": [seed],
         "steps": base.steps,
-        "results": {"base": _evaluate("base", Path(base.model), out, problems, seed)},
+        "results": {"base": _evaluate("base", Path(base.model), base, out, problems)},
     }
     for name in names:
         config = dataclasses.replace(base, method=name, run_dir=str(out / name))
@@ -86,15 +86,20 @@ def _train_and_evaluate(config: TrainConfig, out: Path, problems: Path) -> dict[
     if done < config.steps:
         raise UserError(f"the demo was stopped at step {done} of {config.steps} of {config.method}")
     seconds = time.perf_counter() - begin
-    result = _evaluate(config.method, checkpoints(config.run_dir)[done], out, problems, config.seed)
+    result = _evaluate(config.method, checkpoints(config.run_dir)[done], config, out, problems)
     return result | {"train_seconds": seconds}
 
 
-def _evaluate(name: str, model: Path, out: Path, problems: Path, seed: int) -> dict[str, Any]:
+def _evaluate(name: str, model: Path, config: TrainConfig, out: Path, problems: Path) -> dict[str, Any]:
+    """Scores of a model on as many ranks, and with responses as long, as `config` trains with."""
     begin = time.perf_counter()
-    scores = run_evaluation(model, str(problems), SAMPLES, out / "evaluation" / name, seed, _EVALUATION)
+    settings = [
+        f"world_size={check(config).world_size}",
+        f"sampler.max_rollout_tokens={config.sampler.max_rollout_tokens}",
+    ]
+    scores = run_evaluation(model, str(problems), SAMPLES, out / "evaluation" / name, config.seed, settings)
     kept = {key: value for key, value in scores.items() if key.startswith(("avg@", "pass@"))}
-    result = kept | {"problems": scores["problems"], "seeds": [seed], "seconds": time.perf_counter() - begin}
+    result = kept | {"problems": scores["problems"], "seeds": [config.seed], "seconds": time.perf_counter() - begin}
     print(f"{name}: avg@{SAMPLES} {result[f'avg@{SAMPLES}']['value']:.1%}", flush=True)
     return result
 

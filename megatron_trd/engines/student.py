@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import MicroBatch, Sample, micro_batches
 from megatron_trd.engines.schedule import run_schedule
+from megatron_trd.errors import UserError
 from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_parallel_log_prob
 from megatron_trd.methods import METHODS
 from megatron_trd.models import weights
@@ -173,8 +175,12 @@ class StudentEngine:
         lr = self.optimizer.param_groups[0]["lr"]
         with platform.current().megatron():
             _, grad_norm, _ = self.optimizer.step()
+            if grad_norm is None:  # megatron-core computes it for clipping alone
+                grad_norm = self.optimizer.get_grad_norm()
             self.scheduler.step(increment=1)
-        return sums.result(grad_norm=float(grad_norm or 0.0), lr=lr)
+        if not math.isfinite(grad_norm):
+            raise UserError("the gradient is not finite; the newest checkpoint is of a step before: lower optimizer.lr")
+        return sums.result(grad_norm=float(grad_norm), lr=lr)
 
     def backward(
         self,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_trd import config as configuration
-from megatron_trd.config import TrainConfig
+from megatron_trd.config import DataConfig, SamplerConfig, TrainConfig
 from megatron_trd.data.problems import load_problems
 from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.errors import UserError
@@ -31,17 +31,31 @@ def run_evaluation(
     Raises `UserError` for bad input and `JobFailed` if a rank died.
     """
     checkpoint = model if (model / "metadata.json").is_file() else None
-    folder = _run_of(checkpoint).model if checkpoint else str(model)
-    name = f"{checkpoint.parents[1].name}-{checkpoint.name}" if checkpoint else model.resolve().name
-    out = out or Path("runs/eval") / name
-    values = {"model": folder, "run_dir": str(out), "rollouts_per_problem": samples, "seed": seed}
-    config = configuration.from_dict(values | {"data": {"path": data, "reference_field": None}}, "eval")
+    name = f"{checkpoint.resolve().parents[1].name}-{checkpoint.name}" if checkpoint else model.resolve().name
+    out = out or Path("runs/eval") / f"{name}-{Path(data).stem}"
+    run = _run_of(checkpoint) if checkpoint else TrainConfig(model=str(model))
+    config = TrainConfig(
+        model=run.model,
+        run_dir=str(out),
+        rollouts_per_problem=samples,
+        seed=seed,
+        # a checkpoint is asked the way it was trained
+        sampler=SamplerConfig(temperature=run.sampler.temperature, top_p=run.sampler.top_p),
+        data=DataConfig(
+            path=data,
+            task=run.data.task,
+            chat_template_kwargs=run.data.chat_template_kwargs,
+            reference_field=None,
+        ),
+    )
     config = _check(configuration.apply_overrides(config, overrides))
     make_folder(out)
     configuration.save(config, out / "config.yaml")
     (out / "scores.json").unlink(missing_ok=True)  # an old score must not pass for this one's
     arguments = ["-m", "megatron_trd.evaluation.worker", str(out / "config.yaml")]
     launch([*arguments, *([str(checkpoint)] if checkpoint else [])], config.world_size or 1, out / "logs")
+    if not (out / "scores.json").is_file():
+        raise UserError(f"the evaluation was stopped; nothing was written to '{out}'")
     scores: dict[str, Any] = json.loads((out / "scores.json").read_text())
     return scores
 

@@ -35,6 +35,7 @@ class Run:
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
         self.config = config
         self.method = METHODS[config.method]
+        self.stop = StopRequest()
         self.inputs: Inputs = check(config)
         current = platform.current()
         current.set_up()
@@ -48,7 +49,6 @@ class Run:
         self.sampler = self._sampler()
         prompts = PromptBuilder(self.inputs.student.tokenizer, config.data.task, config.data.chat_template_kwargs)
         self.builder = SampleBuilder(config, prompts)
-        self.stop = StopRequest()
         self.phases: dict[str, float] = {}
         self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
 
@@ -112,9 +112,8 @@ class Run:
             for trajectory in trajectories
         )
         metrics["throughput/sample"] = sampled / max(phases.get("sample", 0.0), 1e-9)
-        metrics["throughput/train"] = metrics["tokens/trained"] / max(
-            phases.get("teacher", 0.0) + phases.get("train", 0.0), 1e-9
-        )
+        for phase in ("teacher", "train"):
+            metrics[f"throughput/{phase}"] = metrics["tokens/trained"] / max(phases.get(phase, 0.0), 1e-9)
         metrics |= platform.current().memory_gib()
         pairs = [self.builder.pair(trajectory) for trajectory in trajectories[: self.config.log.samples_per_step]]
         self._writers.write(step, metrics, pairs)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import torch.distributed as dist
+
+from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import Sample, normalize
 from megatron_trd.data.problems import Problem
@@ -52,11 +55,8 @@ class SampleBuilder:
 
     def samples(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
         """Training samples of the trajectories kept by length and corpus filter, with normalised token weights."""
-        kept = []
-        for trajectory in trajectories:
-            sample = self._sample(trajectory)
-            if sample is not None:
-                kept.append(sample)
+        samples = [self._sample(trajectory) for trajectory in self._corpus(trajectories)]
+        kept = [sample for sample in samples if sample is not None]
         return normalize(kept, self.config.loss.normalize) if kept else []
 
     def _sample(self, trajectory: Trajectory) -> Sample | None:
@@ -67,22 +67,29 @@ class SampleBuilder:
             return None
         if response.truncated and self.config.data.overlong == "drop":
             return None
-        if not self._in_corpus(trajectory):
-            return None
         student = self.prompts.ids("vanilla", trajectory.problem.problem)
         return Sample(tuple(student), tuple(teacher), response.tokens, response.log_probs)
 
-    def _in_corpus(self, trajectory: Trajectory) -> bool:
-        """Ablations: train only on samples whose rollout or refinement is (not) right."""
+    def _corpus(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Ablations: only the trajectories whose rollout or refinement is (not) right. Collective if there are ranks.
+
+        Rank 0 decides for all: a comparison that took too long on one rank alone must not give them different samples.
+        """
         corpus = self.config.corpus
         if corpus == "all":
-            return True
-        before, after = self.right(trajectory)
-        return {
-            "rollout_wrong": not before,
-            "refinement_right": bool(after),
-            "corrected": not before and bool(after),
-        }[corpus]
+            return list(trajectories)
+        ranks = dist.is_initialized()
+        kept: list[Any] = [None]
+        if not ranks or dist.get_rank() == 0:
+            rights = {
+                "rollout_wrong": lambda before, after: not before,
+                "refinement_right": lambda before, after: bool(after),
+                "corrected": lambda before, after: not before and bool(after),
+            }[corpus]
+            kept = [[rights(*self.right(trajectory)) for trajectory in trajectories]]
+        if ranks:
+            dist.broadcast_object_list(kept, device=platform.current().device)
+        return [trajectory for trajectory, keep in zip(trajectories, kept[0], strict=True) if keep]
 
     def _raw_teacher_prompt(self, problem: Problem) -> tuple[list[int] | None, bool]:
         method = METHODS[self.config.method]

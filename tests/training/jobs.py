@@ -73,5 +73,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def rank_pids(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of a job's ranks, lowest first."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "training.worker"], capture_output=True, text=True)
-    return sorted(map(int, found.stdout.split()))
+    children = [Path(f"/proc/{pid}") for task in Path(f"/proc/{process.pid}/task").iterdir() for pid in _children(task)]
+    return sorted(int(path.name) for path in children if b"training.worker" in (path / "cmdline").read_bytes())
+
+
+def _children(task: Path) -> list[str]:
+    return (task / "children").read_text().split()

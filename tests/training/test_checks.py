@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_trd.config import TrainConfig, from_dict
+from megatron_trd.config import TrainConfig, from_dict, save
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.training.checks import Inputs, check, check_run_folder
 from tests.data.errors import user_error
@@ -438,12 +438,16 @@ def test_a_run_folder_is_made(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_run_folder_that_holds_a_run_is_not_overwritten(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("steps: 1\n")
     config = run(run_dir=str(tmp_path))
+    save(config, tmp_path / "config.yaml")
+    begun = (tmp_path / "config.yaml").read_text()
     message = user_error(check_run_folder, config, resume=False)
     assert all(part in message for part in (str(tmp_path), "--resume", "run_dir=")), message
     check_run_folder(config, resume=True)
-    assert (tmp_path / "config.yaml").read_text() == "steps: 1\n"
+    check_run_folder(run(run_dir=str(tmp_path), checkpoint={"every": 7}), resume=True)
+    message = user_error(check_run_folder, run(run_dir=str(tmp_path), seed=5), resume=True)
+    assert "seed=0, not 5" in message
+    assert (tmp_path / "config.yaml").read_text() == begun
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_trd.launch import JobFailed, launch
 from tests.distributed import run_ranks
 from tests.training import jobs
 
@@ -115,3 +118,55 @@ def test_a_stopped_job_saves_and_resume_gives_the_same_bits(unbroken: tuple[Path
     assert "--resume" in output
     jobs.finish(jobs.start("train", job, f"run_dir={run}", "checkpoint.every=0", "--resume"))
     assert_same_run(run, expected)
+
+
+def test_resume_with_other_settings_is_refused_and_changes_nothing(unbroken: tuple[Path, Path, str]) -> None:
+    job, run, _ = unbroken
+    before = (run / "config.yaml").read_bytes()
+    output = jobs.finish(jobs.start("train", job, f"run_dir={run}", "steps=9", "--resume"), code=2)
+    assert "steps=4, not 9" in output
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_rank_that_fails_takes_a_busy_one_down_within_seconds(tmp_path: Path) -> None:
+    """The survivor is in a long computation of its own and deaf to SIGTERM, as a rank between steps is."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "from megatron_trd.launch import run_rank\n"
+        "def main():\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        time.sleep(1)\n"
+        "        raise ValueError('the reason')\n"
+        "    while True:\n"
+        "        time.sleep(0.1)\n"
+        "run_rank(main)\n"
+    )
+    begin = time.monotonic()
+    with pytest.raises(JobFailed, match=r"rank 1 failed: ValueError: the reason"):
+        launch([str(script)], 2, tmp_path / "logs")
+    assert time.monotonic() - begin < 15
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    script.write_text(
+        "import os, pathlib, time\n"
+        "from megatron_trd.launch import run_rank\n"
+        "def main():\n"
+        f"    pathlib.Path({str(pids)!r}, str(os.getpid())).touch()\n"
+        "    time.sleep(600)\n"
+        "run_rank(main)\n"
+    )
+    code = (
+        "from pathlib import Path; from megatron_trd.launch import launch;"
+        f"launch([{str(script)!r}], 2, Path({str(tmp_path / 'logs')!r}))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    jobs.wait_for(lambda: len(list(pids.iterdir())) == 2)
+    launcher.kill()
+    launcher.wait()
+    jobs.wait_for(lambda: not any(Path("/proc", path.name).exists() for path in pids.iterdir()))
