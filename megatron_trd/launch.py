@@ -23,7 +23,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, ProcessFailure, Std, start_processes
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    PContext,
+    ProcessFailure,
+    Std,
+    SubprocessContext,
+    start_processes,
+)
 
 from megatron_trd.errors import UserError
 
@@ -73,16 +80,35 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
         envs={rank: environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
         logs_specs=DefaultLogsSpecs(log_dir=attempt, redirects=redirects),
     )
-    # On a failure torch ends the other ranks with what is its default here: 30 seconds, of which a job has no use.
-    context.close = functools.partial(context.close, signal.SIGTERM, _GRACE_SECONDS)  # type: ignore[method-assign]
+    failed = _quick_close(context)
     with signals.to(context):
         while (result := context.wait(timeout=_POLL_SECONDS)) is None:
             pass
     if result.is_failed():
         if signals.asked and all(failure.exitcode == -signal.SIGTERM for failure in result.failures.values()):
             return  # stopped before the ranks were far enough to save
-        rank, failure = _first_cause(result.failures)
+        rank, failure = _first_cause({rank: result.failures[rank] for rank in failed or result.failures})
         raise JobFailed(f"rank {rank} failed: {_reason(failure)}; logs in {attempt}")
+
+
+def _quick_close(context: PContext) -> set[int]:
+    """Have torch end the other ranks of a failed job within our grace, not its 30 seconds.
+
+    Returns a set that then holds the ranks that had failed by themselves; in torch's result they are one with those
+    that were ended for it.
+    """
+    assert isinstance(context, SubprocessContext)
+    failed: set[int] = set()
+    close = context.close
+
+    def close_quickly() -> None:
+        if not failed:
+            codes = {rank: handler.proc.poll() for rank, handler in context.subprocess_handlers.items()}
+            failed.update(rank for rank, code in codes.items() if code)
+        close(signal.SIGTERM, _GRACE_SECONDS)
+
+    context.close = close_quickly  # type: ignore[method-assign, assignment]  # torch calls it without arguments
+    return failed
 
 
 def _environment(ranks: int) -> dict[str, str]:
