@@ -42,8 +42,9 @@ def run_demo(method: str, out: Path, seed: int, overrides: Sequence[str] = (), p
     if method not in METHODS:
         raise UserError(f"demo --method {method}: choose one of {', '.join(METHODS)}")
     recipe, *names = METHODS[method]
-    _clear(out)
     base = apply_overrides(importlib.import_module(recipe).recipe(), [*overrides, f"seed={seed}"])
+    base = dataclasses.replace(base, world_size=check(base).world_size)
+    _clear(out)  # last: bad input must not cost an earlier demo
     begin = time.perf_counter()
     summary: dict[str, Any] = {
         "task": "held-out problems of the embedded world",
@@ -94,7 +95,7 @@ def _evaluate(name: str, model: Path, config: TrainConfig, out: Path, problems: 
     """Scores of a model on as many ranks, and with responses as long, as `config` trains with."""
     begin = time.perf_counter()
     settings = [
-        f"world_size={check(config).world_size}",
+        f"world_size={config.world_size}",
         f"sampler.max_rollout_tokens={config.sampler.max_rollout_tokens}",
     ]
     scores = run_evaluation(model, str(problems), SAMPLES, out / "evaluation" / name, config.seed, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -12,6 +13,9 @@ from megatron_trd import config as configuration
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.launch import run_rank
+
+if TYPE_CHECKING:
+    from megatron_trd.engines.sampler import Engine
 
 
 def main() -> None:
@@ -55,15 +59,13 @@ def _evaluate(config: TrainConfig, checkpoint: Path | None) -> None:
         write_results(config, prompts, trajectories, seconds=seconds, checkpoint=checkpoint)
 
 
-def _load_checkpoint(engine: object, config: TrainConfig, checkpoint: Path) -> None:
+def _load_checkpoint(engine: Engine, config: TrainConfig, checkpoint: Path) -> None:
     """Megatron shards of a run into the engine, the way a training step's refit brings them."""
-    from megatron_trd.engines.sampler import Engine
     from megatron_trd.models.architecture import build_model, transformer_config
     from megatron_trd.models.weights import gathered_source
     from megatron_trd.parallel.grid import student_grid
     from megatron_trd.training.checkpoint import load_model
 
-    assert isinstance(engine, Engine)
     grid = student_grid(config.sampler.tp, 1, seed=config.seed)
     with platform.current().megatron():
         model = build_model(engine.arch, grid, transformer_config(engine.arch, grid), with_head=True)
