@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_trd.errors import UserError
+from megatron_trd.errors import in_one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -71,13 +70,17 @@ def report(run_dir: Annotated[Path, typer.Argument(help="folder of a training ru
     print(run_dir / "report.html")
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def convert(context: typer.Context) -> None:
+    """Hugging Face folder <-> Megatron distributed checkpoint: hf-to-megatron, megatron-to-hf, verify."""
+    from checkpoint_tools.common import tools
+
+    tools()(args=context.args, prog_name="megatron-trd convert")
+
+
 def main() -> None:
-    """Entry point: a `UserError` is one line and its exit code, never a traceback."""
-    try:
-        app()
-    except UserError as error:
-        print(f"megatron-trd: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    """Entry point."""
+    in_one_line(app, "megatron-trd")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """The one error a user is meant to read."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """Bad input: the message is one line that says what is wrong, where, and how to mend it.
@@ -8,3 +13,12 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+def in_one_line(command: Callable[[], object], program: str) -> None:
+    """Run a command; a `UserError` is one line and its exit code, never a traceback."""
+    try:
+        command()
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

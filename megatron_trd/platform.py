@@ -42,8 +42,8 @@ class Platform(ABC):
         """Context in which megatron-core code runs; may be nested."""
 
     @abstractmethod
-    def layer_spec(self, *, qk_norm: bool) -> Any:
-        """megatron-core layer specification of a dense GPT block."""
+    def layer_spec(self, config: Any) -> Any:
+        """megatron-core layer specification for a `TransformerConfig`."""
 
     @abstractmethod
     def transformer_config(self) -> dict[str, Any]:
@@ -92,10 +92,12 @@ class CudaPlatform(Platform):
     def megatron(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def layer_spec(self, *, qk_norm: bool) -> Any:
+    def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=True, qk_layernorm=config.qk_layernorm
+        )
 
     def transformer_config(self) -> dict[str, Any]:
         return {"params_dtype": self.dtype, "pipeline_dtype": self.dtype, "bf16": True}
@@ -156,10 +158,12 @@ class CpuPlatform(Platform):
         finally:
             self._depth -= 1
 
-    def layer_spec(self, *, qk_norm: bool) -> Any:
+    def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-        return get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+        return get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        )
 
     def transformer_config(self) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_trd.models import weights
+from megatron_trd.models import loading
 from megatron_trd.models.architecture import Architecture
 
 # vLLM module name ending -> the Hugging Face modules fused in it, in row order. All others have the HF name.
@@ -16,9 +16,9 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 _PROBE_ROWS = 1024  # one-hot rows at once when a layer's weight is read back
 
 
-def refit(llm: Any, arch: Architecture, source: weights.Source) -> None:
+def refit(llm: Any, arch: Architecture, source: loading.Source) -> None:
     """Load the full Hugging Face tensors of `source` into this rank's vLLM engine, one slot at a time. Collective."""
-    tensors = weights.named_tensors(arch, source)
+    tensors = loading.named_tensors(arch, source)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
     for _ in tensors:  # vLLM may stop early; the other ranks of the gather do not
         pass
@@ -41,14 +41,14 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.blake2b(data.numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def verify(llm: Any, arch: Architecture, source: weights.Source) -> list[str]:
+def verify(llm: Any, arch: Architecture, source: loading.Source) -> list[str]:
     """Names of the tensors whose checksum inside this rank's vLLM engine differs from Megatron's. Collective.
 
     Weights are read back through the layers themselves (a linear layer of one-hot rows gives its weight), so the check
     holds where vLLM has repacked them for its kernels.
     """
     [found] = llm.apply_model(_read_back)
-    full = dict(weights.named_tensors(arch, source))
+    full = dict(loading.named_tensors(arch, source))
     if arch.tied:
         full["lm_head.weight"] = full["model.embed_tokens.weight"]
     different = []

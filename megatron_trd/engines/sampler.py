@@ -22,7 +22,7 @@ from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem
 from megatron_trd.engines import refit
 from megatron_trd.errors import UserError
-from megatron_trd.models import weights
+from megatron_trd.models import loading
 from megatron_trd.models.architecture import Architecture
 
 
@@ -122,11 +122,11 @@ class Engine:
         """Drop cached prefixes: they are of earlier weights, and a step's tokens must not depend on earlier steps."""
         self.llm.reset_prefix_cache()
 
-    def refit(self, source: weights.Source) -> None:
+    def refit(self, source: loading.Source) -> None:
         """Take over the weights of `source`. Collective."""
         refit.refit(self.llm, self.arch, source)
 
-    def verify(self, source: weights.Source) -> None:
+    def verify(self, source: loading.Source) -> None:
         """Raise `UserError` if a tensor in the engine is not the one in `source`. Collective."""
         different = refit.verify(self.llm, self.arch, source)
         if different:

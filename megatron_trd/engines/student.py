@@ -18,7 +18,7 @@ from megatron_trd.engines.schedule import run_schedule
 from megatron_trd.errors import UserError
 from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_parallel_log_prob
 from megatron_trd.methods import METHODS
-from megatron_trd.models import weights
+from megatron_trd.models import loading
 from megatron_trd.models.architecture import Architecture, build_model, transformer_config
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.parallel.grid import Grid
@@ -93,7 +93,7 @@ class StudentEngine:
             self.arch, self.grid, sequence_parallel=settings.sequence_parallel, recompute=settings.recompute
         )
         model = build_model(self.arch, self.grid, mcore_config, with_head=True)
-        weights.load(model, self.arch, self.grid, weights.folder_source(folder))
+        loading.load(model, self.arch, self.grid, loading.folder_source(folder))
         groups = self.grid.groups
         # The token count that the schedule hands over is left out: gradients are sums, weights are in the loss.
         mcore_config.finalize_model_grads_func = lambda models, _tokens=None, **_: finalize(
@@ -155,9 +155,9 @@ class StudentEngine:
     def _untied_head(self) -> Tensor | None:
         return self.model.module.output_layer.weight if self.grid.is_last_stage else None
 
-    def source(self) -> weights.Source:
+    def source(self) -> loading.Source:
         """Full Hugging Face tensors of the present weights (collective)."""
-        return weights.gathered_source(self.model, self.arch, self.grid)
+        return loading.gathered_source(self.model, self.arch, self.grid)
 
     def train_step(
         self,

@@ -13,7 +13,7 @@ from megatron_trd.data.batching import Sample, deal, micro_batches
 from megatron_trd.engines.schedule import run_schedule
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
-from megatron_trd.models import weights
+from megatron_trd.models import loading, weights
 from megatron_trd.models.architecture import Architecture, build_model, read_architecture, transformer_config
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.parallel.exchange import Route, exchange_hidden
@@ -48,11 +48,11 @@ class TeacherEngine:
 
     def load(self, folder: ModelFolder) -> None:
         """Take the weights of a Hugging Face folder of this teacher's architecture."""
-        source = weights.folder_source(folder)
-        weights.load(self.model, self.arch, self.grid, source)
+        source = loading.folder_source(folder)
+        loading.load(self.model, self.arch, self.grid, source)
         self._head = self._head_shard(source)
 
-    def _head_shard(self, source: weights.Source) -> Tensor | None:
+    def _head_shard(self, source: loading.Source) -> Tensor | None:
         """The teacher's output head, cut over the vocabulary the way the student's is; None off its last stage."""
         grid = self.student.grid
         if not grid.is_last_stage:
@@ -74,18 +74,18 @@ class TeacherEngine:
         if not self.averaged:
             return
         decay = self.config.teacher.ema_decay
-        weights.load(self.model, self.arch, self.grid, self.student.source(), decay=decay, all_slots=True)
+        loading.load(self.model, self.arch, self.grid, self.student.source(), decay=decay, all_slots=True)
         if self._head is not None and self.student.head is not None:
             self._head.lerp_(self.student.head.detach().to(self._head), 1.0 - decay)
 
-    def source(self) -> weights.Source:
+    def source(self) -> loading.Source:
         """Full Hugging Face tensors of the present weights (collective); the head is the one the loss uses."""
-        body = weights.gathered_source(self.model, self.arch, self.grid)
+        body = loading.gathered_source(self.model, self.arch, self.grid)
         if self.live or self.arch.tied:
             return body
         head = weights.slots(self.arch)[-1]
         return lambda slot: (
-            weights.gather_slot(head, self._head, self.arch, self.student.grid) if slot == head else body(slot)
+            loading.gather_slot(head, self._head, self.arch, self.student.grid) if slot == head else body(slot)
         )
 
     def hidden(self, samples: Sequence[Sample], student_shares: Sequence[Sequence[int]]) -> dict[int, Tensor]:

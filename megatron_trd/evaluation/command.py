@@ -19,7 +19,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.launch import launch
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.weights import check_folder
+from megatron_trd.models.loading import check_folder
 from megatron_trd.training.checks import make_folder
 
 

@@ -62,9 +62,9 @@ def _evaluate(config: TrainConfig, checkpoint: Path | None) -> None:
 def _load_checkpoint(engine: Engine, config: TrainConfig, checkpoint: Path) -> None:
     """Megatron shards of a run into the engine, the way a training step's refit brings them."""
     from megatron_trd.models.architecture import build_model, transformer_config
-    from megatron_trd.models.weights import gathered_source
+    from megatron_trd.models.loading import gathered_source
+    from megatron_trd.models.megatron_folder import load_model
     from megatron_trd.parallel.grid import student_grid
-    from megatron_trd.training.checkpoint import load_model
 
     grid = student_grid(config.sampler.tp, 1, seed=config.seed)
     with platform.current().megatron():

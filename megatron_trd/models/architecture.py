@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_trd import platform
 from megatron_trd.errors import UserError
 from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.weights import FAMILIES, Dim
 from megatron_trd.parallel.grid import Grid
 
 # Vocabulary shards are padded to a multiple of this many rows: the width that GPU matrix products like.
@@ -21,9 +22,9 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a dense decoder needs to be built, whatever its family."""
+    """What a decoder needs to be built, whatever its family."""
 
-    family: str  # Hugging Face architecture, e.g. Qwen3ForCausalLM
+    family: str  # Hugging Face architecture, a key of weights.FAMILIES
     layers: int
     hidden_size: int
     ffn_size: int
@@ -34,8 +35,27 @@ class Architecture:
     max_positions: int
     tied: bool  # input embedding and output head are one tensor
     norm_eps: float
-    rope_theta: float
-    qk_norm: bool
+    rope_frequencies: tuple[float, ...]  # radians a position, one for each pair of a head's dimensions
+    experts: int = 0  # a layer; 0: dense
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    normalised_routing: bool = False  # the chosen experts' weights sum to 1
+
+    def has(self, parameter: str) -> bool:
+        """Whether its layers have a parameter of this Megatron name."""
+        return FAMILIES[self.family].has(parameter)
+
+    def sizes(self) -> dict[Dim, int]:
+        """Values of the sizes that the tables of `weights` name."""
+        return {
+            "hidden": self.hidden_size,
+            "queries": self.heads * self.head_dim,
+            "keys": self.kv_heads * self.head_dim,
+            "head_dim": self.head_dim,
+            "ffn": self.ffn_size,
+            "experts": self.experts,
+            "expert_ffn": self.expert_ffn_size,
+        }
 
     def padded_vocab(self, tp: int) -> int:
         """Rows of the embedding and of the head over all `tp` shards, padding included."""
@@ -56,10 +76,6 @@ class Architecture:
                 )
 
 
-# family -> whether queries and keys are normalised. Adding a family: a row here and a table in models/weights.py.
-FAMILIES = {"Qwen3ForCausalLM": True, "LlamaForCausalLM": False}
-
-
 def read_architecture(folder: ModelFolder) -> Architecture:
     """Architecture of a folder. Raises `UserError` for a family or a feature that is not supported."""
     hf = folder.config
@@ -68,19 +84,9 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         raise UserError(
             f"model folder '{folder.path}': architecture {family} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    rope = dict(getattr(hf, "rope_parameters", None) or {})
-    unsupported = {
-        f"rope type {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
-        "attention bias": getattr(hf, "attention_bias", False),
-        "feed-forward bias": getattr(hf, "mlp_bias", False),
-        "sliding-window attention": bool(getattr(hf, "use_sliding_window", False)),
-        f"activation {hf.hidden_act}": hf.hidden_act != "silu",
-        # names and shapes are those of plain weights, the scales are apart
-        "quantized weights": getattr(hf, "quantization_config", None) is not None,
-    }
-    for feature, present in unsupported.items():
-        if present:
-            raise UserError(f"model folder '{folder.path}': {family} with {feature} is not supported")
+    _check_features(folder, family)
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    experts = FAMILIES[family].has("mlp.router.weight")
     return Architecture(
         family=family,
         layers=hf.num_hidden_layers,
@@ -88,14 +94,53 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         ffn_size=hf.intermediate_size,
         heads=hf.num_attention_heads,
         kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        head_dim=head_dim,
         vocab_size=hf.vocab_size,
         max_positions=hf.max_position_embeddings,
         tied=hf.tie_word_embeddings,
         norm_eps=hf.rms_norm_eps,
-        rope_theta=float(rope.get("rope_theta", 10_000.0)),
-        qk_norm=FAMILIES[family],
+        rope_frequencies=_rope_frequencies(hf, head_dim),
+        experts=hf.num_experts if experts else 0,
+        experts_per_token=hf.num_experts_per_tok if experts else 0,
+        expert_ffn_size=hf.moe_intermediate_size if experts else 0,
+        normalised_routing=bool(hf.norm_topk_prob) if experts else False,
     )
+
+
+def _check_features(folder: ModelFolder, family: str) -> None:
+    hf = folder.config
+    rope = _rope(hf)
+    unsupported = {
+        f"rope type {rope['rope_type']}": rope["rope_type"] not in ("default", "linear", "llama3"),
+        "partial rotary embeddings": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "attention bias": getattr(hf, "attention_bias", False),
+        "feed-forward bias": getattr(hf, "mlp_bias", False),
+        "sliding-window attention": bool(getattr(hf, "use_sliding_window", False)),
+        f"activation {hf.hidden_act}": hf.hidden_act != "silu",
+        # names and shapes are those of plain weights, the scales are apart
+        "quantized weights": getattr(hf, "quantization_config", None) is not None,
+        "dense layers between its experts": getattr(hf, "decoder_sparse_step", 1) != 1
+        or bool(getattr(hf, "mlp_only_layers", None)),
+    }
+    for feature, present in unsupported.items():
+        if present:
+            raise UserError(f"model folder '{folder.path}': {family} with {feature} is not supported")
+
+
+def _rope(hf: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10_000.0} | dict(getattr(hf, "rope_parameters", None) or {})
+
+
+def _rope_frequencies(hf: Any, head_dim: int) -> tuple[float, ...]:
+    """Rotary frequencies as `transformers` computes them, context extension included."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = _rope(hf)
+    if rope["rope_type"] == "default":
+        steps = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return tuple((1.0 / rope["rope_theta"] ** steps).tolist())
+    frequencies, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, "cpu")
+    return tuple(frequencies.tolist())
 
 
 def transformer_config(
@@ -114,7 +159,8 @@ def transformer_config(
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_heads,
         kv_channels=arch.head_dim,
-        qk_layernorm=arch.qk_norm,
+        qk_layernorm=arch.has("self_attention.q_layernorm.weight"),
+        add_qkv_bias=arch.has("self_attention.linear_qkv.bias"),
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         gated_linear_unit=True,
@@ -149,7 +195,7 @@ def build_model(arch: Architecture, grid: Grid, config: Any, *, with_head: bool)
 
     model = HiddenStateModel(
         config=config,
-        transformer_layer_spec=platform.current().layer_spec(qk_norm=arch.qk_norm),
+        transformer_layer_spec=platform.current().layer_spec(config),
         vocab_size=arch.padded_vocab(grid.layout.tp),
         max_sequence_length=arch.max_positions,
         pre_process=grid.is_first_stage,
@@ -157,9 +203,10 @@ def build_model(arch: Architecture, grid: Grid, config: Any, *, with_head: bool)
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied and with_head,
         position_embedding_type="rope",
-        rotary_base=int(arch.rope_theta),
         pg_collection=grid.groups,
     )
+    # megatron-core computes frequencies for a whole-number base and one kind of context extension only
+    model.rotary_pos_emb.inv_freq = torch.tensor(arch.rope_frequencies, device=platform.current().device)
     if grid.is_last_stage and not with_head:
         del model.output_layer
     return model.to(platform.current().device)

@@ -1,19 +1,22 @@
-"""Writes a Hugging Face folder from full tensors."""
+"""Writes a Hugging Face folder, one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_trd.models.folder import ModelFolder
+from megatron_trd.files import HashedFile, write_sums
+from megatron_trd.models.architecture import Architecture
+from megatron_trd.models.folder import INDEX, ModelFolder, TensorInfo
+from megatron_trd.models.weights import Slot, slots
 
-# Files of the source folder that make the weights a usable model.
+# Files that make the weights a usable model.
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -25,46 +28,119 @@ _COMPANIONS = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
 )
-MAX_SHARD_BYTES = 5 * 10**9  # of one safetensors file, and of what is held in memory
+MAX_SHARD_BYTES = 5 * 10**9  # of one safetensors file: what the hub's own tools default to
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
-def write_folder(target: Path, like: ModelFolder, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write `tensors`, in the dtype they have, with the configuration and tokenizer of `like`.
-
-    Collective when `tensors` is: every rank consumes them, rank 0 writes.
-    """
-    writer = not dist.is_initialized() or dist.get_rank() == 0
-    if writer:
-        target.mkdir(parents=True, exist_ok=True)
-    shards: list[str] = []
-    weight_map: dict[str, str] = {}
-    held: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        file = f"model-{len(shards) + 1:05d}.safetensors"
-        save_file(held, target / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(held, file))
-        shards.append(file)
-        held.clear()
-
-    size = 0
-    for name, tensor in tensors:
-        if not writer:
-            continue
-        stored = tensor.detach().cpu().contiguous()
-        if held and size + stored.nbytes > MAX_SHARD_BYTES:
-            flush()
-            size = 0
-        held[name] = stored
-        size += stored.nbytes
-        total += stored.nbytes
-    if not writer:
-        return
-    flush()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+def copy_companions(like: ModelFolder, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy configuration and tokenizer of a folder; `dtype`: what the configuration is to say of the weights."""
     for file in _COMPANIONS:
         if (like.path / file).is_file():
             shutil.copyfile(like.path / file, target / file)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and config.get(key) != name:
+        (target / "config.json").write_text(json.dumps(config | {key: name}, indent=2) + "\n", encoding="utf-8")
+
+
+def exported_tensors(arch: Architecture, dtype: Callable[[Slot], torch.dtype]) -> list[TensorInfo]:
+    """Every Hugging Face tensor of a model, in the order of `slots`."""
+    return [
+        TensorInfo(name, dtype(slot), shape)
+        for slot in slots(arch)
+        if slot.exported
+        for name, shape in zip(slot.hf, slot.shapes, strict=True)
+    ]
+
+
+class FolderWriter:
+    """Writes `tensors` into safetensors files of a folder, in the order given, each whole or in pieces of rows."""
+
+    def __init__(self, target: Path, tensors: Sequence[TensorInfo], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self._target = target
+        self._shards = _cut(tensors, max_shard_bytes)
+        self._next = [(shard, info) for shard, infos in enumerate(self._shards) for info in infos]
+        self._missing = 0  # bytes of the tensor that is being written
+        self._file: HashedFile | None = None
+        self.digests: dict[str, str] = {}  # file name -> SHA-256, of the files that are done
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor, or its next rows. Tensors come in the order in which they were announced."""
+        shard, info = self._next[0]
+        if not self._missing:
+            self._missing = info.nbytes
+        tensor = tensor.detach().to("cpu").contiguous()
+        assert (name, tensor.dtype) == (info.name, info.dtype), f"{name} {tensor.dtype} came for {info}"
+        assert tensor.shape[1:] == info.shape[1:], f"{name} {list(tensor.shape)} came for {info}"
+        if self._file is None:
+            self._file = HashedFile(self._target / self._name(shard))
+            self._file.write(_header(self._shards[shard]))
+        data = tensor.reshape(-1).view(torch.uint8)
+        self._file.write(data.numpy().data)
+        self._missing -= len(data)
+        assert self._missing >= 0, f"more came than {info}"
+        if not self._missing:
+            self._next.pop(0)
+            if not self._next or self._next[0][0] != shard:
+                self.digests[self._name(shard)] = self._file.close()
+                self._file = None
+
+    def _name(self, shard: int) -> str:
+        return f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
+
+    def close(self, like: ModelFolder, dtype: torch.dtype) -> None:
+        """Write index, configuration, tokenizer and checksums: until then nothing loads the files."""
+        assert not self._next, f"{len(self._next)} tensors did not come, the first {self._next[0][1]}"
+        infos = [info for shard in self._shards for info in shard]
+        weight_map = {info.name: self._name(index) for index, shard in enumerate(self._shards) for info in shard}
+        index = {"metadata": {"total_size": sum(info.nbytes for info in infos)}, "weight_map": weight_map}
+        (self._target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        copy_companions(like, self._target, dtype)
+        write_sums(self._target, self.digests)
+
+
+def write_folder(
+    target: Path, like: ModelFolder, arch: Architecture, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Write a whole model, given as (name, tensor) in the order of `slots`, with what `like` has beside its weights.
+
+    Collective when `tensors` is: every rank consumes them, rank 0 writes.
+    """
+    if dist.is_initialized() and dist.get_rank() != 0:
+        for _ in tensors:
+            pass
+        return
+    target.mkdir(parents=True)
+    writer = FolderWriter(target, exported_tensors(arch, lambda _: dtype))
+    for name, tensor in tensors:
+        writer.write(name, tensor)
+    writer.close(like, dtype)
+
+
+def _cut(tensors: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
+    """Tensors by file: as many as fit, and each at an offset that its dtype divides, as readers ask."""
+    shards: list[list[TensorInfo]] = []
+    size = max_bytes
+    for info in tensors:
+        if not shards or size + info.nbytes > max_bytes or size % info.dtype.itemsize:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += info.nbytes
+    return shards
+
+
+def _header(tensors: Sequence[TensorInfo]) -> bytes:
+    """A safetensors header: its length, then what is where, padded so that the data begins at a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for info in tensors:
+        place = [offset, offset + info.nbytes]
+        entries[info.name] = {"dtype": _DTYPES[info.dtype], "shape": list(info.shape), "data_offsets": place}
+        offset += info.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ from torch import Tensor
 from megatron_trd.errors import UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors file says of a tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class ModelFolder:
@@ -39,12 +54,17 @@ class ModelFolder:
         except Exception as error:  # transformers raises many kinds for fields it cannot use
             raise UserError(f"model folder '{self.path}': config.json cannot be read: {_in_one_line(error)}") from None
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer; a folder of weights alone has none."""
+        return any((self.path / file).is_file() for file in _TOKENIZER_FILES)
+
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The folder's tokenizer."""
         from transformers import AutoTokenizer
 
-        if not any((self.path / file).is_file() for file in _TOKENIZER_FILES):  # transformers would make an empty one
+        if not self.has_tokenizer:  # transformers would make an empty one
             raise UserError(f"model folder '{self.path}': no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}")
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
@@ -54,7 +74,7 @@ class ModelFolder:
     @functools.cached_property
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> safetensors file name."""
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         if index.is_file():
             return self._read_index(index)
         single = self.path / "model.safetensors"
@@ -64,7 +84,7 @@ class ModelFolder:
             if any(self.path.glob("*.safetensors")):
                 hint = f"found shards without their index: expected {index.name}"
             raise UserError(f"model folder '{self.path}': no weights; {hint}")
-        return dict.fromkeys(self._open(single.name).keys(), single.name)
+        return dict.fromkeys(self._header(single.name), single.name)
 
     def _read_index(self, index: Path) -> dict[str, str]:
         try:
@@ -77,35 +97,46 @@ class ModelFolder:
             reason = f"{type(error).__name__}: {_in_one_line(error)}"
         raise UserError(f"model folder '{self.path}': {index.name} has no usable weight_map: {reason}")
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a tensor, read from the file's header; None if the folder has no such tensor."""
+    def names(self) -> set[str]:
+        """Names of all tensors, those too that a file holds and the index does not name."""
+        return set(self.weight_map).union(*(self._header(file) for file in set(self.weight_map.values())))
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Dtype and shape of a tensor, read from the file's header; None if the folder has no such tensor."""
         if name not in self.weight_map:
             return None
-        return tuple(self._slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        """One whole tensor, in the dtype it is stored in."""
-        return self._open(self.weight_map[name]).get_tensor(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype a tensor is stored in."""
-        return self._slice(name)[:0].dtype
-
-    def _slice(self, name: str) -> Any:
         file = self.weight_map[name]
-        try:
-            return self._open(file).get_slice(name)
-        except SafetensorError:
-            raise UserError(
-                f"model folder '{self.path}': the index puts tensor {name} in {file}, which lacks it"
-            ) from None
+        if name not in self._header(file):
+            raise UserError(f"model folder '{self.path}': the index puts tensor {name} in {file}, which lacks it")
+        return self._header(file)[name]
 
-    @functools.cache  # noqa: B019  one handle a file, for the life of the folder
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """One tensor, whole or some rows of it, in the dtype it is stored in. Valid until it is freed.
+
+        The file is opened anew: what is read of a mapped file counts as this process's memory until it is closed.
+        """
+        with self._open(self.weight_map[name]) as file:
+            found: Tensor = file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
+            return found
+
+    @functools.cache  # noqa: B019  headers are small, and a folder object lives as long as its job
+    def _header(self, file: str) -> dict[str, TensorInfo]:
+        with self._open(file) as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+            return {name: TensorInfo(name, _dtype(part), tuple(part.get_shape())) for name, part in slices.items()}
+
     def _open(self, file: str) -> Any:
+        if not (self.path / file).is_file():
+            raise UserError(f"model folder '{self.path}': the index names {file}, which is missing; copy it again")
         try:
             return safe_open(self.path / file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"model folder '{self.path}': {file} cannot be read: {_in_one_line(error)}") from None
+
+
+def _dtype(part: Any) -> torch.dtype:
+    found: torch.dtype = (part[:0] if part.get_shape() else part[:]).dtype
+    return found
 
 
 def _in_one_line(error: Exception) -> str:

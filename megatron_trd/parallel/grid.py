@@ -23,6 +23,7 @@ class Layout:
     tp: int
     pp: int
     world: int
+    ep: int = 1
 
     def __post_init__(self) -> None:
         if self.world % (self.tp * self.pp):
@@ -57,6 +58,11 @@ class Grid:
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    ep_rank: int = 0
+
+    def tensor_rank(self, *, expert: bool) -> tuple[int, int]:
+        """This rank's place among the ranks that share a tensor, and their number."""
+        return self.tp_rank, self.layout.tp
 
     @property
     def is_first_stage(self) -> bool:

@@ -22,7 +22,7 @@ from megatron_trd.engines.teacher import TeacherEngine
 from megatron_trd.errors import UserError
 from megatron_trd.models.export import write_folder
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.weights import named_tensors
+from megatron_trd.models.loading import named_tensors
 
 _STEP = re.compile(r"step_(\d+)$")
 
@@ -56,7 +56,8 @@ def save(run_dir: str | Path, step: int, student: StudentEngine, teacher: Teache
         state = _state(student, step, loading=False)
         dist_checkpointing.save(state, str(partial), sharded_strategy=("torch_dist", 1))
     if teacher.averaged:
-        write_folder(partial / "ema", teacher.folder, named_tensors(teacher.arch, teacher.source()))
+        tensors = named_tensors(teacher.arch, teacher.source())
+        write_folder(partial / "ema", teacher.folder, teacher.arch, tensors, platform.current().dtype)
     dist.barrier()
     if dist.get_rank() == 0:
         os.rename(partial, target)
@@ -91,14 +92,6 @@ def load(path: Path, student: StudentEngine) -> None:
         student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.num_steps = 0  # it adds the saved count to its own, which began with the first step's rate
         student.scheduler.load_state_dict(state["scheduler"])
-
-
-def load_model(path: Path, model: Any) -> None:
-    """Load a checkpoint's model alone, into a model of any layout that has its head. Collective."""
-    from megatron.core import dist_checkpointing
-
-    with platform.current().megatron():
-        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
 
 
 def _state(student: StudentEngine, step: int, *, loading: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.methods import METHODS
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.weights import check_folder
+from megatron_trd.models.loading import check_folder
 from megatron_trd.parallel.grid import Layout
 
 _MAY_CHANGE = ("log.", "checkpoint.", "run_dir")  # settings that a resumed run may have otherwise

@@ -16,7 +16,7 @@ from megatron_trd.demo.tokenizer import make_tokenizer
 from megatron_trd.evaluation.grading import is_correct
 from megatron_trd.models.architecture import read_architecture
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.weights import check_folder
+from megatron_trd.models.loading import check_folder
 
 PROBLEMS = generate(200, seed=7)
 

@@ -22,7 +22,7 @@ def run_logits(rank: int, world: int, model: str, tp: int, pp: int) -> list[torc
     """Rank function: `[response tokens, vocabulary]` of each sample on the last rank, None elsewhere."""
     from megatron_trd import platform
     from megatron_trd.engines.schedule import run_schedule
-    from megatron_trd.models import weights
+    from megatron_trd.models import loading
     from megatron_trd.models.architecture import build_model, read_architecture, transformer_config
     from megatron_trd.parallel.grid import student_grid
 
@@ -32,7 +32,7 @@ def run_logits(rank: int, world: int, model: str, tp: int, pp: int) -> list[torc
     arch = read_architecture(folder)
     with platform.current().megatron():
         network = build_model(arch, grid, transformer_config(arch, grid), with_head=True)
-    weights.load(network, arch, grid, weights.folder_source(folder))
+    loading.load(network, arch, grid, loading.folder_source(folder))
     samples = [
         Sample(prompt, prompt, response, (0.0,) * len(response))
         for prompt, response in zip(PROMPTS, RESPONSES, strict=True)

@@ -56,7 +56,7 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
     from megatron_trd import platform
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.engines.teacher import TeacherEngine
-    from megatron_trd.models import weights
+    from megatron_trd.models import loading
     from megatron_trd.models.architecture import read_architecture
     from megatron_trd.models.folder import ModelFolder
     from megatron_trd.parallel.grid import student_grid
@@ -82,11 +82,11 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
             for parameter in student.model.parameters():
                 parameter.saved = parameter.data.clone()
                 parameter.data.copy_(parameter.main_grad)
-            gradients = dict(weights.named_tensors(student.arch, student.source()))
+            gradients = dict(loading.named_tensors(student.arch, student.source()))
             for parameter in student.model.parameters():
                 parameter.data.copy_(parameter.saved)
         result = student.train_step(samples, share, hidden, teacher.head)
-        after = dict(weights.named_tensors(student.arch, student.source()))
+        after = dict(loading.named_tensors(student.arch, student.source()))
         results.append(
             {"loss": loss, "grad": gradients, "norm": result.grad_norm, "after": after} if rank == 0 else None
         )

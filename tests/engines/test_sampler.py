@@ -39,7 +39,7 @@ def sample_ranks(rank: int, world: int, model: str, other: str, tp: int, pp: int
     from megatron_trd.engines import refit
     from megatron_trd.engines.sampler import Engine, Sampler
     from megatron_trd.engines.student import StudentEngine
-    from megatron_trd.models import weights
+    from megatron_trd.models import loading
     from megatron_trd.models.architecture import read_architecture
     from megatron_trd.models.folder import ModelFolder
     from megatron_trd.parallel.grid import student_grid
@@ -57,7 +57,7 @@ def sample_ranks(rank: int, world: int, model: str, other: str, tp: int, pp: int
         return None if problem.index == 3 else [9, *rollout.tokens, 10]
 
     found = {"before": Sampler(greedy, engine, engine).sample(0, problems, PROMPTS, refine)}
-    weights.load(student.model, arch, grid, weights.folder_source(ModelFolder(other)))
+    loading.load(student.model, arch, grid, loading.folder_source(ModelFolder(other)))
     found["stale"] = refit.verify(engine.llm, arch, student.source())
     engine.refit(student.source())
     found["fresh"] = refit.verify(engine.llm, arch, student.source())

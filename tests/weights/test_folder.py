@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megatron_trd.models import export
 from megatron_trd.models.architecture import read_architecture
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.weights import check_folder, folder_source, named_tensors
+from megatron_trd.models.loading import check_folder, folder_source, named_tensors
 from tests.models import VOCAB, write_model
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 24}

@@ -1,0 +1,183 @@
+"""Folders that appear whole or not at all, and the checksums that prove them whole later.
+
+A folder is written beside its place as `.NAME.partial`, flushed to the disk, and renamed. Its `SHA256SUMS` has one line
+a file, as `sha256sum` writes and checks them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+from megatron_trd.errors import UserError
+
+SUMS = "SHA256SUMS"
+_BLOCK = 2**24  # bytes of a file that are hashed at once
+_MARGIN = 2**26  # bytes to leave free on a disk, for the folder's small files
+
+
+class HashedFile:
+    """A new file written from start to end and hashed on the way, by a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("xb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append `data`, which must not change until the next write or flush."""
+        self.flush()
+        view = memoryview(data).cast("B")
+        # Small pieces are not worth a thread's while, and their owner may use the buffer again.
+        self._pending = self._hasher.submit(self._hash.update, view) if len(view) >= 2**16 else None
+        if self._pending is None:
+            self._hash.update(view)
+        rest = view
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        return len(view)
+
+    def flush(self) -> None:
+        """Wait for the hash of what was written: its memory may change afterwards."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def close(self) -> str:
+        """Bring the file to the disk; returns its SHA-256."""
+        self._hasher.shutdown()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Path]:
+    """A new, empty folder that becomes `target` when the block ends, and vanishes if the block fails.
+
+    `size`: bytes that will be written. `force`: replace a folder that is there. Raises `UserError` if the target
+    exists, the disk is too small, or another process is writing the same target.
+    """
+    target = target.absolute()
+    if target.exists() and not force:
+        raise UserError(f"'{target}' exists already; give another folder, or --force to replace it")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"'{target}' is a file; give the name of a folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(target, size)
+        partial = target.with_name(f".{target.name}.partial")
+        with _lock(partial.with_suffix(".lock"), target):
+            shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+            partial.mkdir()
+            try:
+                yield partial
+                for path in (*partial.rglob("*"), partial):
+                    _to_disk(path)
+                _put_in_place(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"'{target}' cannot be written: {error.strerror or error}") from None
+
+
+def _check_room(target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if size + _MARGIN > free:
+        raise UserError(
+            f"'{target}' needs {size / 1e9:.2f} GB, the disk of '{target.parent}' has {free / 1e9:.2f} GB left: "
+            "free some or give a folder on another disk"
+        )
+
+
+@contextlib.contextmanager
+def _lock(path: Path, target: Path) -> Iterator[None]:
+    """Hold a lock file, which a process that dies lets go."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"'{target}' is being written by another process; wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Rename; a folder that is replaced is moved aside first and removed last, so that one of the two is there."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    _to_disk(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names, relative to `folder`, of the files its checksums are for."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    value = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            value.update(block)
+    return value.hexdigest()
+
+
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write the checksums of a folder's files; `known` are digests of files that need not be read again."""
+    known = known or {}
+    lines = [f"{known.get(name) or digest(folder / name)}  {name}\n" for name in files_of(folder)]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 as recorded; empty for a folder without checksums."""
+    if not (folder / SUMS).is_file():
+        return {}
+    sums = {}
+    for line in (folder / SUMS).read_text(errors="replace").splitlines():
+        value, _, name = line.partition("  ")
+        if len(value) != 64 or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"'{folder / SUMS}' is damaged: {line[:80]!r} is not a checksum and a file name")
+        sums[name] = value
+    return sums
+
+
+def check_sums(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Compare files with their recorded checksums: those of `names`, or all. Reads every byte.
+
+    Does nothing for a folder without checksums. Raises `UserError` naming the first file that is missing or differs.
+    """
+    for name, value in read_sums(folder).items():
+        if names is not None and name not in names:
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"'{folder}' lacks its file {name}: copy the folder again")
+        if digest(path) != value:
+            raise UserError(f"'{path}' is damaged: its checksum differs from {SUMS}; copy the folder again")

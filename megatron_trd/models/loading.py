@@ -1,0 +1,195 @@
+"""Weights in and out of running models: shards from a source, and full tensors gathered from shards.
+
+A `Source` gives the full Hugging Face tensors of a slot, wherever they are: a folder, a distributed checkpoint, or a
+model spread over a grid.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_trd import platform
+from megatron_trd.errors import UserError
+from megatron_trd.models.architecture import Architecture
+from megatron_trd.models.dist_checkpoint import PIECE_BYTES, CheckpointReader
+from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.weights import Kind, Slot, merge, shard, slots, stage_of
+from megatron_trd.parallel.grid import Grid
+
+# Gives the full Hugging Face tensors of a slot.
+Source = Callable[[Slot], list[Tensor]]
+
+
+def folder_source(folder: ModelFolder) -> Source:
+    """Read slots from a Hugging Face folder."""
+    return lambda slot: [folder.tensor(name) for name in slot.hf]
+
+
+def checkpoint_source(reader: CheckpointReader, arch: Architecture) -> Source:
+    """Read slots from a megatron-core distributed checkpoint of any layout."""
+
+    def read(slot: Slot) -> list[Tensor]:
+        key = slot.key if slot.exported else slots(arch)[0].key  # the tied head: its one tensor is the embedding
+        return merge(slot, [reader.read(key, slot.index)], arch)
+
+    return read
+
+
+def folder_pieces(folder: ModelFolder, name: str) -> Iterator[Tensor]:
+    """A tensor of a folder in consecutive pieces of rows, each of about `PIECE_BYTES`."""
+    info = folder.info(name)
+    assert info is not None, name
+    rows = max(1, PIECE_BYTES * info.shape[0] // max(1, info.nbytes))
+    for start in range(0, info.shape[0], rows):
+        yield folder.tensor(name, slice(start, start + rows))
+
+
+def checkpoint_pieces(reader: CheckpointReader, slot: Slot, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, next rows) of a slot of a distributed checkpoint. A vocabulary never is in memory whole,
+    unless it was saved so, and comes without its padding."""
+    if slot.kind != "vocab":
+        yield from zip(slot.hf, checkpoint_source(reader, arch)(slot), strict=True)
+        return
+    row = 0
+    for piece in reader.pieces(slot.key):
+        if row < arch.vocab_size:
+            yield slot.hf[0], piece[: arch.vocab_size - row]
+        row += len(piece)
+
+
+# Buffers of old checkpoints: `transformers` computes them anew.
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+def check_folder(folder: ModelFolder, arch: Architecture) -> None:
+    """Raise `UserError` naming the first tensor that is missing, unknown, or of a wrong shape. Reads file headers only.
+
+    The head of a tied model may be stored as well, if it is the embedding.
+    """
+    table = slots(arch)
+    where = f"model folder '{folder.path}'"
+    for slot in table:
+        for name, expected in zip(slot.hf, slot.shapes, strict=True):
+            found = folder.info(name)
+            if found is None:
+                raise UserError(f"{where}: tensor {name} is missing; the download is not whole")
+            if found.shape != expected:
+                raise UserError(
+                    f"{where}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(expected)}"
+                )
+    known = {name for slot in table for name in slot.hf}
+    extra = sorted(name for name in folder.names() - known if not _COMPUTED.search(name))
+    if extra == ["lm_head.weight"] and arch.tied:
+        embedding, head = folder.tensor(table[0].hf[0]), folder.tensor(extra[0])
+        if embedding.dtype != head.dtype or not torch.equal(embedding, head):
+            raise UserError(
+                f"{where}: config.json ties the head to the embedding, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set tie_word_embeddings to false or remove lm_head.weight"
+            )
+    elif extra:
+        raise UserError(
+            f"{where}: tensor {extra[0]} is not one of {arch.family} as config.json describes it "
+            f"({len(extra)} such); give a folder of that architecture alone"
+        )
+
+
+@torch.no_grad()
+def load(
+    model: torch.nn.Module,
+    arch: Architecture,
+    grid: Grid,
+    source: Source,
+    *,
+    decay: float = 0.0,
+    all_slots: bool = False,
+) -> None:
+    """Fill this rank's parameters: `parameter <- decay * parameter + (1 - decay) * source`.
+
+    `all_slots`: ask `source` for every slot in order, needed where it is collective; otherwise for local ones only.
+    """
+    named = local_parameters(model, arch, grid)
+    for slot in slots(arch):
+        parameter = find(slot, named)
+        if parameter is None and not all_slots:
+            continue
+        full = source(slot)
+        if parameter is None:
+            continue
+        part = shard(slot, full, arch, *grid.tensor_rank(expert=slot.expert is not None)).to(parameter)
+        parameter.copy_(part) if decay == 0.0 else parameter.lerp_(part, 1.0 - decay)
+
+
+_EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)")
+
+
+def local_parameters(model: torch.nn.Module, arch: Architecture, grid: Grid) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by their Megatron name with global layer and expert indices."""
+    layers = grid.pp_rank * (arch.layers // grid.layout.pp)
+    experts = grid.ep_rank * (arch.experts // grid.layout.ep)
+    named = {}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("module.")
+        if name.startswith("decoder.layers."):
+            index, _, rest = name.removeprefix("decoder.layers.").partition(".")
+            rest = _EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + experts}", rest)
+            name = f"decoder.layers.{int(index) + layers}.{rest}"
+        named[name] = parameter
+    return named
+
+
+def find(slot: Slot, named: dict[str, torch.nn.Parameter]) -> torch.nn.Parameter | None:
+    """The parameter of a slot on this rank, under whichever layer spec it was built."""
+    return next((named[name] for name in slot.megatron if name in named), None)
+
+
+def gathered_source(model: torch.nn.Module, arch: Architecture, grid: Grid) -> Source:
+    """Full tensors of a running model, gathered over its grid. Collective: every rank asks for every slot in order."""
+    named = local_parameters(model, arch, grid)
+    table = slots(arch)
+
+    def gather(slot: Slot) -> list[Tensor]:
+        slot = slot if slot.exported else table[0]  # the tied head: its one tensor is the embedding
+        return gather_slot(slot, find(slot, named), arch, grid)
+
+    return gather
+
+
+def gather_slot(slot: Slot, parameter: Tensor | None, arch: Architecture, grid: Grid) -> list[Tensor]:
+    """Full tensors of one slot on every rank of the grid, from `parameter` on the ranks that hold it. Collective."""
+    stage = stage_of(slot, arch, grid.layout.pp)
+    owner = 0 if slot.expert is None else slot.expert // (arch.experts // grid.layout.ep)
+    if grid.pp_rank == stage and (slot.expert is None or grid.ep_rank == owner):
+        assert parameter is not None, f"no parameter for {slot.hf} on stage {stage}"
+        group = grid.groups.tp if slot.expert is None else grid.groups.expt_tp
+        shards = _all_gather(parameter.detach(), group, slot.kind)
+        full = [tensor.contiguous() for tensor in merge(slot, shards, arch)]
+    else:
+        current = platform.current()
+        full = [torch.empty(shape, dtype=current.dtype, device=current.device) for shape in slot.shapes]
+    for tensor in full:
+        if slot.expert is not None and grid.layout.ep > 1 and grid.pp_rank == stage:
+            dist.broadcast(tensor, group=grid.groups.ep, group_src=owner)
+        if grid.layout.pp > 1:
+            dist.broadcast(tensor, grid.stage_root(stage), group=grid.groups.pp)
+    return full
+
+
+def _all_gather(part: Tensor, group: Any, kind: Kind) -> list[Tensor]:
+    if kind == "replicated" or group.size() == 1:
+        return [part.clone()]  # the caller may keep what it gets while training changes the parameter
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return parts
+
+
+def named_tensors(arch: Architecture, source: Source) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, full tensor) of the whole model, one slot at a time."""
+    for slot in slots(arch):
+        if slot.exported:
+            yield from zip(slot.hf, source(slot), strict=True)

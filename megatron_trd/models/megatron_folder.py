@@ -1,0 +1,75 @@
+"""A model as a Megatron distributed checkpoint, with the Hugging Face configuration and tokenizer that belong to it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_trd import platform
+from megatron_trd.errors import UserError
+from megatron_trd.models.architecture import Architecture, read_architecture
+from megatron_trd.models.dist_checkpoint import CheckpointReader
+from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.loading import Source, checkpoint_pieces, checkpoint_source
+from megatron_trd.models.weights import Slot, slots
+
+COMPANIONS = "hf"  # subfolder with config.json and tokenizer
+_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # other tensors are the optimizer's
+
+
+class MegatronFolder:
+    """Opens a checkpoint of any layout. Raises `UserError` if it is not whole or not of the architecture it says.
+
+    `like`: a Hugging Face folder with configuration and tokenizer, for a checkpoint that has none with it.
+    """
+
+    def __init__(self, path: str | Path, like: Path | None = None) -> None:
+        self.path = Path(path)
+        self.reader = CheckpointReader(self.path)
+        if like is None and not (self.path / COMPANIONS / "config.json").is_file():
+            raise UserError(
+                f"checkpoint '{path}' has no {COMPANIONS}/config.json beside its weights: name a Hugging Face folder "
+                "with the model's configuration and tokenizer (--like DIR)"
+            )
+        self.companions = ModelFolder(like or self.path / COMPANIONS)
+        self.arch: Architecture = read_architecture(self.companions)
+        self._check()
+
+    def _check(self) -> None:
+        where = f"checkpoint '{self.path}'"
+        expected = {slot.key: (*slot.stack, *slot.whole) for slot in slots(self.arch) if slot.exported}
+        vocabularies = {slot.key for slot in slots(self.arch) if slot.kind == "vocab"}
+        for key, shape in expected.items():
+            found = self.reader.size(key)
+            if found is None:
+                raise UserError(f"{where}: tensor {key} is missing; it is not {self.arch.family} as config.json has it")
+            padded = key in vocabularies and found[0] >= shape[0] and found[1:] == shape[1:]
+            if found != shape and not padded:
+                raise UserError(f"{where}: tensor {key} has shape {list(found)}, config.json asks for {list(shape)}")
+        extra = sorted(key for key in self.reader.keys() - expected.keys() if key.startswith(_OF_THE_MODEL))
+        if extra:
+            raise UserError(
+                f"{where}: tensor {extra[0]} is not one of {self.arch.family} as config.json describes it "
+                f"({len(extra)} such)"
+            )
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """Full Hugging Face tensors of a slot."""
+        return checkpoint_source(self.reader, self.arch)
+
+    def pieces(self, slot: Slot) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, next rows) of a slot, in order."""
+        return checkpoint_pieces(self.reader, slot, self.arch)
+
+
+def load_model(path: Path, model: Any) -> None:
+    """Load a checkpoint by megatron-core itself, into a model of any layout that has its head. Collective."""
+    from megatron.core import dist_checkpointing
+
+    with platform.current().megatron():
+        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
