@@ -7,19 +7,16 @@ The output loads at any TP x PP x EP layout. It keeps the folder's configuration
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
 
 from checkpoint_tools.common import (
     DryRunOption,
     DtypeOption,
     ForceOption,
-    as_dtype,
     check_places,
     check_tokenizer,
     parse_dtype,
@@ -29,14 +26,14 @@ from checkpoint_tools.common import (
     summary,
 )
 from megatron_trd.errors import UserError
-from megatron_trd.files import check_sums, whole_folder, write_sums
+from megatron_trd.files import checked, whole_folder, write_sums
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.dist_checkpoint import CheckpointWriter, write_states
 from megatron_trd.models.export import copy_companions
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.loading import check_folder, folder_pieces, folder_source
+from megatron_trd.models.loading import check_folder, folder_pieces
 from megatron_trd.models.megatron_folder import COMPANIONS
-from megatron_trd.models.weights import Slot, shard, slots
+from megatron_trd.models.weights import slots
 
 
 def command(
@@ -59,21 +56,19 @@ def convert(
     check_folder(folder, arch)
     check_tokenizer(folder, arch)
     check_places(hf, out)
-    dtypes = {key: dtype or found for key, found in _stored_dtypes(folder, arch).items()}
+    dtypes = dict.fromkeys((slot.key for slot in slots(arch)), dtype) if dtype else _stored_dtypes(folder, arch)
     exported = [slot for slot in slots(arch) if slot.exported]
     if dry_run:
         print_mapping(arch, lambda slot: dtypes[slot.key])
         return
     size = sum(torch.Size(slot.whole).numel() * dtypes[slot.key].itemsize for slot in exported)
     with summary(out, sum(len(slot.hf) for slot in exported), size), whole_folder(out, size=size, force=force) as new:
-        check_sums(hf)
         writer = CheckpointWriter(new)
         write_states(writer, arch)
-        with progress(f"{hf} -> {out}", size) as advance:
+        with checked(hf), progress(f"{hf} -> {out}", size) as advance:
             for slot in exported:
                 row = 0
-                for piece in _pieces(folder, slot, arch):
-                    piece = as_dtype(piece, dtypes[slot.key])
+                for piece in folder_pieces(folder, slot, arch, dtypes[slot.key]):
                     writer.add(slot.key, (*slot.stack, *slot.whole), slot.index, piece, row)
                     row += len(piece)
                     advance(piece.nbytes)
@@ -81,14 +76,6 @@ def convert(
         copy_companions(folder, new / COMPANIONS, dtype)
         writer.close()
         write_sums(new, writer.digests)
-
-
-def _pieces(folder: ModelFolder, slot: Slot, arch: Architecture) -> Iterator[Tensor]:
-    """A slot's Megatron parameter at TP1, in pieces of rows."""
-    if slot.kind == "vocab":  # a layer of its own, larger than all others: not read at once, and not padded
-        yield from folder_pieces(folder, slot.hf[0])
-    else:
-        yield shard(slot, folder_source(folder)(slot), arch, 0, 1)
 
 
 def _stored_dtypes(folder: ModelFolder, arch: Architecture) -> dict[str, torch.dtype]:

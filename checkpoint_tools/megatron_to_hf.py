@@ -32,11 +32,11 @@ from checkpoint_tools.common import (
     summary,
 )
 from megatron_trd.errors import UserError
-from megatron_trd.files import check_sums, whole_folder
+from megatron_trd.files import checked, whole_folder
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.export import MAX_SHARD_BYTES, FolderWriter, exported_tensors
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.loading import check_folder, folder_pieces
+from megatron_trd.models.loading import check_folder, exported_pieces, folder_pieces
 from megatron_trd.models.megatron_folder import MegatronFolder
 from megatron_trd.models.weights import Slot, slots
 
@@ -87,9 +87,8 @@ def convert(
         return
     size = sum(info.nbytes for info in infos)
     with summary(out, len(infos), size), whole_folder(out, size=size, force=force) as new:
-        check_sums(megatron)
         writer = FolderWriter(new, infos, max_shard_bytes)
-        with progress(f"{megatron} -> {out}", size) as advance:
+        with checked(megatron), progress(f"{megatron} -> {out}", size) as advance:
             for slot in slots(source.arch):
                 if slot.exported:
                     for name, piece in source.pieces(slot):
@@ -128,7 +127,7 @@ def _open(megatron: Path, weights: str, like: Path | None) -> _Source:
         return info.dtype
 
     def pieces(slot: Slot) -> Iterator[tuple[str, Tensor]]:
-        return ((name, piece) for name in slot.hf for piece in folder_pieces(folder, name))
+        return exported_pieces(folder_pieces(folder, slot, arch, dtype(slot)), slot, arch)
 
     return _Source(folder, arch, dtype, pieces)
 

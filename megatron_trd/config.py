@@ -45,6 +45,7 @@ class StudentConfig:
 
     tp: Positive = 1
     pp: Positive = 1
+    ep: Positive = 1  # ranks that share a layer's experts, among the tp x dp of a stage
     sequence_parallel: bool = False
     micro_batch_size: Positive = 1  # sequences a micro-batch
     recompute: bool = False  # recompute activations of every layer in backward
@@ -62,6 +63,7 @@ class TeacherConfig:
     ema_decay: Fraction = 0.99  # ema <- decay * ema + (1 - decay) * student, after each step
     tp: Positive = 1
     pp: Positive = 1
+    ep: Positive = 1
     micro_batch_size: Positive = 1
 
 

@@ -1,24 +1,25 @@
 """Folders that appear whole or not at all, and the checksums that prove them whole later.
 
-A folder is written beside its place as `.NAME.partial`, flushed to the disk, and renamed. Its `SHA256SUMS` has one line
-a file, as `sha256sum` writes and checks them.
+A folder is written beside its place as `.NAME.partial`, flushed to the disk, and renamed. Its `B3SUMS` has one line
+a file, as `b3sum` writes and checks them: BLAKE3, because a checksum that is slower than the disk would not be used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from blake3 import blake3
 
 from megatron_trd.errors import UserError
 
-SUMS = "SHA256SUMS"
+SUMS = "B3SUMS"
 _BLOCK = 2**24  # bytes of a file that are hashed at once
 _MARGIN = 2**26  # bytes to leave free on a disk, for the folder's small files
 
@@ -28,9 +29,9 @@ class HashedFile:
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("xb", buffering=0)
-        self._hash = hashlib.sha256()
+        self._hash = blake3()
         self._hasher = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
+        self._pending: Future[Any] | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         """Append `data`, which must not change until the next write or flush."""
@@ -55,7 +56,7 @@ class HashedFile:
         return self._file.tell()
 
     def close(self) -> str:
-        """Bring the file to the disk; returns its SHA-256."""
+        """Bring the file to the disk; returns its BLAKE3 hash."""
         self._hasher.shutdown()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -83,8 +84,7 @@ def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Pa
             partial.mkdir()
             try:
                 yield partial
-                for path in (*partial.rglob("*"), partial):
-                    _to_disk(path)
+                to_disk(partial)
                 _put_in_place(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -122,11 +122,17 @@ def _put_in_place(partial: Path, target: Path) -> None:
     if target.exists():
         target.rename(replaced)
     partial.rename(target)
-    _to_disk(target.parent)
+    _flush(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(folder: Path) -> None:
+    """Wait until all files of a folder are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,8 +146,8 @@ def files_of(folder: Path) -> list[str]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    value = hashlib.sha256()
+    """BLAKE3 hash of a file, in hexadecimal."""
+    value = blake3()
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             value.update(block)
@@ -156,7 +162,7 @@ def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256 as recorded; empty for a folder without checksums."""
+    """File name -> BLAKE3 hash as recorded; empty for a folder without checksums."""
     if not (folder / SUMS).is_file():
         return {}
     sums = {}
@@ -181,3 +187,16 @@ def check_sums(folder: Path, names: Sequence[str] | None = None) -> None:
             raise UserError(f"'{folder}' lacks its file {name}: copy the folder again")
         if digest(path) != value:
             raise UserError(f"'{path}' is damaged: its checksum differs from {SUMS}; copy the folder again")
+
+
+@contextlib.contextmanager
+def checked(folder: Path) -> Iterator[None]:
+    """`check_sums` of a whole folder beside the block that reads it; raises at the block's end at the latest."""
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(check_sums, folder)
+        try:
+            yield
+        except UserError:
+            check.result()  # damage is the better reason for whatever went wrong
+            raise
+        check.result()

@@ -31,7 +31,6 @@ class Platform(ABC):
     backend: str
     dtype: torch.dtype
     device: torch.device
-    sequence_parallel: bool  # whether the layers can be sequence-parallel
 
     @abstractmethod
     def set_up(self) -> None:
@@ -65,6 +64,13 @@ class Platform(ABC):
         """Context in which a vLLM engine is made; `job` names this job among others on the machine."""
         return contextlib.nullcontext()
 
+    def prepare_reload(self, model: torch.nn.Module) -> None:
+        """Runs in a vLLM worker before weights are reloaded into its model."""
+
+    def expert_weights(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """vLLM's experts of a layer -> (gate above up `[experts, 2 * ffn, hidden]`, down `[experts, hidden, ffn]`)."""
+        return module.w13_weight.data, module.w2_weight.data
+
     @abstractmethod
     def memory_gib(self) -> dict[str, float]:
         """Metric name -> peak memory of this process so far, GiB."""
@@ -81,7 +87,6 @@ class CudaPlatform(Platform):
 
     backend = "nccl"
     dtype = torch.bfloat16
-    sequence_parallel = True
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -133,7 +138,6 @@ class CpuPlatform(Platform):
     backend = "gloo"
     dtype = torch.float32
     device = torch.device("cpu")
-    sequence_parallel = False  # megatron-core's local norms refuse it
 
     def __init__(self) -> None:
         self._depth = 0
@@ -151,9 +155,12 @@ class CpuPlatform(Platform):
             return
         self._depth += 1
         try:
-            # By name: megatron-core is imported when it is first used, not by everyone who asks for the platform.
-            random = mock.patch.multiple("megatron.core.tensor_parallel.random", **_RANDOM_ON_CPU)
-            with mock.patch.multiple(torch.cuda, **_CUDA_ON_CPU), random, _recomputation_on_cpu(), _CudaMeansCpu():
+            with contextlib.ExitStack() as patches:
+                patches.enter_context(mock.patch.multiple(torch.cuda, **_CUDA_ON_CPU))
+                for name, value in _MEGATRON_ON_CPU.items():
+                    patches.enter_context(mock.patch(f"megatron.core.{name}", value, create=True))
+                patches.enter_context(_recomputation_on_cpu())
+                patches.enter_context(_CudaMeansCpu())
                 yield
         finally:
             self._depth -= 1
@@ -161,9 +168,12 @@ class CpuPlatform(Platform):
     def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-        return get_gpt_layer_local_spec(
+        spec = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
         )
+        if config.num_moe_experts:  # in checkpoints as in transformer-engine's layer: a norm of its own
+            spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+        return spec
 
     def transformer_config(self) -> dict[str, Any]:
         return {
@@ -220,6 +230,35 @@ class CpuPlatform(Platform):
             for segment in Path("/dev/shm").glob(f"{identifier}-*cpushm_*"):
                 segment.unlink(missing_ok=True)
 
+    def prepare_reload(self, model: torch.nn.Module) -> None:
+        # vLLM 0.32 packs experts for its CPU kernel only when it makes the kernel: weights that are reloaded later
+        # would be taken for packed ones.
+        for module in model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
+
+    def expert_weights(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        # Packing moves the elements of each expert's matrix the same way: where to is seen on a matrix of indices,
+        # packed in two halves that float32 holds exactly. Packed matrices are padded to what the kernel likes.
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import cpu_prepack_moe_weight
+
+        isa = module.quant_method.moe_kernel.fused_experts.isa
+
+        def plain(packed: torch.Tensor) -> torch.Tensor:
+            index = torch.arange(packed[0].numel()).view(1, *packed.shape[1:])
+            low, high = (
+                cpu_prepack_moe_weight(half.float(), isa).flatten().long() for half in (index & 0xFFFF, index >> 16)
+            )
+            found = torch.empty_like(packed.flatten(1))
+            found[:, low | high << 16] = packed.flatten(1)
+            return found.view(packed.shape)
+
+        gate_up, down = plain(module.w13_weight.data), plain(module.w2_weight.data)
+        size = module.moe_config.intermediate_size_per_partition
+        halves = gate_up.view(len(gate_up), 2, -1, gate_up.shape[-1])[:, :, :size]
+        return halves.flatten(1, 2), down[..., :size]
+
     def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
         # torch Adam makes its state at the first step; megatron-core's load asserts that every parameter has one.
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -243,6 +282,19 @@ def _peak_resident_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: kilobytes
 
 
+class _Stream:
+    """A CUDA stream where all work is done when it is asked for."""
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+
+_STREAM = _Stream()
+
 # What megatron-core 0.16 asks of torch.cuda without looking whether a GPU is there, and the answer on a CPU.
 _CUDA_ON_CPU: dict[str, Any] = {
     "current_device": lambda: torch.device("cpu"),  # device of gradient buffers, pipeline tensors, scalars
@@ -252,12 +304,33 @@ _CUDA_ON_CPU: dict[str, Any] = {
     "get_rng_state": lambda *_: torch.get_rng_state(),
     "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)) and None,
     "manual_seed_all": lambda *_: None,
+    "Stream": lambda *_, **__: _STREAM,  # on which experts' token counts go to the host
+    "current_stream": lambda *_: _STREAM,
 }
 
-# The tensor-parallel random tracker forks and restores CUDA generator states.
-_RANDOM_ON_CPU: dict[str, Any] = {
-    "_get_cuda_rng_state": lambda *_, **__: torch.get_rng_state(),
-    "_set_cuda_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+
+def _norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.Module:
+    """torch's RMSNorm for megatron-core's local layers, sequence parallelism included, which megatron-core refuses:
+    all there is to it is to mark the weight, so that its gradient is summed over the ranks that hold other tokens."""
+    norm = torch.nn.RMSNorm(hidden_size, eps=eps)
+    norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined,assignment]
+    return norm
+
+
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+# Names in megatron-core and what they are on a CPU. By name: megatron-core is imported when it is first used, not by
+# everyone who asks for the platform.
+_MEGATRON_ON_CPU: dict[str, Any] = {
+    # the tensor-parallel random tracker forks and restores CUDA generator states
+    "tensor_parallel.random._get_cuda_rng_state": lambda *_, **__: torch.get_rng_state(),
+    "tensor_parallel.random._set_cuda_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+    "transformer.torch_norm.WrappedTorchNorm.__new__": _norm,
+    # converts what it copies from a GPU; what is on the host already is left a tensor, which all-to-all does not take
+    "transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": _split_sizes,
+    "transformer.moe.moe_utils.te_general_gemm": None,  # never defined without transformer-engine, but looked at
 }
 
 

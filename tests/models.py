@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 VOCAB = 99  # awkward on purpose: no tensor-parallel size divides it
+FAMILIES = ("qwen3", "llama", "qwen2", "qwen3_moe")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -25,16 +26,19 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def classes(family: str) -> tuple[Any, Any]:
+    """Configuration and model class of a family in `transformers`."""
+    import transformers
+
+    name = {"qwen3": "Qwen3", "llama": "Llama", "qwen2": "Qwen2", "qwen3_moe": "Qwen3Moe"}[family]
+    return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+
+
 def write_model(
     folder: Path, *, family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
 ) -> Path:
     """A random model of a family with logits far from uniform; returns its folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-    config_class, model_class = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[family]
+    config_class, model_class = classes(family)
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -50,11 +54,15 @@ def write_model(
         "pad_token_id": 0,
         "bos_token_id": None,
     }
+    if family == "qwen3_moe":
+        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     torch.manual_seed(seed)
     model = model_class(config_class(**(settings | fields))).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):  # a new model's are zero, and a bias that is lost would not be missed
+                parameter.normal_(std=0.5)
+            elif parameter.dim() > 1:
                 parameter.mul_(3)
             else:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))

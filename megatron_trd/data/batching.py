@@ -80,18 +80,18 @@ def micro_batches(
     size: int,
     multiple: int,
     device: torch.device,
+    count: int = 1,
 ) -> list[MicroBatch]:
     """Micro-batches of `size` samples of like length; lengths are padded to `multiple` (sequence parallelism).
 
-    A replica without samples gets one of weight zero, because every replica takes part in the step's collectives.
+    A replica with fewer than `count` gets more of weight zero: one, because every replica takes part in the step's
+    collectives, or as many as others have with whom it shares experts.
     """
-    if not indices:
-        samples = [replace(samples[0], weight=0.0)]
-        indices = [0]
-        return [_micro_batch(samples, indices, side, multiple, device, names=())]
     order = sorted(indices, key=lambda index: (-len(samples[index].tokens(side)), index))
     groups = [order[start : start + size] for start in range(0, len(order), size)]
-    return [_micro_batch(samples, group, side, multiple, device, names=tuple(group)) for group in groups]
+    batches = [_micro_batch(samples, group, side, multiple, device, names=tuple(group)) for group in groups]
+    idle = [replace(samples[0], weight=0.0)]
+    return batches + [_micro_batch(idle, [0], side, multiple, device, names=())] * (count - len(batches))
 
 
 def _micro_batch(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_trd.models import loading
+from megatron_trd import platform
+from megatron_trd.models import loading, weights
 from megatron_trd.models.architecture import Architecture
 
 # vLLM module name ending -> the Hugging Face modules fused in it, in row order. All others have the HF name.
@@ -19,6 +20,7 @@ _PROBE_ROWS = 1024  # one-hot rows at once when a layer's weight is read back
 def refit(llm: Any, arch: Architecture, source: loading.Source) -> None:
     """Load the full Hugging Face tensors of `source` into this rank's vLLM engine, one slot at a time. Collective."""
     tensors = loading.named_tensors(arch, source)
+    llm.apply_model(platform.current().prepare_reload)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
     for _ in tensors:  # vLLM may stop early; the other ranks of the gather do not
         pass
@@ -47,56 +49,70 @@ def verify(llm: Any, arch: Architecture, source: loading.Source) -> list[str]:
     Weights are read back through the layers themselves (a linear layer of one-hot rows gives its weight), so the check
     holds where vLLM has repacked them for its kernels.
     """
-    [found] = llm.apply_model(_read_back)
-    full = dict(loading.named_tensors(arch, source))
-    if arch.tied:
-        full["lm_head.weight"] = full["model.embed_tokens.weight"]
+    [read] = llm.apply_model(_read_back)
+    found, rank, tp = read
+    kinds = {name: slot.kind for slot in weights.slots(arch) for name in slot.hf}
     different = []
-    for module, (digests, rank, tp) in found.items():
-        for part, digest in zip(_parts(module), digests, strict=True):
-            if checksum(_engine_shard(part, full[part], rank, tp)) != digest:
-                different.append(part)
-    missing = set(full) - {part for module in found for part in _parts(module)}
-    return sorted(different) + sorted(missing)
+    for name, full in loading.named_tensors(arch, source):
+        names = [name, "lm_head.weight"] if arch.tied and name == weights.slots(arch)[0].hf[0] else [name]
+        expected = checksum(_engine_shard(full, kinds[name], rank, tp))
+        different += [copy for copy in names if found.get(copy) != expected]
+    return sorted(different)
 
 
-def _parts(module: str) -> list[str]:
-    """Hugging Face tensor names held by a vLLM module."""
+def _parts(module: str, parameter: str) -> list[str]:
+    """Hugging Face tensor names held by a parameter of a vLLM module."""
     parent, dot, last = module.rpartition(".")
-    return [f"{parent}{dot}{name}.weight" for name in _FUSED.get(last, (last,))]
+    return [f"{parent}{dot}{name}.{parameter}" for name in _FUSED.get(last, (last,))]
 
 
-def _engine_shard(name: str, full: Tensor, rank: int, tp: int) -> Tensor:
+def _engine_shard(full: Tensor, kind: weights.Kind, rank: int, tp: int) -> Tensor:
     """The slice of a Hugging Face tensor that tensor-parallel rank `rank` of a vLLM engine holds."""
-    if full.dim() == 1:
-        return full
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        return full.chunk(tp, 1)[rank]
-    if "embed_tokens" in name or "lm_head" in name:
-        return full  # compared whole: see _read_vocabulary
-    return full.chunk(tp, 0)[rank]
+    match kind:
+        case "replicated" | "vocab":  # the vocabulary is compared whole: see _whole_vocabulary
+            return full
+        case "row":
+            return full.chunk(tp, 1)[rank]
+        case _:
+            return full.chunk(tp, 0)[rank]
 
 
-def _read_back(model: torch.nn.Module) -> dict[str, tuple[list[str], int, int]]:
-    """Runs in the vLLM worker: module name -> (checksums of its Hugging Face parts, tensor-parallel rank, size)."""
+def _read_back(model: torch.nn.Module) -> tuple[dict[str, str], int, int]:
+    """Runs in the vLLM worker: Hugging Face name -> checksum of this rank's part; tensor-parallel rank and size."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     rank, tp = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    found: dict[str, tuple[list[str], int, int]] = {}
+    found: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, ParallelLMHead):
-            found[name] = ([checksum(_whole_vocabulary(module, _read_linear(module, module.embedding_dim)))], rank, tp)
+            whole = _whole_vocabulary(module, _read_linear(module, module.embedding_dim))
+            found[f"{name}.weight"] = checksum(whole)
         elif isinstance(module, VocabParallelEmbedding):
-            found[name] = ([checksum(_whole_vocabulary(module, module.weight.data))], rank, tp)
+            found[f"{name}.weight"] = checksum(_whole_vocabulary(module, module.weight.data))
+        elif isinstance(module, RoutedExperts):
+            found |= _read_experts(name.removesuffix(".routed_experts"), module)
         elif isinstance(module, LinearBase):
-            sizes = getattr(module, "output_sizes", None)
-            weight = _read_linear(module, module.input_size_per_partition)
-            parts = weight.split([size // tp for size in sizes]) if sizes else [weight]
-            found[name] = ([checksum(part) for part in parts], rank, tp)
+            inputs: int = getattr(module, "input_size_per_partition", module.input_size)  # none if it is not cut
+            read = {"weight": _read_linear(module, inputs), "bias": module.bias}
+            sizes = [size // tp for size in getattr(module, "output_sizes", [])]
+            for parameter, tensor in read.items():
+                if tensor is not None:
+                    parts = tensor.split(sizes) if sizes else [tensor]
+                    found |= dict(zip(_parts(name, parameter), map(checksum, parts), strict=True))
         elif isinstance(getattr(module, "weight", None), torch.nn.Parameter):  # norms
-            found[name] = ([checksum(module.weight)], rank, tp)
+            found[f"{name}.weight"] = checksum(module.weight)
+    return found, rank, tp
+
+
+def _read_experts(name: str, module: Any) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for expert, (gate_up, down) in enumerate(zip(*platform.current().expert_weights(module), strict=True)):
+        gate, up = gate_up.chunk(2)
+        parts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+        found |= {f"{name}.{expert}.{part}.weight": checksum(tensor) for part, tensor in parts.items()}
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_trd import platform
@@ -14,6 +15,17 @@ from megatron_trd.parallel.grid import Grid
 
 # hidden states `[s, b, hidden]` of a micro-batch on the last stage -> scalar loss
 LossFunction = Callable[[MicroBatch, Tensor], Tensor]
+
+
+def batch_count(samples: int, size: int, grid: Grid) -> int:
+    """Micro-batches of `samples` samples, at least one, and as many as on the ranks with which this one shares experts:
+    those exchange tokens in every layer of every micro-batch. Collective where experts are shared."""
+    count = max(1, -(-samples // size))
+    if grid.layout.ep == 1:
+        return count
+    most = torch.tensor(count, device=platform.current().device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=grid.groups.ep)
+    return int(most)
 
 
 def run_schedule(

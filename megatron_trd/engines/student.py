@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import MicroBatch, Sample, micro_batches
-from megatron_trd.engines.schedule import run_schedule
+from megatron_trd.engines.schedule import batch_count, run_schedule
 from megatron_trd.errors import UserError
 from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_parallel_log_prob
 from megatron_trd.methods import METHODS
@@ -77,14 +77,14 @@ class StudentEngine:
     """Owns the student's parameters, gradients, optimizer and learning-rate schedule on its grid."""
 
     def __init__(self, config: TrainConfig, arch: Architecture, folder: ModelFolder, grid: Grid) -> None:
-        self.arch, self.grid, self.config = arch, grid, config
+        self.arch, self.folder, self.grid, self.config = arch, folder, grid, config
         self.method = METHODS[config.method]
         with platform.current().megatron():
-            self.model: Any = self._build_model(folder)  # megatron-core is not typed
+            self.model: Any = self._build_model()  # megatron-core is not typed
             self.optimizer = self._build_optimizer()
             self.scheduler = self._build_scheduler()
 
-    def _build_model(self, folder: ModelFolder) -> Any:
+    def _build_model(self) -> Any:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.distributed import finalize_model_grads as finalize
 
@@ -93,7 +93,10 @@ class StudentEngine:
             self.arch, self.grid, sequence_parallel=settings.sequence_parallel, recompute=settings.recompute
         )
         model = build_model(self.arch, self.grid, mcore_config, with_head=True)
-        loading.load(model, self.arch, self.grid, loading.folder_source(folder))
+        loading.load(model, self.arch, self.grid, loading.folder_source(self.folder))
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:  # reduced over its own replicas; megatron-core says so for ep > 1 only
+                parameter.allreduce = False  # type: ignore[attr-defined]
         groups = self.grid.groups
         # The token count that the schedule hands over is left out: gradients are sums, weights are in the loss.
         mcore_config.finalize_model_grads_func = lambda models, _tokens=None, **_: finalize(
@@ -235,6 +238,7 @@ class StudentEngine:
             size=settings.micro_batch_size,
             multiple=settings.tp if settings.sequence_parallel else 1,
             device=platform.current().device,
+            count=batch_count(len(share), settings.micro_batch_size, self.grid),
         )
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
@@ -247,9 +251,11 @@ class StudentEngine:
             return hidden
         from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-        return gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=False, group=self.grid.groups.tp
-        )
+        with platform.current().megatron():
+            whole: Tensor = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.grid.groups.tp
+            )
+        return whole
 
     def _drift(self, batch: MicroBatch, student: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
         """|sampler - trainer| log-probability of sampled tokens, under the model that sampled the trajectory."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import Sample, deal, micro_batches
-from megatron_trd.engines.schedule import run_schedule
+from megatron_trd.engines.schedule import batch_count, run_schedule
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
 from megatron_trd.models import loading, weights
@@ -40,11 +40,11 @@ class TeacherEngine:
     def _build(self) -> None:
         settings = self.config.teacher
         self.arch = read_architecture(self.folder)
-        self.grid = teacher_grid(settings.tp, settings.pp)
+        self.grid = teacher_grid(settings.tp, settings.pp, settings.ep)
         with platform.current().megatron():
             mcore_config = transformer_config(self.arch, self.grid)
             self.model = build_model(self.arch, self.grid, mcore_config, with_head=False)
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(False).eval()
 
     def load(self, folder: ModelFolder) -> None:
         """Take the weights of a Hugging Face folder of this teacher's architecture."""
@@ -104,6 +104,7 @@ class TeacherEngine:
             size=settings.micro_batch_size,
             multiple=layout.tp if sequence_parallel else 1,
             device=device,
+            count=batch_count(len(shares[self.grid.dp_rank]), settings.micro_batch_size, self.grid),
         )
         outputs = run_schedule(self.model, self.grid, batches)
         made: dict[int, Tensor] = {}

@@ -14,7 +14,7 @@ from megatron_trd import platform
 from megatron_trd.errors import UserError
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.weights import FAMILIES, Dim
-from megatron_trd.parallel.grid import Grid
+from megatron_trd.parallel.grid import EXPERT_TP, Grid
 
 # Vocabulary shards are padded to a multiple of this many rows: the width that GPU matrix products like.
 VOCAB_MULTIPLE = 128
@@ -62,12 +62,17 @@ class Architecture:
         multiple = VOCAB_MULTIPLE * tp
         return math.ceil(self.vocab_size / multiple) * multiple
 
-    def check_layout(self, tp: int, pp: int, who: str) -> None:
-        """Raise `UserError` if tensor or pipeline parallelism does not divide the model."""
+    def check_layout(self, tp: int, pp: int, who: str, ep: int = 1) -> None:
+        """Raise `UserError` if tensor, pipeline or expert parallelism does not divide the model."""
+        if ep > 1 and not self.experts:
+            raise UserError(f"{who}.ep={ep} is for a mixture of experts, {self.family} is not one: leave it out")
+        feed_forward = (
+            ("ep", ep, self.experts, "experts") if self.experts else ("tp", tp, self.ffn_size, "feed-forward units")
+        )
         for key, parts, count, what in (
             ("tp", tp, self.heads, "attention heads"),
             ("tp", tp, self.kv_heads, "key/value heads"),
-            ("tp", tp, self.ffn_size, "feed-forward units"),
+            feed_forward,
             ("pp", pp, self.layers, "layers"),
         ):
             if count % parts:
@@ -155,7 +160,7 @@ def transformer_config(
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_size,
+        ffn_hidden_size=arch.expert_ffn_size or arch.ffn_size,
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_heads,
         kv_channels=arch.head_dim,
@@ -174,10 +179,29 @@ def transformer_config(
         sequence_parallel=sequence_parallel,
         variable_seq_lengths=True,  # micro-batches are as long as their longest sample, no longer
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, dense models too
+        expert_model_parallel_size=grid.layout.ep,
+        expert_tensor_parallel_size=EXPERT_TP,
         calculate_per_token_loss=True,  # gradients are sums; token weights carry every normalisation
         **platform.current().transformer_config(),
+        **(_expert_fields(arch) if arch.experts else {}),
         **recompute_fields,
     )
+
+
+def _expert_fields(arch: Architecture) -> dict[str, Any]:
+    """Routing as in `transformers` modeling_qwen3_moe.py: softmax over all experts, the best chosen, then normalised
+    or not. To normalise is the same as a softmax over the chosen ones alone, which is what megatron-core calls not
+    "pre-softmax". There is no balancing loss: the divergence is the whole objective."""
+    return {
+        "num_moe_experts": arch.experts,
+        "moe_ffn_hidden_size": arch.expert_ffn_size,
+        "moe_router_topk": arch.experts_per_token,
+        "moe_router_pre_softmax": not arch.normalised_routing,
+        "moe_router_score_function": "softmax",
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
 
 
 def build_model(arch: Architecture, grid: Grid, config: Any, *, with_head: bool) -> torch.nn.Module:

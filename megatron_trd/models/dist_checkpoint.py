@@ -9,6 +9,7 @@ as `torch.save` writes it), `common.pt` (what is not sharded) and `metadata.json
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -35,7 +36,9 @@ from megatron_trd.errors import UserError
 from megatron_trd.files import HashedFile
 from megatron_trd.models.architecture import Architecture
 
-PIECE_BYTES = 2**26  # of a tensor that are written and read at once, unless one row is larger
+# Of a tensor that are written and read at once, unless one row is larger. The C library gives larger ones memory fresh
+# from the system each time, which costs more than to copy them.
+PIECE_BYTES = 2**24
 _FILE_BYTES = 2**32  # of one file, after which the next is begun
 # What megatron-core writes beside the tensors, and looks for when it loads.
 _FORMAT = {
@@ -60,22 +63,21 @@ class CheckpointWriter:
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._file: HashedFile | None = None
         self._name = ""
-        self.digests: dict[str, str] = {}  # file name -> SHA-256, of the files that are done
+        self.digests: dict[str, str] = {}  # file name -> BLAKE3 hash, of the files that are done
 
     def add(self, key: str, size: Sequence[int], index: tuple[int, ...], tensor: Tensor, row: int = 0) -> None:
-        """Write `tensor`: `[*index, row:row + len(tensor)]` of the stacked tensor `key` of shape `size`."""
+        """Write `tensor`: `[*index, row:row + len(tensor)]` of the stacked tensor `key` of shape `size`.
+
+        It owns its memory: `torch.save` writes all that a tensor is a view of.
+        """
         properties = TensorProperties(dtype=tensor.dtype)
         known = self._tensors.setdefault(key, TensorStorageMetadata(properties, torch.Size(size), []))
         assert isinstance(known, TensorStorageMetadata)
         assert known.size == torch.Size(size), f"{key} has two shapes"
-        rows = max(1, PIECE_BYTES // max(1, tensor[:1].nbytes))
-        for start in range(0, len(tensor), rows):
-            piece = tensor[start : start + rows]
-            offsets = torch.Size((*index, row + start, *(0,) * (piece.dim() - 1)))
-            piece = piece.reshape(*(1,) * len(index), *piece.shape)
-            known.chunks.append(ChunkStorageMetadata(offsets, piece.shape))
-            # a view would be saved with all of the storage it is a view of
-            self._save(MetadataIndex(key, offsets), piece.clone(memory_format=torch.contiguous_format))
+        offsets = torch.Size((*index, row, *(0,) * (tensor.dim() - 1)))
+        tensor = tensor.reshape(*(1,) * len(index), *tensor.shape)
+        known.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
+        self._save(MetadataIndex(key, offsets), tensor)
 
     def add_object(self, key: str, value: Any) -> None:
         """Write one of megatron-core's sharded objects."""
@@ -168,7 +170,8 @@ class CheckpointReader:
         offsets = torch.Size((*index, *(0,) * (len(size) - len(index))))
         target: Tensor | None = None
         filled = 0
-        for item in create_read_items_for_chunk_list(key, tensor, [ChunkStorageMetadata(offsets, size)]):
+        here = TensorStorageMetadata(tensor.properties, tensor.size, self._chunks(key, len(index)).get(index, []))
+        for item in create_read_items_for_chunk_list(key, here, [ChunkStorageMetadata(offsets, size)]):
             source = _part(self._load(key, item.storage_index), item.storage_offsets, item.lengths)
             filled += source.numel()
             if source.shape == size:
@@ -180,16 +183,29 @@ class CheckpointReader:
             raise UserError(f"checkpoint '{self.path}': {key} {list(index)} is not whole; copy the folder again")
         return target.view(size[len(index) :])
 
-    def pieces(self, key: str) -> Iterator[Tensor]:
-        """Consecutive rows of a tensor that is not stacked and is cut by rows only."""
+    def pieces(self, key: str, index: tuple[int, ...]) -> Iterator[Tensor]:
+        """`key[index]` in consecutive pieces of rows: as it was saved, where it was cut by rows only."""
+        depth = len(index)
+        size = self._tensor(key).size
+        chunks = sorted(self._chunks(key, depth).get(index, []), key=lambda chunk: chunk.offsets[depth])
         row = 0
-        for chunk in sorted(self._tensor(key).chunks, key=lambda chunk: tuple(chunk.offsets)):
-            if chunk.offsets[0] != row:
+        for chunk in chunks:
+            if chunk.offsets[depth] != row or chunk.sizes[depth + 1 :] != size[depth + 1 :]:
                 break
-            row += chunk.sizes[0]
-            yield self._load(key, MetadataIndex(key, chunk.offsets))
-        if row != self._tensor(key).size[0]:
-            raise UserError(f"checkpoint '{self.path}': {key} is not whole; copy the folder again")
+            row += chunk.sizes[depth]
+        if row != size[depth]:
+            yield self.read(key, index)
+            return
+        for chunk in chunks:
+            yield self._load(key, MetadataIndex(key, chunk.offsets)).view(chunk.sizes[depth:])
+
+    @functools.cache  # noqa: B019  small, and a reader lives as long as its job
+    def _chunks(self, key: str, depth: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+        """Place on the first `depth` axes -> pieces saved there."""
+        found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+        for chunk in self._tensor(key).chunks:
+            found.setdefault(tuple(chunk.offsets[:depth]), []).append(chunk)
+        return found
 
     def _load(self, key: str, index: MetadataIndex) -> Tensor:
         place = self._places[index]

@@ -65,7 +65,7 @@ class FolderWriter:
         self._next = [(shard, info) for shard, infos in enumerate(self._shards) for info in infos]
         self._missing = 0  # bytes of the tensor that is being written
         self._file: HashedFile | None = None
-        self.digests: dict[str, str] = {}  # file name -> SHA-256, of the files that are done
+        self.digests: dict[str, str] = {}  # file name -> BLAKE3 hash, of the files that are done
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append a tensor, or its next rows. Tensors come in the order in which they were announced."""

@@ -25,6 +25,7 @@ class TensorInfo:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int = 0  # of its first byte in the file
 
     @property
     def nbytes(self) -> int:
@@ -110,20 +111,45 @@ class ModelFolder:
             raise UserError(f"model folder '{self.path}': the index puts tensor {name} in {file}, which lacks it")
         return self._header(file)[name]
 
-    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """One tensor, whole or some rows of it, in the dtype it is stored in. Valid until it is freed.
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor, in the dtype it is stored in.
 
-        The file is opened anew: what is read of a mapped file counts as this process's memory until it is closed.
+        The file is opened anew: what was read of a mapped file counts as this process's memory until it is closed.
         """
         with self._open(self.weight_map[name]) as file:
-            found: Tensor = file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
+            found: Tensor = file.get_tensor(name)
             return found
+
+    def read_rows(self, name: str, start: int, target: Tensor) -> None:
+        """Read rows of a tensor, from row `start` on, into `target` (contiguous, of the tensor's dtype): no more of
+        the file is in memory than that."""
+        info = self.info(name)
+        assert info is not None, name
+        assert (target.dtype, target.shape[1:]) == (info.dtype, info.shape[1:]), (
+            f"{target.dtype} {target.shape}, {info}"
+        )
+        data = target.view(-1).view(torch.uint8).numpy().data
+        path = self.path / self.weight_map[name]
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.offset + start * info.nbytes // max(1, info.shape[0]))
+            while data:
+                count = file.readinto(data)
+                if not count:
+                    raise UserError(f"model folder '{self.path}': {path.name} is cut short; copy it again")
+                data = data[count:]
 
     @functools.cache  # noqa: B019  headers are small, and a folder object lives as long as its job
     def _header(self, file: str) -> dict[str, TensorInfo]:
-        with self._open(file) as opened:
+        with self._open(file) as opened:  # which checks the header
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
-            return {name: TensorInfo(name, _dtype(part), tuple(part.get_shape())) for name, part in slices.items()}
+            dtypes = {name: _dtype(part) for name, part in slices.items()}
+        with (self.path / file).open("rb") as data:
+            length = int.from_bytes(data.read(8), "little")
+            header = json.loads(data.read(length))
+        return {
+            name: TensorInfo(name, dtype, tuple(header[name]["shape"]), 8 + length + header[name]["data_offsets"][0])
+            for name, dtype in dtypes.items()
+        }
 
     def _open(self, file: str) -> Any:
         if not (self.path / file).is_file():

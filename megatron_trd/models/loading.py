@@ -7,7 +7,7 @@ model spread over a grid.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.dist_checkpoint import PIECE_BYTES, CheckpointReader
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.weights import Kind, Slot, merge, shard, slots, stage_of
+from megatron_trd.models.weights import Kind, Slot, merge, parts, shard, slots, stage_of
 from megatron_trd.parallel.grid import Grid
 
 # Gives the full Hugging Face tensors of a slot.
@@ -41,26 +41,53 @@ def checkpoint_source(reader: CheckpointReader, arch: Architecture) -> Source:
     return read
 
 
-def folder_pieces(folder: ModelFolder, name: str) -> Iterator[Tensor]:
-    """A tensor of a folder in consecutive pieces of rows, each of about `PIECE_BYTES`."""
-    info = folder.info(name)
-    assert info is not None, name
-    rows = max(1, PIECE_BYTES * info.shape[0] // max(1, info.nbytes))
-    for start in range(0, info.shape[0], rows):
-        yield folder.tensor(name, slice(start, start + rows))
+def folder_pieces(folder: ModelFolder, slot: Slot, arch: Architecture, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A slot's Megatron parameter at TP1 without padding, in `dtype`, in consecutive pieces of rows from a folder."""
+    segments = parts(slot, arch, 0, 1)
+    rows, *row = slot.whole
+    limit = max(1, PIECE_BYTES // (torch.Size(row).numel() * dtype.itemsize))
+    for begin in range(0, rows, limit):
+        piece = torch.empty((min(limit, rows - begin), *row), dtype=dtype)
+        for part, start, offset, count in _overlap(segments, begin, len(piece)):
+            target, info = piece[offset : offset + count], folder.info(slot.hf[part])
+            assert info is not None, slot
+            stored = target if info.dtype == dtype else torch.empty_like(target, dtype=info.dtype)
+            folder.read_rows(slot.hf[part], start, stored)
+            if stored is not target:
+                target.copy_(stored)
+        yield piece
 
 
-def checkpoint_pieces(reader: CheckpointReader, slot: Slot, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, next rows) of a slot of a distributed checkpoint. A vocabulary never is in memory whole,
-    unless it was saved so, and comes without its padding."""
-    if slot.kind != "vocab":
-        yield from zip(slot.hf, checkpoint_source(reader, arch)(slot), strict=True)
-        return
+def _overlap(segments: list[tuple[int, int, int]], begin: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """What of `parts` lies in rows `[begin, begin + rows)`: (tensor, its row, row after `begin`, number of rows)."""
     row = 0
-    for piece in reader.pieces(slot.key):
-        if row < arch.vocab_size:
-            yield slot.hf[0], piece[: arch.vocab_size - row]
+    for part, start, count in segments:
+        first, last = max(row, begin), min(row + count, begin + rows)
+        if first < last:
+            yield part, start + first - row, first - begin, last - first
+        row += count
+
+
+def exported_pieces(pieces: Iterable[Tensor], slot: Slot, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Consecutive pieces of rows of a slot's parameter at TP1 -> (Hugging Face name, next rows), without padding.
+
+    What comes of one tensor is passed on at once; q, k and v or gate and up are kept until the slot is whole.
+    """
+    if len(slot.hf) == 1:
+        row = 0
+        for piece in pieces:
+            if row < slot.whole[0]:
+                yield slot.hf[0], piece[: slot.whole[0] - row]
+            row += len(piece)
+        return
+    found: list[list[Tensor]] = [[] for _ in slot.hf]
+    row = 0
+    for piece in pieces:
+        for part, _, offset, count in _overlap(parts(slot, arch, 0, 1), row, len(piece)):
+            found[part].append(piece[offset : offset + count])
         row += len(piece)
+    for name, rows in zip(slot.hf, found, strict=True):
+        yield from ((name, tensor) for tensor in rows)
 
 
 # Buffers of old checkpoints: `transformers` computes them anew.

@@ -14,7 +14,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.dist_checkpoint import CheckpointReader
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.loading import Source, checkpoint_pieces, checkpoint_source
+from megatron_trd.models.loading import Source, checkpoint_source, exported_pieces
 from megatron_trd.models.weights import Slot, slots
 
 COMPANIONS = "hf"  # subfolder with config.json and tokenizer
@@ -64,7 +64,7 @@ class MegatronFolder:
 
     def pieces(self, slot: Slot) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, next rows) of a slot, in order."""
-        return checkpoint_pieces(self.reader, slot, self.arch)
+        return exported_pieces(self.reader.pieces(slot.key, slot.index), slot, self.arch)
 
 
 def load_model(path: Path, model: Any) -> None:

@@ -196,22 +196,38 @@ def _layer_slots(arch: Architecture, layer: int) -> list[Slot]:
     return shared + [slot(row, expert) for expert in range(arch.experts) for row in rows if row.of_expert]
 
 
-def shard(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
-    """Hugging Face tensors -> the Megatron shard of tensor-parallel rank `rank` of `tp`."""
+def parts(slot: Slot, arch: Architecture, rank: int, tp: int) -> list[tuple[int, int, int]]:
+    """Rows of the Megatron shard of tensor-parallel rank `rank` of `tp`, in order, without a vocabulary's padding:
+    (which Hugging Face tensor, its first row, number of rows)."""
     match slot.kind:
-        case "replicated":
-            return full[0]
-        case "row":
-            return full[0].chunk(tp, 1)[rank]
+        case "replicated" | "row":
+            return [(0, 0, slot.shapes[0][0])]
         case "gated":
-            return torch.cat([part.chunk(tp, 0)[rank] for part in full])
+            rows = slot.shapes[0][0] // tp
+            return [(part, rank * rows, rows) for part in (0, 1)]
         case "qkv":
-            groups = torch.cat([part.view(arch.kv_heads, -1, *part.shape[1:]) for part in full], dim=1)
-            return groups.chunk(tp, 0)[rank].reshape(-1, *full[0].shape[1:])
+            sizes = [shape[0] // arch.kv_heads for shape in slot.shapes]
+            groups = arch.kv_heads // tp
+            return [
+                (part, group * size, size)
+                for group in range(rank * groups, (rank + 1) * groups)
+                for part, size in enumerate(sizes)
+            ]
         case "vocab":
             rows = arch.padded_vocab(tp) // tp
-            part = full[0][rank * rows : (rank + 1) * rows]
-            return torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[0]))
+            return [(0, min(rank * rows, arch.vocab_size), max(0, min(rows, arch.vocab_size - rank * rows)))]
+
+
+def shard(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
+    """Hugging Face tensors -> the Megatron shard of tensor-parallel rank `rank` of `tp`."""
+    rows = _join([full[part][start : start + count] for part, start, count in parts(slot, arch, rank, tp)])
+    match slot.kind:
+        case "row":
+            return rows.chunk(tp, 1)[rank]
+        case "vocab":
+            return torch.nn.functional.pad(rows, (0, 0, 0, arch.padded_vocab(tp) // tp - len(rows)))
+        case _:
+            return rows
 
 
 def merge(slot: Slot, shards: Sequence[Tensor], arch: Architecture) -> list[Tensor]:
@@ -220,16 +236,18 @@ def merge(slot: Slot, shards: Sequence[Tensor], arch: Architecture) -> list[Tens
         case "replicated":
             return [shards[0]]
         case "row":
-            return [torch.cat(list(shards), dim=1)]
-        case "gated":
-            halves = [part.chunk(2) for part in shards]
-            return [torch.cat([half[index] for half in halves]) for index in (0, 1)]
-        case "qkv":
-            groups = torch.cat(list(shards)).view(arch.kv_heads, -1, *shards[0].shape[1:])
-            sizes = [shape[0] // arch.kv_heads for shape in slot.shapes]
-            return [part.reshape(-1, *shards[0].shape[1:]) for part in groups.split(sizes, dim=1)]
-        case "vocab":
-            return [torch.cat(list(shards))[: arch.vocab_size]]
+            return [_join(shards, dim=1)]
+    found: list[list[Tensor]] = [[] for _ in slot.hf]
+    for rank, rows in enumerate(shards):
+        row = 0
+        for part, _, count in parts(slot, arch, rank, len(shards)):
+            found[part].append(rows[row : row + count])
+            row += count
+    return [_join(pieces) for pieces in found]
+
+
+def _join(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
 
 
 def stage_of(slot: Slot, arch: Architecture, pp: int) -> int:

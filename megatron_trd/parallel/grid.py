@@ -3,6 +3,9 @@
 The student's grid is megatron-core's global `parallel_state`. The teacher's is a second TP x PP x DP grid over the same
 ranks, made with `HyperCommGrid` and handed to its model and schedule as a `ProcessGroupCollection`. Both number ranks
 the same way, tensor-parallel fastest, then data-parallel, then pipeline: `rank = tp + TP * (dp + DP * pp)`.
+
+Experts have a layout of their own over the ranks of a pipeline stage: each is whole on one rank (no tensor parallelism
+inside an expert), `ep` neighbouring ranks share a layer's experts, and the groups of `ep` are replicas.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import torch.distributed as dist
 from megatron_trd import platform
 from megatron_trd.errors import UserError
 
+EXPERT_TP = 1  # ranks that share one expert
+
 
 @dataclass(frozen=True)
 class Layout:
-    """TP x PP x DP over `world` ranks."""
+    """TP x PP x DP over `world` ranks, experts over `ep` of each stage's TP x DP."""
 
     tp: int
     pp: int
@@ -31,6 +36,8 @@ class Layout:
                 f"world size {self.world} does not fit tp={self.tp} x pp={self.pp}: "
                 f"use a multiple of {self.tp * self.pp} ranks (world_size=…) or a smaller layout"
             )
+        if self.tp * self.dp % self.ep:
+            raise UserError(f"ep={self.ep} does not divide the {self.tp * self.dp} ranks of a pipeline stage (tp x dp)")
 
     @property
     def dp(self) -> int:
@@ -58,11 +65,11 @@ class Grid:
     tp_rank: int
     pp_rank: int
     dp_rank: int
-    ep_rank: int = 0
+    ep_rank: int
 
     def tensor_rank(self, *, expert: bool) -> tuple[int, int]:
         """This rank's place among the ranks that share a tensor, and their number."""
-        return self.tp_rank, self.layout.tp
+        return (0, 1) if expert else (self.tp_rank, self.layout.tp)
 
     @property
     def is_first_stage(self) -> bool:
@@ -77,26 +84,27 @@ class Grid:
         return self.layout.rank(self.tp_rank, stage, self.dp_rank)
 
 
-def student_grid(tp: int, pp: int, *, seed: int) -> Grid:
+def student_grid(tp: int, pp: int, ep: int = 1, *, seed: int) -> Grid:
     """Initialise megatron-core's global groups and random states. Raises `UserError` on a bad world size."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    layout = Layout(tp, pp, dist.get_world_size())
-    parallel_state.initialize_model_parallel(tp, pp)
+    layout = Layout(tp, pp, dist.get_world_size(), ep)
+    parallel_state.initialize_model_parallel(
+        tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=EXPERT_TP
+    )
     with platform.current().megatron():
         model_parallel_cuda_manual_seed(seed)  # layers ask for their random states when built, dropout or not
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Grid(layout, groups, *layout.coordinates(dist.get_rank()))
+    return _grid(layout, ProcessGroupCollection.use_mpu_process_groups())
 
 
-def teacher_grid(tp: int, pp: int) -> Grid:
+def teacher_grid(tp: int, pp: int, ep: int = 1) -> Grid:
     """A second grid over the same ranks, apart from the global one. Every rank must call it."""
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    layout = Layout(tp, pp, dist.get_world_size())
+    layout = Layout(tp, pp, dist.get_world_size(), ep)
     grid = HyperCommGrid([tp, 1, layout.dp, pp], ["tp", "cp", "dp", "pp"], backend=dist.get_backend())
     groups = ProcessGroupCollection()
     for name in ("tp", "cp", "dp", "pp"):
@@ -104,9 +112,19 @@ def teacher_grid(tp: int, pp: int) -> Grid:
     groups.mp = grid.create_pg(["tp", "pp"])
     groups.dp_cp = grid.create_pg(["dp", "cp"])
     groups.tp_cp = grid.create_pg(["tp", "cp"])
-    groups.ep, groups.expt_tp = groups.cp, groups.tp  # dense model: experts have no ranks of their own
+    groups.tp_dp_cp = grid.create_pg(["tp", "dp", "cp"])
+    replicas = tp * layout.dp // (EXPERT_TP * ep)
+    experts = HyperCommGrid([EXPERT_TP, ep, replicas, pp], ["tp", "ep", "dp", "pp"], backend=dist.get_backend())
+    groups.ep, groups.expt_tp, groups.expt_dp = (experts.create_pg(name) for name in ("ep", "tp", "dp"))
+    groups.tp_ep = experts.create_pg(["tp", "ep"])
+    groups.tp_ep_pp = experts.create_pg(["tp", "ep", "pp"])
     groups.embd, groups.pos_embd = _embedding_groups(layout)
-    return Grid(layout, groups, *layout.coordinates(dist.get_rank()))
+    return _grid(layout, groups)
+
+
+def _grid(layout: Layout, groups: Any) -> Grid:
+    rank = dist.get_rank()
+    return Grid(layout, groups, *layout.coordinates(rank), ep_rank=rank % layout.ep)
 
 
 def _embedding_groups(layout: Layout) -> tuple[Any, Any]:

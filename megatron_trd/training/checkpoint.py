@@ -1,8 +1,9 @@
 """Checkpoints of a run: Megatron distributed checkpoints that appear whole or not at all.
 
-`<run_dir>/checkpoints/step_N` holds the student, its optimizer and schedule (megatron-core `torch_dist`), and an
-averaged teacher as a Hugging Face folder `ema/`. Everything random in a run is a function of (seed, step), so the step
-number is the whole data and sampler position.
+`<run_dir>/checkpoints/step_N` holds the student, its optimizer and schedule (megatron-core `torch_dist`), the student's
+configuration and tokenizer (`hf/`, so that `checkpoint_tools.megatron_to_hf` needs nothing else), an averaged teacher
+as a Hugging Face folder (`ema/`), and the checksum of every file. Everything random in a run is a function of
+(seed, step), so the step number is the whole data and sampler position.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import queue
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ from megatron_trd import platform
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
 from megatron_trd.errors import UserError
-from megatron_trd.models.export import write_folder
+from megatron_trd.files import check_sums, digest, files_of, read_sums, to_disk, write_sums
+from megatron_trd.models.dist_checkpoint import CheckpointReader
+from megatron_trd.models.export import copy_companions, write_folder
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import named_tensors
+from megatron_trd.models.megatron_folder import COMPANIONS
 
 _STEP = re.compile(r"step_(\d+)$")
 
@@ -58,13 +63,32 @@ def save(run_dir: str | Path, step: int, student: StudentEngine, teacher: Teache
     if teacher.averaged:
         tensors = named_tensors(teacher.arch, teacher.source())
         write_folder(partial / "ema", teacher.folder, teacher.arch, tensors, platform.current().dtype)
-    dist.barrier()
     if dist.get_rank() == 0:
+        (partial / COMPANIONS).mkdir()
+        copy_companions(student.folder, partial / COMPANIONS)
+    dist.barrier()
+    digests = _shared_digests(partial)
+    if dist.get_rank() == 0:
+        write_sums(partial, digests)
+        to_disk(partial)
         os.rename(partial, target)
         for _, old in list(checkpoints(run_dir).items())[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return target
+
+
+def _shared_digests(folder: Path) -> dict[str, str]:
+    """Checksums of a folder's files, each computed by one rank. Collective."""
+    mine = {name: digest(folder / name) for name in _share(files_of(folder))}
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: value for part in everyone for name, value in part.items()}
+
+
+def _share(names: Iterable[str]) -> list[str]:
+    """This rank's part of files that one rank each is to look at."""
+    return sorted(names)[dist.get_rank() :: dist.get_world_size()]
 
 
 def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) -> int:
@@ -82,9 +106,11 @@ def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) 
 
 
 def load(path: Path, student: StudentEngine) -> None:
-    """Load a checkpoint into a student of any layout. Collective."""
+    """Load a checkpoint into a student of any layout. Collective. Raises `UserError` if a file of it is damaged."""
     from megatron.core import dist_checkpointing
 
+    check_sums(path, _share(read_sums(path)))
+    CheckpointReader(path)  # refuses a pickle that megatron-core would run
     with platform.current().megatron():
         platform.current().prepare_optimizer_for_loading(student.optimizer)
         state = dist_checkpointing.load(_state(student, 0, loading=True), str(path))

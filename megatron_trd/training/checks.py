@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_trd import config as configuration
-from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem, load_problems
 from megatron_trd.data.prompts import Context
@@ -44,8 +43,10 @@ def check(config: TrainConfig) -> Inputs:
     student_arch, teacher_arch = read_architecture(student), read_architecture(teacher)
     check_teacher(student_arch, teacher_arch)
     _check_tokenizers(student, teacher, student_arch)
-    student_arch.check_layout(config.student.tp, config.student.pp, "student")
-    teacher_arch.check_layout(config.teacher.tp, config.teacher.pp, "teacher")
+    student_arch.check_layout(config.student.tp, config.student.pp, "student", config.student.ep)
+    teacher_arch.check_layout(config.teacher.tp, config.teacher.pp, "teacher", config.teacher.ep)
+    if student_arch.experts and config.student.tp > 1 and not config.student.sequence_parallel:
+        raise UserError("a mixture of experts with student.tp > 1 needs student.sequence_parallel=true")
     for arch in (student_arch, teacher_arch):
         arch.check_layout(config.sampler.tp, 1, "sampler")
     world = _world_size(config)
@@ -100,15 +101,13 @@ def _check_method(config: TrainConfig) -> None:
         )
     if config.student.sequence_parallel and config.student.tp == 1:
         raise UserError("student.sequence_parallel=true needs student.tp > 1")
-    if config.student.sequence_parallel and not platform.current().sequence_parallel:
-        raise UserError("student.sequence_parallel=true needs transformer-engine, hence a GPU: leave it out here")
 
 
 def _world_size(config: TrainConfig) -> int:
     student, teacher = config.student.tp * config.student.pp, config.teacher.tp * config.teacher.pp
     world = config.world_size or math.lcm(student, teacher, config.sampler.tp)
-    Layout(config.student.tp, config.student.pp, world)
-    Layout(config.teacher.tp, config.teacher.pp, world)
+    Layout(config.student.tp, config.student.pp, world, config.student.ep)
+    Layout(config.teacher.tp, config.teacher.pp, world, config.teacher.ep)
     if world % config.sampler.tp:
         raise UserError(f"world size {world} does not fit sampler.tp={config.sampler.tp}: use a multiple of it")
     return world

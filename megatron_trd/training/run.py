@@ -42,7 +42,7 @@ class Run:
         if not dist.is_initialized():
             dist.init_process_group(current.backend)
         torch.manual_seed(config.seed)
-        grid = student_grid(config.student.tp, config.student.pp, seed=config.seed)
+        grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=config.seed)
         self.student = StudentEngine(config, self.inputs.student_arch, self.inputs.student, grid)
         self.teacher = TeacherEngine(config, self.student, self.inputs.student)
         self.steps_done = checkpoint.resume(config.run_dir, self.student, self.teacher) if resume else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,23 @@ from megatron_trd.data.batching import Sample
 def load(folder: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def by_disk_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the name a folder has them under: `transformers` holds all experts of a layer in one."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, fused, part = name.partition(".mlp.experts.")
+        for expert, rows in enumerate(tensor if fused else []):
+            names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+            for key, half in zip(names, rows.chunk(len(names)), strict=True):
+                found[f"{layer}{fused}{expert}.{key}.weight"] = half
+        if not fused:
+            found[name] = tensor
+    return found
 
 
 def response_logits(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:

@@ -19,10 +19,10 @@ PROMPTS = [[5, 6, 7 + index] for index in range(5)]
 ROLLOUT, REFINEMENT = 12, 8  # tokens
 
 
-def make_config(model: str, *, tp: int, pp: int, sampler_tp: int, temperature: float) -> TrainConfig:
+def make_config(model: str, student: dict[str, Any], *, sampler_tp: int, temperature: float) -> TrainConfig:
     values = {
         "model": model,
-        "student": {"tp": tp, "pp": pp},
+        "student": student,
         "sampler": {
             "tp": sampler_tp,
             "temperature": temperature,
@@ -33,7 +33,9 @@ def make_config(model: str, *, tp: int, pp: int, sampler_tp: int, temperature: f
     return from_dict(values, "test")
 
 
-def sample_ranks(rank: int, world: int, model: str, other: str, tp: int, pp: int, sampler_tp: int) -> dict[str, Any]:
+def sample_ranks(
+    rank: int, world: int, model: str, other: str, student_settings: dict[str, Any], sampler_tp: int
+) -> dict[str, Any]:
     """Rank function: greedy trajectories from the folder's weights, then from another model's after refit."""
     from megatron_trd import platform
     from megatron_trd.engines import refit
@@ -45,8 +47,8 @@ def sample_ranks(rank: int, world: int, model: str, other: str, tp: int, pp: int
     from megatron_trd.parallel.grid import student_grid
 
     platform.current().set_up()
-    greedy = make_config(model, tp=tp, pp=pp, sampler_tp=sampler_tp, temperature=0.0)
-    grid = student_grid(tp, pp, seed=0)
+    greedy = make_config(model, student_settings, sampler_tp=sampler_tp, temperature=0.0)
+    grid = student_grid(greedy.student.tp, greedy.student.pp, greedy.student.ep, seed=0)
     folder = ModelFolder(model)
     arch = read_architecture(folder)
     student = StudentEngine(greedy, arch, folder, grid)
@@ -62,7 +64,7 @@ def sample_ranks(rank: int, world: int, model: str, other: str, tp: int, pp: int
     engine.refit(student.source())
     found["fresh"] = refit.verify(engine.llm, arch, student.source())
     found["after"] = Sampler(greedy, engine, engine).sample(1, problems, PROMPTS, refine)
-    random = make_config(model, tp=tp, pp=pp, sampler_tp=sampler_tp, temperature=1.0)
+    random = make_config(model, student_settings, sampler_tp=sampler_tp, temperature=1.0)
     found["random"] = [Sampler(random, engine, engine).sample(step, problems, PROMPTS, refine) for step in (2, 2, 3)]
     return found
 
@@ -93,12 +95,27 @@ def check_greedy(trajectories: Sequence[Any], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "sampler_tp", "tied"), [(2, 1, 1, False), (1, 2, 2, True), (1, 1, 1, True), (2, 1, 2, False)]
+    ("family", "student", "sampler_tp", "tied"),
+    [
+        ("qwen3", {"tp": 2}, 1, False),
+        ("qwen3", {"pp": 2}, 2, True),
+        ("qwen3", {}, 1, True),
+        ("qwen3", {"tp": 2}, 2, False),
+        ("qwen2", {"tp": 2}, 2, False),
+        ("llama", {"pp": 2}, 1, True),
+        ("qwen3_moe", {"ep": 2}, 1, False),
+        ("qwen3_moe", {"tp": 2, "ep": 2, "sequence_parallel": True}, 2, True),
+    ],
 )
-def test_greedy_refit_and_seeds(tmp_path: Path, tp: int, pp: int, sampler_tp: int, tied: bool) -> None:
-    first = write_model(tmp_path / "first", seed=0, tie_word_embeddings=tied)
-    second = write_model(tmp_path / "second", seed=1, tie_word_embeddings=tied)
-    ranks = run_ranks(sample_ranks, 2, str(first), str(second), tp, pp, sampler_tp, timeout=200)
+def test_greedy_refit_and_seeds(
+    tmp_path: Path, family: str, student: dict[str, Any], sampler_tp: int, tied: bool
+) -> None:
+    fields = {"hidden_size": 128} if family == "qwen2" else {}  # vLLM takes its head size from it
+    first, second = (
+        write_model(tmp_path / name, family=family, seed=seed, tie_word_embeddings=tied, **fields)
+        for seed, name in enumerate(("first", "second"))
+    )
+    ranks = run_ranks(sample_ranks, 2, str(first), str(second), student, sampler_tp, timeout=200)
     found = ranks[0]
     assert ranks[1]["before"] == found["before"], "every rank has every trajectory"
     check_greedy(found["before"], first)

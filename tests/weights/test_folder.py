@@ -1,4 +1,4 @@
-"""Model folders as they are read and written: names, dtypes and bits, however many files they are in."""
+"""Model folders as they are read and written: architecture, names, dtypes and bits, however many files they are in."""
 
 from __future__ import annotations
 
@@ -12,44 +12,139 @@ from safetensors.torch import load_file
 
 from megatron_trd.models import export
 from megatron_trd.models.architecture import read_architecture
-from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.folder import ModelFolder, TensorInfo
 from megatron_trd.models.loading import check_folder, folder_source, named_tensors
-from tests.models import VOCAB, write_model
+from tests.models import FAMILIES, VOCAB, classes, write_model
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 24}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_architecture_is_config_json_s(tmp_path: Path, family: str, tied: bool) -> None:
     folder = ModelFolder(write_model(tmp_path / "model", family=family, tie_word_embeddings=tied, **SMALL))
     arch = read_architecture(folder)
     assert (arch.layers, arch.hidden_size, arch.ffn_size, arch.vocab_size) == (2, 32, 96, VOCAB)
     assert (arch.heads, arch.kv_heads, arch.head_dim) == (4, 2, 24), "head size is not hidden size / heads"
-    assert (arch.rope_theta, arch.norm_eps, arch.max_positions) == (1e6, folder.config.rms_norm_eps, 512)
-    assert (arch.tied, arch.qk_norm) == (tied, family == "qwen3")
+    assert (arch.norm_eps, arch.max_positions, arch.tied) == (folder.config.rms_norm_eps, 512, tied)
+    assert arch.has("self_attention.q_layernorm.weight") == family.startswith("qwen3")
+    assert arch.has("self_attention.linear_qkv.bias") == (family == "qwen2")
+    experts = (4, 2, 32) if family == "qwen3_moe" else (0, 0, 0)
+    assert (arch.experts, arch.experts_per_token, arch.expert_ffn_size) == experts
+    assert arch.normalised_routing == (family == "qwen3_moe")
     check_folder(folder, arch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
+def test_routing_is_normalised_as_config_json_says(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", family="qwen3_moe", norm_topk_prob=False, **SMALL)
+    assert not read_architecture(ModelFolder(folder)).normalised_routing
+
+
+def test_an_absent_head_size_is_hidden_size_over_heads(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", family="qwen2", hidden_size=48, num_attention_heads=6, head_dim=8)
+    config = json.loads((folder / "config.json").read_text())
+    del config["head_dim"]  # as in Qwen2.5's own config.json
+    (folder / "config.json").write_text(json.dumps(config))
+    arch = read_architecture(ModelFolder(folder))
+    assert arch.head_dim == 8
+    check_folder(ModelFolder(folder), arch)
+
+
+# Rotary frequencies
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 1e6},
+    "base that is no whole number": {"rope_type": "default", "rope_theta": 12_345.6},
+    "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0},
+    "llama3": LLAMA3
+    | {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "llama3 with factors of its own": LLAMA3
+    | {
+        "factor": 5.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 9.0,
+        "original_max_position_embeddings": 100,
+    },
+}
+
+
+def write_config(folder: Path, family: str, **fields: Any) -> Any:
+    """A folder with `config.json` alone; returns the rotary frequencies of the model `transformers` makes of it."""
+    config_class, model_class = classes(family)
+    sizes = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 10}
+    config = config_class(num_hidden_layers=1, intermediate_size=8, **sizes, **fields)
+    config.architectures = [model_class.__name__]
+    config.save_pretrained(folder)
+    return model_class(config).model.rotary_emb.inv_freq
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_frequencies_are_those_of_transformers(tmp_path: Path, family: str, rope: str) -> None:
+    expected = write_config(tmp_path, family, rope_parameters=ROPES[rope])
+    found = torch.tensor(read_architecture(ModelFolder(tmp_path)).rope_frequencies)
+    assert found.dtype == expected.dtype == torch.float32
+    assert found.equal(expected), "to the last bit"
+
+
+def test_every_kind_of_context_extension_has_frequencies_of_its_own(tmp_path: Path) -> None:
+    found = {}
+    for number, rope in enumerate(ROPES.values()):
+        write_config(tmp_path / str(number), "llama", rope_parameters=rope)
+        found[read_architecture(ModelFolder(tmp_path / str(number))).rope_frequencies] = rope
+    assert len(found) == len(ROPES)
+
+
+def test_the_older_spelling_of_rotary_settings_means_the_same(tmp_path: Path) -> None:
+    rope = ROPES["llama3"]
+    expected = write_config(tmp_path, "llama", rope_parameters=rope)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    # as the hub's Llama 3 has it
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.tensor(read_architecture(ModelFolder(tmp_path)).rope_frequencies).equal(expected)
+
+
+# Tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "tied"),
+    [(family, torch.float32, False) for family in FAMILIES]
+    + [("qwen3", torch.bfloat16, True), ("qwen3_moe", torch.bfloat16, False)],
+)
 @pytest.mark.parametrize("limit", [1, 20_000, 10**9])
 def test_a_written_folder_has_the_bits_of_the_one_it_was_read_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tied: bool, limit: int
+    tmp_path: Path, family: str, dtype: torch.dtype, tied: bool, limit: int
 ) -> None:
-    monkeypatch.setattr(export, "MAX_SHARD_BYTES", limit)
-    source = ModelFolder(write_model(tmp_path / "source", dtype=dtype, tie_word_embeddings=tied, **SMALL))
+    path = write_model(tmp_path / "source", family=family, dtype=dtype, tie_word_embeddings=tied, **SMALL)
+    source = ModelFolder(path)
     arch = read_architecture(source)
-    export.write_folder(tmp_path / "target", source, named_tensors(arch, folder_source(source)))
+    (tmp_path / "target").mkdir()
+    writer = export.FolderWriter(tmp_path / "target", export.exported_tensors(arch, lambda _: dtype), limit)
+    for name, tensor in named_tensors(arch, folder_source(source)):
+        half = len(tensor) // 2  # in pieces of rows, too
+        for piece in (tensor[:half], tensor[half:]) if half else (tensor,):
+            writer.write(name, piece)
+    writer.close(source, dtype)
 
     target = ModelFolder(tmp_path / "target")
     check_folder(target, read_architecture(target))
-    original = load_file(source.path / "model.safetensors")
-    assert target.weight_map.keys() == original.keys()
+    original = load_file(path / "model.safetensors")
+    assert target.weight_map.keys() == original.keys() == target.names()
     for name, tensor in original.items():
-        assert target.dtype(name) == dtype
-        assert target.shape(name) == tuple(tensor.shape)
+        info = target.info(name)
+        assert info is not None
+        assert (info.dtype, info.shape, info.nbytes) == (dtype, tuple(tensor.shape), tensor.nbytes)
         assert target.tensor(name).equal(tensor), name
+        assert target.tensor(name, slice(1, 3)).equal(tensor[1:3]), name
     files = set(target.weight_map.values())
     sizes = [(target.path / file).stat().st_size for file in files]
     assert len(files) == (len(original) if limit == 1 else 1 if limit == 10**9 else len(files))
@@ -66,7 +161,9 @@ def test_a_written_folder_is_a_model_for_transformers_with_its_tokenizer(tmp_pat
     from transformers import AutoModelForCausalLM
 
     source = ModelFolder(write_model(tmp_path / "source", **SMALL))
-    export.write_folder(tmp_path / "target", source, named_tensors(read_architecture(source), folder_source(source)))
+    arch = read_architecture(source)
+    tensors = named_tensors(arch, folder_source(source))
+    export.write_folder(tmp_path / "target", source, arch, tensors, torch.float32)
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source.path, tmp_path / "target"))
     ids = torch.arange(2, 12)[None]
     with torch.no_grad():
@@ -78,5 +175,22 @@ def test_a_written_folder_is_a_model_for_transformers_with_its_tokenizer(tmp_pat
 
 def test_a_tensor_that_is_not_there_has_no_shape(tmp_path: Path) -> None:
     folder = ModelFolder(write_model(tmp_path / "model", tie_word_embeddings=True, **SMALL))
-    assert folder.shape("lm_head.weight") is None
-    assert folder.shape("model.norm.weight") == (32,)
+    assert folder.info("lm_head.weight") is None
+    info = folder.info("model.norm.weight")
+    assert info is not None
+    assert info.shape == (32,)
+
+
+def test_tensors_of_unlike_dtypes_are_each_where_readers_look_for_them(tmp_path: Path) -> None:
+    source = ModelFolder(write_model(tmp_path / "source", **SMALL))
+    dtypes = {"odd": torch.bfloat16, "single": torch.float32, "last": torch.bfloat16}
+    tensors = {name: torch.randn(5, 3).to(dtype) for name, dtype in dtypes.items()}
+    (tmp_path / "target").mkdir()
+    infos = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    writer = export.FolderWriter(tmp_path / "target", infos)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.close(source, torch.float32)
+    target = ModelFolder(tmp_path / "target")  # 30 bytes of bf16 before fp32: not in one file, which readers refuse
+    for name, tensor in tensors.items():
+        assert target.tensor(name).equal(tensor), name

@@ -2,33 +2,41 @@
 
 A round trip alone would not see a layout that is wrong in both directions, so shards are also compared with a layout
 written out here row by row, after megatron-core's `SelfAttention.get_query_key_value_tensors` (each key/value group:
-its queries, its key, its value), its gated `linear_fc1` (a rank's gate rows above its up rows) and padded embedding.
+its queries, its key, its value, weights and biases alike), its gated `linear_fc1` (a rank's gate rows above its up
+rows, for each expert) and padded embedding.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_trd.models.architecture import VOCAB_MULTIPLE, Architecture
-from megatron_trd.models.weights import Slot, merge, shard, slots, stage_of
+from megatron_trd.models.architecture import VOCAB_MULTIPLE, Architecture, read_architecture
+from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.weights import FAMILIES, Slot, merge, shard, slots, stage_of
+from tests import models
+from tests.weights.bits import random_bits, same_bits
 
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = (torch.float32, torch.bfloat16)
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 Shard = Callable[[Slot, Sequence[Tensor], Architecture, int, int], Tensor]
+MOE = "Qwen3MoeForCausalLM"
 
 
-def architecture(**fields: Any) -> Architecture:
-    """6 query heads over 2 groups, head size other than hidden / heads, a prime-like vocabulary."""
+def architecture(family: str = "Qwen3ForCausalLM", **fields: Any) -> Architecture:
+    """6 query heads over 2 groups, head size other than hidden / heads, a prime-like vocabulary, 3 experts if any."""
     values: dict[str, Any] = {
-        "family": "Qwen3ForCausalLM",
+        "family": family,
         "layers": 2,
         "hidden_size": 10,
         "ffn_size": 14,
@@ -39,9 +47,10 @@ def architecture(**fields: Any) -> Architecture:
         "max_positions": 64,
         "tied": False,
         "norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "qk_norm": True,
+        "rope_frequencies": (1.0,),
     }
+    if family == MOE:
+        values |= {"experts": 3, "experts_per_token": 2, "expert_ffn_size": 6}
     return Architecture(**values | fields)
 
 
@@ -50,7 +59,10 @@ def cases(draw: st.DrawFn) -> tuple[Architecture, int]:
     """An architecture of awkward sizes and a tensor parallelism that fits it."""
     tp = draw(st.sampled_from([1, 2, 4]))
     kv_heads = tp * draw(st.integers(1, 3))
+    family = draw(st.sampled_from(sorted(FAMILIES)))
+    experts = {"experts": draw(st.integers(1, 4)), "expert_ffn_size": tp * draw(st.integers(1, 3))}
     arch = architecture(
+        family,
         layers=draw(st.integers(1, 2)),
         hidden_size=draw(st.integers(1, 12)),
         ffn_size=tp * draw(st.integers(1, 5)),
@@ -59,23 +71,9 @@ def cases(draw: st.DrawFn) -> tuple[Architecture, int]:
         head_dim=draw(st.integers(1, 5)),
         vocab_size=draw(st.one_of(st.integers(1, 300), st.sampled_from([127, 128, 129, 256, 257, 512, 1003]))),
         tied=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        **(experts if family == MOE else {}),
     )
     return arch, tp
-
-
-def random_bits(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Every bit pattern there is: infinities, subnormals, negative zero and NaNs with their payload."""
-    limits = torch.iinfo(BITS[dtype])
-    return torch.randint(limits.min, limits.max, tuple(shape), generator=generator, dtype=BITS[dtype]).view(dtype)
-
-
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and _bits(left).equal(_bits(right))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(BITS[tensor.dtype])
 
 
 def full_model(arch: Architecture, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -92,7 +90,7 @@ def laid_out(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, 
         width = full[0].shape[1] // tp
         return torch.stack([full[0][:, rank * width + place] for place in range(width)], dim=1)
     if slot.kind == "gated":
-        height = arch.ffn_size // tp
+        height = (arch.ffn_size if slot.expert is None else arch.expert_ffn_size) // tp
         return torch.stack([part[rank * height + place] for part in full for place in range(height)])
     if slot.kind == "vocab":
         height = -(-arch.vocab_size // (VOCAB_MULTIPLE * tp)) * VOCAB_MULTIPLE
@@ -138,10 +136,10 @@ def test_there_and_back_is_bit_exact(case: tuple[Architecture, int], dtype: torc
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tp", [1, 2])
-def test_there_and_back_at_the_awkward_sizes(tp: int, qk_norm: bool, tied: bool, dtype: torch.dtype) -> None:
-    arch = architecture(tied=tied, qk_norm=qk_norm)
+def test_there_and_back_at_the_awkward_sizes(tp: int, family: str, tied: bool, dtype: torch.dtype) -> None:
+    arch = architecture(family, tied=tied)
     tensors = full_model(arch, dtype)
     for slot in slots(arch):
         full = [tensors[name] for name in slot.hf]
@@ -161,6 +159,15 @@ def _not_grouped(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: i
     if slot.kind != "qkv":
         return shard(slot, full, arch, rank, tp)
     return torch.cat([part.chunk(tp)[rank] for part in full])
+
+
+def _biases_not_grouped(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
+    return (_not_grouped if full[0].dim() == 1 else shard)(slot, full, arch, rank, tp)
+
+
+def _dense_layers_alone_are_gated(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
+    """Gate and up of dense layers right, those of experts cut as if they were one tensor."""
+    return (shard if slot.expert is None else _gate_and_up_cut_as_one)(slot, full, arch, rank, tp)
 
 
 def _keys_for_values(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
@@ -189,25 +196,33 @@ def _vocabulary_cut_before_padding(
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "family"),
     [
-        _not_grouped,
-        _keys_for_values,
-        _up_above_gate,
-        _gate_and_up_cut_as_one,
-        _ranks_in_reverse,
-        _vocabulary_cut_before_padding,
+        *itertools.product(
+            (
+                _not_grouped,
+                _keys_for_values,
+                _up_above_gate,
+                _gate_and_up_cut_as_one,
+                _ranks_in_reverse,
+                _vocabulary_cut_before_padding,
+            ),
+            FAMILIES,
+        ),
+        (_biases_not_grouped, "Qwen2ForCausalLM"),
+        (_dense_layers_alone_are_gated, MOE),
     ],
 )
-def test_a_permuted_layout_is_caught(wrong: Shard) -> None:
-    arch = architecture(heads=12, kv_heads=4)  # two groups a rank: with one, grouped and not grouped are the same
+def test_a_permuted_layout_is_caught(wrong: Shard, family: str) -> None:
+    arch = architecture(family, heads=12, kv_heads=4)  # with one group a rank, grouped and not grouped are the same
     check_layout(arch, 2, torch.float32, shard)
     with pytest.raises(AssertionError):
         check_layout(arch, 2, torch.float32, wrong)
 
 
-def test_shards_merged_in_another_order_are_another_model() -> None:
-    arch = architecture()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_merged_in_another_order_are_another_model(family: str) -> None:
+    arch = architecture(family)
     tensors = full_model(arch, torch.float32)
     for slot in slots(arch):
         full = [tensors[name] for name in slot.hf]
@@ -240,41 +255,64 @@ def test_padding_is_zero_and_beyond_the_vocabulary(vocab: int, tp: int) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_the_table_has_every_tensor_of_the_transformers_model(family: str, tied: bool) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-    arch = architecture(tied=tied, qk_norm=family == "qwen3", hidden_size=12)
-    fields: dict[str, Any] = {
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.ffn_size,
-        "num_hidden_layers": arch.layers,
-        "num_attention_heads": arch.heads,
-        "num_key_value_heads": arch.kv_heads,
-        "head_dim": arch.head_dim,
-        "tie_word_embeddings": tied,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    with torch.device("meta"):
-        model = (
-            Qwen3ForCausalLM(Qwen3Config(**fields)) if family == "qwen3" else LlamaForCausalLM(LlamaConfig(**fields))
-        )
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head once
-    exported = [slot for slot in slots(arch) if slot.exported]
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_the_table_has_every_tensor_that_transformers_stores(tmp_path: Path, family: str, tied: bool) -> None:
+    # What is in the file, not in the model: `transformers` holds all experts as one tensor and stores each apart.
+    sizes = {"hidden_size": 12, "num_attention_heads": 6, "head_dim": 4, "intermediate_size": 14, "vocab_size": 1003}
+    path = models.write_model(tmp_path, family=family, num_hidden_layers=2, tie_word_embeddings=tied, **sizes)
+    stored = load_file(path / "model.safetensors")
+    exported = [slot for slot in slots(read_architecture(ModelFolder(path))) if slot.exported]
     found = [(name, shape) for slot in exported for name, shape in zip(slot.hf, slot.shapes, strict=True)]
     assert len(found) == len(dict(found)), "no tensor is exported twice"
-    assert dict(found) == expected
+    assert dict(found) == {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
 
 @QUICK
-@given(st.integers(1, 4), st.integers(1, 4))
-def test_every_layer_is_on_one_stage_and_stages_hold_equal_runs_of_them(pp: int, per_stage: int) -> None:
-    arch = architecture(layers=pp * per_stage)
+@given(cases())
+def test_every_place_of_a_stacked_tensor_is_filled_once(case: tuple[Architecture, int]) -> None:
+    arch, _ = case
+    places: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    stacks: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(set)
     for slot in slots(arch):
-        expected = {"first": 0, "last": pp - 1, "layer": slot.layer // per_stage}[slot.place]
+        places[slot.key].append(slot.index)
+        stacks[slot.key].add((slot.stack, slot.whole))
+    for key, found in places.items():
+        ((stack, _),) = stacks[key]  # one shape for all layers and experts
+        assert sorted(found) == sorted(itertools.product(*map(range, stack))), key
+        assert stack == (() if not key.startswith("decoder.layers.") else (arch.layers, arch.experts)[: len(stack)])
+    assert len({name for slot in slots(arch) for name in slot.megatron}) == sum(
+        len(slot.megatron) for slot in slots(arch)
+    ), "no two parameters have one name"
+
+
+@QUICK
+@given(cases())
+def test_the_whole_parameter_is_the_shard_of_one_rank_without_padding(case: tuple[Architecture, int]) -> None:
+    arch, _ = case
+    for slot in slots(arch):
+        alone = shard(slot, [torch.empty(shape) for shape in slot.shapes], arch, 0, 1)
+        rows = arch.padded_vocab(1) if slot.kind == "vocab" else slot.whole[0]
+        assert tuple(alone.shape) == (rows, *slot.whole[1:]), slot
+
+
+def test_an_expert_s_tensors_have_its_index_in_every_name() -> None:
+    of_experts = [slot for slot in slots(architecture(MOE, experts=12)) if slot.expert is not None]
+    assert len(of_experts) == 2 * 12 * 2, "layers, experts, and the two parameters of each"
+    for slot in of_experts:
+        assert all(f".experts.{slot.expert}." in name for name in slot.hf), slot
+        local, engine = slot.megatron
+        assert f".local_experts.{slot.expert}.linear_fc" in local
+        assert engine.endswith(f".weight{slot.expert}")
+    keys = {slot.key for slot in of_experts}
+    assert keys == {f"decoder.layers.mlp.experts.experts.linear_fc{part}.weight" for part in (1, 2)}, "one for all"
+
+
+@QUICK
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from(sorted(FAMILIES)))
+def test_every_layer_is_on_one_stage_and_stages_hold_equal_runs_of_them(pp: int, per_stage: int, family: str) -> None:
+    arch = architecture(family, layers=pp * per_stage)
+    for slot in slots(arch):
+        expected = slot.layer // per_stage if slot.place == "layer" else {"first": 0, "last": pp - 1}[slot.place]
         assert stage_of(slot, arch, pp) == expected
     layers = [slot for slot in slots(arch) if slot.place == "layer"]
     assert {slot.layer for slot in layers} == set(range(arch.layers))
