@@ -20,7 +20,6 @@ from rich.table import Table
 
 from megatron_trd.errors import UserError, in_one_line
 from megatron_trd.models.architecture import Architecture
-from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.weights import Slot, slots
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -59,18 +58,6 @@ def check_places(source: Path, out: Path) -> None:
     source, out = source.resolve(), out.resolve()
     if source == out or source in out.parents or out in source.parents:
         raise UserError(f"the output '{out}' and the input '{source}' overlap; give a folder apart from it")
-
-
-def check_tokenizer(folder: ModelFolder, arch: Architecture) -> None:
-    """Raise `UserError` if the tokenizer has tokens for which the model has no embedding."""
-    if not folder.has_tokenizer:
-        return
-    largest = max(folder.tokenizer.get_vocab().values())
-    if largest >= arch.vocab_size:
-        raise UserError(
-            f"model folder '{folder.path}': the tokenizer goes to token {largest}, the vocabulary of config.json is "
-            f"{arch.vocab_size}: take the tokenizer that belongs to the model"
-        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from checkpoint_tools.common import (
     DtypeOption,
     ForceOption,
     check_places,
-    check_tokenizer,
     parse_dtype,
     print_mapping,
     progress,
@@ -31,7 +30,7 @@ from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.dist_checkpoint import CheckpointWriter, write_states
 from megatron_trd.models.export import copy_companions
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.loading import check_folder, folder_pieces
+from megatron_trd.models.loading import check_folder, check_tokenizer, folder_pieces
 from megatron_trd.models.megatron_folder import COMPANIONS
 from megatron_trd.models.weights import slots
 
@@ -54,7 +53,8 @@ def convert(
     folder = ModelFolder(hf)
     arch = read_architecture(folder)
     check_folder(folder, arch)
-    check_tokenizer(folder, arch)
+    if folder.has_tokenizer:  # weights alone are a model too
+        check_tokenizer(folder, arch)
     check_places(hf, out)
     dtypes = dict.fromkeys((slot.key for slot in slots(arch)), dtype) if dtype else _stored_dtypes(folder, arch)
     exported = [slot for slot in slots(arch) if slot.exported]

@@ -24,7 +24,6 @@ from checkpoint_tools.common import (
     ForceOption,
     as_dtype,
     check_places,
-    check_tokenizer,
     parse_dtype,
     print_mapping,
     progress,
@@ -36,7 +35,7 @@ from megatron_trd.files import checked, whole_folder
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.export import MAX_SHARD_BYTES, FolderWriter, exported_tensors
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.loading import check_folder, exported_pieces, folder_pieces
+from megatron_trd.models.loading import check_folder, check_tokenizer, exported_pieces, folder_pieces
 from megatron_trd.models.megatron_folder import MegatronFolder
 from megatron_trd.models.weights import Slot, slots
 
@@ -79,7 +78,8 @@ def convert(
 ) -> None:
     """Write `out` whole or not at all. Raises `UserError` for bad input; then nothing is written."""
     source = _open(megatron, weights, like)
-    check_tokenizer(source.companions, source.arch)
+    if source.companions.has_tokenizer:  # weights alone are a model too
+        check_tokenizer(source.companions, source.arch)
     check_places(megatron, out)
     infos = exported_tensors(source.arch, lambda slot: dtype or source.dtype(slot))
     if dry_run:

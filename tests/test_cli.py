@@ -36,7 +36,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         (["sampler.max_rollout_tokens=5000"], ["context", "sampler.max_rollout_tokens"]),
         (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean", "optimizer.lr"]),
         (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
-        (["student.sequence_parallel=true"], ["student.sequence_parallel", "transformer-engine"]),
+        (["student.ep=2"], ["student.ep=2", "mixture of experts"]),
         (["model=nowhere"], ["nowhere", "no such folder"]),
         (["data.reference_field=proof"], ["proof", "problem, answer, solution"]),
         (["method=trd"], ["method", "trd-opsd"]),

@@ -23,7 +23,7 @@ from megatron_trd.data.problems import Problem
 from megatron_trd.engines import refit
 from megatron_trd.errors import UserError
 from megatron_trd.models import loading
-from megatron_trd.models.architecture import Architecture
+from megatron_trd.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,20 @@ def _job_name() -> str:
 
 
 class Engine:
-    """One vLLM engine of this process."""
+    """One vLLM engine of this process. It begins without weights: `refit` brings them, from wherever they are."""
 
-    def __init__(self, model: str, arch: Architecture, config: TrainConfig, max_length: int) -> None:
+    def __init__(self, model: Model, config: TrainConfig, max_length: int) -> None:
         current = platform.current()
         arguments = current.sampler_arguments(config.sampler, max_length)
         os.environ.update(current.sampler_environment())
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
         from vllm import LLM
 
-        self.arch = arch
+        self.arch = model.arch
         with current.starting_sampler(_job_name()):
             self.llm = LLM(
-                model=model,
+                model=str(model.folder.path),
+                load_format="dummy",
                 dtype=str(current.dtype).removeprefix("torch."),
                 tensor_parallel_size=config.sampler.tp,
                 distributed_executor_backend="external_launcher",

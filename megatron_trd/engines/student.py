@@ -19,8 +19,8 @@ from megatron_trd.errors import UserError
 from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_parallel_log_prob
 from megatron_trd.methods import METHODS
 from megatron_trd.models import loading
-from megatron_trd.models.architecture import Architecture, build_model, transformer_config
-from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.architecture import build_model, transformer_config
+from megatron_trd.models.model import Model
 from megatron_trd.parallel.grid import Grid
 
 
@@ -76,15 +76,15 @@ class _Sums:
 class StudentEngine:
     """Owns the student's parameters, gradients, optimizer and learning-rate schedule on its grid."""
 
-    def __init__(self, config: TrainConfig, arch: Architecture, folder: ModelFolder, grid: Grid) -> None:
-        self.arch, self.folder, self.grid, self.config = arch, folder, grid, config
+    def __init__(self, config: TrainConfig, model: Model, grid: Grid) -> None:
+        self.folder, self.arch, self.grid, self.config = model.folder, model.arch, grid, config
         self.method = METHODS[config.method]
         with platform.current().megatron():
-            self.model: Any = self._build_model()  # megatron-core is not typed
+            self.model: Any = self._build_model(model.source)  # megatron-core is not typed
             self.optimizer = self._build_optimizer()
             self.scheduler = self._build_scheduler()
 
-    def _build_model(self) -> Any:
+    def _build_model(self, source: loading.Source) -> Any:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.distributed import finalize_model_grads as finalize
 
@@ -93,7 +93,7 @@ class StudentEngine:
             self.arch, self.grid, sequence_parallel=settings.sequence_parallel, recompute=settings.recompute
         )
         model = build_model(self.arch, self.grid, mcore_config, with_head=True)
-        loading.load(model, self.arch, self.grid, loading.folder_source(self.folder))
+        loading.load(model, self.arch, self.grid, source)
         for name, parameter in model.named_parameters():
             if ".experts." in name:  # reduced over its own replicas; megatron-core says so for ep > 1 only
                 parameter.allreduce = False  # type: ignore[attr-defined]

@@ -14,8 +14,8 @@ from megatron_trd.engines.schedule import batch_count, run_schedule
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
 from megatron_trd.models import loading, weights
-from megatron_trd.models.architecture import Architecture, build_model, read_architecture, transformer_config
-from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.architecture import Architecture, build_model, transformer_config
+from megatron_trd.models.model import Model
 from megatron_trd.parallel.exchange import Route, exchange_hidden
 from megatron_trd.parallel.grid import Grid, Layout, teacher_grid
 
@@ -23,32 +23,29 @@ from megatron_trd.parallel.grid import Grid, Layout, teacher_grid
 class TeacherEngine:
     """A teacher without gradients: a separate checkpoint, or the student's own weights (frozen, live or averaged)."""
 
-    def __init__(self, config: TrainConfig, student: StudentEngine, student_folder: ModelFolder) -> None:
+    def __init__(self, config: TrainConfig, student: StudentEngine, model: Model) -> None:
         self.config, self.student = config, student
         own = config.teacher.model is None
         self.live = own and config.teacher.weights == "live"
         self.averaged = own and config.teacher.weights == "ema"
         self.grid: Grid = student.grid
-        self.arch: Architecture = student.arch
+        self.arch, self.folder = model.arch, model.folder
         self.model: torch.nn.Module = student.model
         self._head: Tensor | None = None
-        self.folder = ModelFolder(config.teacher.model) if config.teacher.model else student_folder
         if not self.live:
             self._build()
-            self.load(self.folder)
+            self.load(model.source)
 
     def _build(self) -> None:
         settings = self.config.teacher
-        self.arch = read_architecture(self.folder)
         self.grid = teacher_grid(settings.tp, settings.pp, settings.ep)
         with platform.current().megatron():
             mcore_config = transformer_config(self.arch, self.grid)
             self.model = build_model(self.arch, self.grid, mcore_config, with_head=False)
         self.model.requires_grad_(False).eval()
 
-    def load(self, folder: ModelFolder) -> None:
-        """Take the weights of a Hugging Face folder of this teacher's architecture."""
-        source = loading.folder_source(folder)
+    def load(self, source: loading.Source) -> None:
+        """Take the weights of a model of this teacher's architecture."""
         loading.load(self.model, self.arch, self.grid, source)
         self._head = self._head_shard(source)
 

@@ -17,9 +17,9 @@ from megatron_trd.data.problems import load_problems
 from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.errors import UserError
 from megatron_trd.launch import launch
-from megatron_trd.models.architecture import Architecture, read_architecture
-from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.loading import check_folder
+from megatron_trd.models.dist_checkpoint import is_checkpoint
+from megatron_trd.models.loading import check_tokenizer
+from megatron_trd.models.model import Model, open_model
 from megatron_trd.training.checks import make_folder
 
 
@@ -30,12 +30,12 @@ def run_evaluation(
 
     Raises `UserError` for bad input and `JobFailed` if a rank died.
     """
-    checkpoint = model if (model / "metadata.json").is_file() else None
-    name = f"{checkpoint.resolve().parents[1].name}-{checkpoint.name}" if checkpoint else model.resolve().name
+    run = _run_of(model)
+    name = f"{model.resolve().parents[1].name}-{model.name}" if run else model.resolve().name
     out = out or Path("runs/eval") / f"{name}-{Path(data).stem}"
-    run = _run_of(checkpoint) if checkpoint else TrainConfig(model=str(model))
+    run = run or TrainConfig()
     config = TrainConfig(
-        model=run.model,
+        model=str(model),
         run_dir=str(out),
         rollouts_per_problem=samples,
         seed=seed,
@@ -52,8 +52,7 @@ def run_evaluation(
     make_folder(out)
     configuration.save(config, out / "config.yaml")
     (out / "scores.json").unlink(missing_ok=True)  # an old score must not pass for this one's
-    arguments = ["-m", "megatron_trd.evaluation.worker", str(out / "config.yaml")]
-    launch([*arguments, *([str(checkpoint)] if checkpoint else [])], config.world_size or 1, out / "logs")
+    launch(["-m", "megatron_trd.evaluation.worker", str(out / "config.yaml")], config.world_size or 1, out / "logs")
     if not (out / "scores.json").is_file():
         raise UserError(f"the evaluation was stopped; nothing was written to '{out}'")
     scores: dict[str, Any] = json.loads((out / "scores.json").read_text())
@@ -72,38 +71,36 @@ def print_scores(scores: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _run_of(checkpoint: Path) -> TrainConfig:
-    """Configuration of the run that wrote a checkpoint: it names the architecture and the tokenizer."""
-    path = checkpoint.resolve().parents[1] / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"checkpoint '{checkpoint}': no config.yaml in its run folder; give a run's checkpoints/step_N")
-    return configuration.load(path)
+def _run_of(model: Path) -> TrainConfig | None:
+    """Configuration of the run that wrote a checkpoint, if one did."""
+    path = model.resolve().parents[1] / "config.yaml" if is_checkpoint(model) else None
+    return configuration.load(path) if path is not None and path.is_file() else None
 
 
 def _check(config: TrainConfig) -> TrainConfig:
     """The configuration with the number of ranks and the response limit settled. Raises `UserError`."""
-    folder = ModelFolder(config.model)
-    arch = read_architecture(folder)
-    arch.check_layout(config.sampler.tp, 1, "sampler")
+    model = open_model(config.model)
+    model.arch.check_layout(config.sampler.tp, 1, "sampler")
     world = config.world_size or config.sampler.tp
     if world % config.sampler.tp:
         raise UserError(f"world size {world} does not fit sampler.tp={config.sampler.tp}: use a multiple of it")
     if config.data.answer_field is None:
         raise UserError("an evaluation needs answers to grade with: set data.answer_field to their field")
-    limit = min(config.sampler.max_rollout_tokens, _room(config, folder, arch))
-    check_folder(folder, arch)
+    limit = min(config.sampler.max_rollout_tokens, _room(config, model))
+    check_tokenizer(model.folder, model.arch)
+    model.check()
     sampler = dataclasses.replace(config.sampler, max_rollout_tokens=limit)
     return dataclasses.replace(config, world_size=world, sampler=sampler)
 
 
-def _room(config: TrainConfig, folder: ModelFolder, arch: Architecture) -> int:
+def _room(config: TrainConfig, model: Model) -> int:
     """Tokens that the model's context leaves for a response to the longest problem."""
-    prompts = PromptBuilder(folder.tokenizer, config.data.task, config.data.chat_template_kwargs)
+    prompts = PromptBuilder(model.folder.tokenizer, config.data.task, config.data.chat_template_kwargs)
     lengths = [len(prompts.ids("vanilla", problem.problem)) for problem in load_problems(config.data)]
-    room = arch.max_positions - max(lengths)
+    room = model.arch.max_positions - max(lengths)
     if room < 1:
         raise UserError(
             f"problem {lengths.index(max(lengths)) + 1} of '{config.data.path}' has a prompt of {max(lengths)} tokens, "
-            f"the context of model '{config.model}' is {arch.max_positions}: remove it from the data"
+            f"the context of model '{config.model}' is {model.arch.max_positions}: remove it from the data"
         )
     return room

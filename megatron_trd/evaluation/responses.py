@@ -16,12 +16,7 @@ from megatron_trd.evaluation.scores import summarise
 
 
 def write_results(
-    config: TrainConfig,
-    prompts: PromptBuilder,
-    trajectories: Sequence[Trajectory],
-    *,
-    seconds: float,
-    checkpoint: Path | None,
+    config: TrainConfig, prompts: PromptBuilder, trajectories: Sequence[Trajectory], *, seconds: float
 ) -> None:
     """Grade and write `responses.jsonl`, a line a response, and then `scores.json`.
 
@@ -31,7 +26,7 @@ def write_results(
     samples = config.rollouts_per_problem
     right = [[row["right"] for row in rows[start : start + samples]] for start in range(0, len(rows), samples)]
     scores = {
-        "model": str(checkpoint or config.model),
+        "model": config.model,
         "data": config.data.path,
         "problems": len(right),
         "samples": samples,

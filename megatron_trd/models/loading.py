@@ -126,6 +126,16 @@ def check_folder(folder: ModelFolder, arch: Architecture) -> None:
         )
 
 
+def check_tokenizer(folder: ModelFolder, arch: Architecture) -> None:
+    """Raise `UserError` if the tokenizer has tokens for which the model has no embedding."""
+    largest = max(folder.tokenizer.get_vocab().values(), default=-1)
+    if largest >= arch.vocab_size:
+        raise UserError(
+            f"model folder '{folder.path}': the tokenizer has token {largest}, config.json a vocabulary of "
+            f"{arch.vocab_size}: take the tokenizer that belongs to the model"
+        )
+
+
 @torch.no_grad()
 def load(
     model: torch.nn.Module,

@@ -25,9 +25,9 @@ from megatron_trd.errors import UserError
 from megatron_trd.files import check_sums, digest, files_of, read_sums, to_disk, write_sums
 from megatron_trd.models.dist_checkpoint import CheckpointReader
 from megatron_trd.models.export import copy_companions, write_folder
-from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import named_tensors
 from megatron_trd.models.megatron_folder import COMPANIONS
+from megatron_trd.models.model import open_model
 
 _STEP = re.compile(r"step_(\d+)$")
 
@@ -86,6 +86,11 @@ def _shared_digests(folder: Path) -> dict[str, str]:
     return {name: value for part in everyone for name, value in part.items()}
 
 
+def check_files(folder: Path) -> None:
+    """Raise `UserError` if a file differs from its recorded checksum; each rank looks at some of them."""
+    check_sums(folder, _share(read_sums(folder)))
+
+
 def _share(names: Iterable[str]) -> list[str]:
     """This rank's part of files that one rank each is to look at."""
     return sorted(names)[dist.get_rank() :: dist.get_world_size()]
@@ -101,7 +106,7 @@ def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) 
     if teacher.averaged:
         if not (path / "ema").is_dir():
             raise UserError(f"checkpoint '{path}' has no averaged teacher; it was written with another teacher.weights")
-        teacher.load(ModelFolder(path / "ema"))
+        teacher.load(open_model(path / "ema").source)
     return step
 
 
@@ -109,7 +114,7 @@ def load(path: Path, student: StudentEngine) -> None:
     """Load a checkpoint into a student of any layout. Collective. Raises `UserError` if a file of it is damaged."""
     from megatron.core import dist_checkpointing
 
-    check_sums(path, _share(read_sums(path)))
+    check_files(path)
     CheckpointReader(path)  # refuses a pickle that megatron-core would run
     with platform.current().megatron():
         platform.current().prepare_optimizer_for_loading(student.optimizer)

@@ -13,9 +13,8 @@ from megatron_trd.data.prompts import Context
 from megatron_trd.engines.teacher import check_teacher
 from megatron_trd.errors import UserError
 from megatron_trd.methods import METHODS
-from megatron_trd.models.architecture import Architecture, read_architecture
-from megatron_trd.models.folder import ModelFolder
-from megatron_trd.models.loading import check_folder
+from megatron_trd.models.loading import check_tokenizer
+from megatron_trd.models.model import Model, open_model
 from megatron_trd.parallel.grid import Layout
 
 _MAY_CHANGE = ("log.", "checkpoint.", "run_dir")  # settings that a resumed run may have otherwise
@@ -23,12 +22,10 @@ _MAY_CHANGE = ("log.", "checkpoint.", "run_dir")  # settings that a resumed run 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: model folders, architectures and problems, all checked."""
+    """What a run reads: models and problems, all checked."""
 
-    student: ModelFolder
-    teacher: ModelFolder  # the student's own folder in self-distillation
-    student_arch: Architecture
-    teacher_arch: Architecture
+    student: Model
+    teacher: Model  # the student's own in self-distillation
     problems: list[Problem]
     world_size: int
     max_length: int  # longest prompt and response together, tokens
@@ -38,46 +35,39 @@ def check(config: TrainConfig) -> Inputs:
     """Open and check everything the run needs. Raises `UserError`; loads no weights."""
     if not config.model:
         raise UserError("model is not set: give the student's Hugging Face folder (model=DIR)")
-    student = ModelFolder(config.model)
-    teacher = ModelFolder(config.teacher.model) if config.teacher.model else student
-    student_arch, teacher_arch = read_architecture(student), read_architecture(teacher)
-    check_teacher(student_arch, teacher_arch)
-    _check_tokenizers(student, teacher, student_arch)
-    student_arch.check_layout(config.student.tp, config.student.pp, "student", config.student.ep)
-    teacher_arch.check_layout(config.teacher.tp, config.teacher.pp, "teacher", config.teacher.ep)
-    if student_arch.experts and config.student.tp > 1 and not config.student.sequence_parallel:
+    student = open_model(config.model)
+    teacher = open_model(config.teacher.model) if config.teacher.model else student
+    check_teacher(student.arch, teacher.arch)
+    _check_tokenizers(student, teacher)
+    student.arch.check_layout(config.student.tp, config.student.pp, "student", config.student.ep)
+    teacher.arch.check_layout(config.teacher.tp, config.teacher.pp, "teacher", config.teacher.ep)
+    if student.arch.experts and config.student.tp > 1 and not config.student.sequence_parallel:
         raise UserError("a mixture of experts with student.tp > 1 needs student.sequence_parallel=true")
-    for arch in (student_arch, teacher_arch):
-        arch.check_layout(config.sampler.tp, 1, "sampler")
+    for model in (student, teacher):
+        model.arch.check_layout(config.sampler.tp, 1, "sampler")
     world = _world_size(config)
     max_length = _longest(config)
-    for what, arch in (("student", student_arch), ("teacher", teacher_arch)):
-        if max_length > arch.max_positions:
+    for what, model in (("student", student), ("teacher", teacher)):
+        if max_length > model.arch.max_positions:
             raise UserError(
                 f"the longest prompt and response are {max_length} tokens, the {what} model's context is "
-                f"{arch.max_positions}: lower data.max_prompt_tokens, data.max_reference_tokens, "
+                f"{model.arch.max_positions}: lower data.max_prompt_tokens, data.max_reference_tokens, "
                 "sampler.max_rollout_tokens or sampler.max_refinement_tokens"
             )
     _check_method(config)
     problems = load_problems(config.data)
-    check_folder(student, student_arch)
+    student.check()
     if config.teacher.model:
-        check_folder(teacher, teacher_arch)
-    return Inputs(student, teacher, student_arch, teacher_arch, problems, world, max_length)
+        teacher.check()
+    return Inputs(student, teacher, problems, world, max_length)
 
 
-def _check_tokenizers(student: ModelFolder, teacher: ModelFolder, arch: Architecture) -> None:
+def _check_tokenizers(student: Model, teacher: Model) -> None:
     """Token ids go from one model to the other as they are, so a token must have one id in both."""
-    vocabulary = student.tokenizer.get_vocab()
-    largest = max(vocabulary.values(), default=-1)
-    if largest >= arch.vocab_size:
-        raise UserError(
-            f"model folder '{student.path}': the tokenizer has token {largest}, config.json a vocabulary of "
-            f"{arch.vocab_size}: take the tokenizer that belongs to the model"
-        )
+    check_tokenizer(student.folder, student.arch)
     if teacher is student:
         return
-    others = teacher.tokenizer.get_vocab()
+    vocabulary, others = student.folder.tokenizer.get_vocab(), teacher.folder.tokenizer.get_vocab()
     different = [token for token, index in vocabulary.items() if others.get(token, index) != index]
     if different:
         token = min(different, key=vocabulary.__getitem__)

@@ -43,11 +43,15 @@ class Run:
             dist.init_process_group(current.backend)
         torch.manual_seed(config.seed)
         grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=config.seed)
-        self.student = StudentEngine(config, self.inputs.student_arch, self.inputs.student, grid)
-        self.teacher = TeacherEngine(config, self.student, self.inputs.student)
+        for model in sorted({self.inputs.student.path, self.inputs.teacher.path}):
+            checkpoint.check_files(model)
+        self.student = StudentEngine(config, self.inputs.student, grid)
+        self.teacher = TeacherEngine(config, self.student, self.inputs.teacher)
         self.steps_done = checkpoint.resume(config.run_dir, self.student, self.teacher) if resume else 0
         self.sampler = self._sampler()
-        prompts = PromptBuilder(self.inputs.student.tokenizer, config.data.task, config.data.chat_template_kwargs)
+        prompts = PromptBuilder(
+            self.inputs.student.folder.tokenizer, config.data.task, config.data.chat_template_kwargs
+        )
         self.builder = SampleBuilder(config, prompts)
         self.phases: dict[str, float] = {}
         self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
@@ -55,12 +59,12 @@ class Run:
     def _sampler(self) -> Sampler:
         """One vLLM engine, and a second one for a teacher whose weights are not the student's."""
         config, inputs = self.config, self.inputs
-        student = Engine(config.model, inputs.student_arch, config, inputs.max_length)
+        student = Engine(inputs.student, config, inputs.max_length)
         if self.teacher.live or not self.method.refines:
             return Sampler(config, student, student)
-        return Sampler(
-            config, student, Engine(str(self.teacher.folder.path), inputs.teacher_arch, config, inputs.max_length)
-        )
+        teacher = Engine(inputs.teacher, config, inputs.max_length)
+        teacher.refit(inputs.teacher.source)  # the student's weights, and a moving teacher's, come with every step
+        return Sampler(config, student, teacher)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -57,8 +57,7 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.engines.teacher import TeacherEngine
     from megatron_trd.models import loading
-    from megatron_trd.models.architecture import read_architecture
-    from megatron_trd.models.folder import ModelFolder
+    from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
 
     platform.current().set_up()
@@ -68,10 +67,9 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
     for case in cases:
         settings = case | {"teacher": case["teacher"] | {"model": teacher_model}}
         config = make_config(model, **settings)
-        folder = ModelFolder(model)
         grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=0)
-        student = StudentEngine(config, read_architecture(folder), folder, grid)
-        teacher = TeacherEngine(config, student, folder)
+        student = StudentEngine(config, open_model(model), grid)
+        teacher = TeacherEngine(config, student, open_model(teacher_model or model))
         shares = deal(samples, grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
         hidden = teacher.hidden(samples, shares)
         share = shares[grid.dp_rank]
@@ -246,15 +244,13 @@ def rates(rank: int, world: int, model: str, schedule: str, steps: int) -> list[
     """Rank function: the learning rate that each step of a run is taken with."""
     from megatron_trd import platform
     from megatron_trd.engines.student import StudentEngine
-    from megatron_trd.models.architecture import read_architecture
-    from megatron_trd.models.folder import ModelFolder
+    from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
 
     platform.current().set_up()
     optimizer = {"lr": 1.0, "schedule": schedule, "warmup_fraction": 0.25, "min_lr_ratio": 0.1}
     config = make_config(model, steps=steps, optimizer=optimizer)
-    folder = ModelFolder(model)
-    student = StudentEngine(config, read_architecture(folder), folder, student_grid(1, 1, seed=0))
+    student = StudentEngine(config, open_model(model), student_grid(1, 1, seed=0))
     found = []
     for _ in range(steps):
         found.append(student.optimizer.param_groups[0]["lr"])

@@ -42,24 +42,24 @@ def sample_ranks(
     from megatron_trd.engines.sampler import Engine, Sampler
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.models import loading
-    from megatron_trd.models.architecture import read_architecture
-    from megatron_trd.models.folder import ModelFolder
+    from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
 
     platform.current().set_up()
     greedy = make_config(model, student_settings, sampler_tp=sampler_tp, temperature=0.0)
     grid = student_grid(greedy.student.tp, greedy.student.pp, greedy.student.ep, seed=0)
-    folder = ModelFolder(model)
-    arch = read_architecture(folder)
-    student = StudentEngine(greedy, arch, folder, grid)
-    engine = Engine(model, arch, greedy, max_length=64)
+    opened = open_model(model)
+    arch = opened.arch
+    student = StudentEngine(greedy, opened, grid)
+    engine = Engine(opened, greedy, max_length=64)
+    engine.refit(opened.source)
     problems = [Problem(index, "", None, None) for index in range(len(PROMPTS))]
 
     def refine(problem: Problem, rollout: Any) -> list[int] | None:
         return None if problem.index == 3 else [9, *rollout.tokens, 10]
 
     found = {"before": Sampler(greedy, engine, engine).sample(0, problems, PROMPTS, refine)}
-    loading.load(student.model, arch, grid, loading.folder_source(ModelFolder(other)))
+    loading.load(student.model, arch, grid, open_model(other).source)
     found["stale"] = refit.verify(engine.llm, arch, student.source())
     engine.refit(student.source())
     found["fresh"] = refit.verify(engine.llm, arch, student.source())

@@ -85,7 +85,7 @@ def test_a_good_run_passes_and_its_inputs_are_told(run: Run, models: Path) -> No
     found: Inputs = check(run())
     assert found.world_size == 1
     assert found.teacher is found.student
-    assert found.student_arch.layers == 2
+    assert found.student.arch.layers == 2
     assert found.problems[0].answer == "2"
     assert found.max_length == (64 + 64 + 64) + 64  # problem, reference and rollout, then the refinement
 
@@ -137,7 +137,7 @@ def test_the_world_is_a_multiple_of_layouts_that_do_not_divide_each_other(run: R
 
 def test_a_larger_teacher_of_the_same_vocabulary_passes(run: Run, models: Path) -> None:
     found = check(run(teacher={"model": str(models / "larger")}))
-    assert (found.student_arch.hidden_size, found.teacher_arch.hidden_size) == (32, 64)
+    assert (found.student.arch.hidden_size, found.teacher.arch.hidden_size) == (32, 64)
 
 
 # Data
@@ -341,7 +341,7 @@ def write_index(folder: Path, file_of: Callable[[str], Any]) -> None:
 
 def test_an_index_that_names_a_missing_shard(run: Run, copy: Path) -> None:
     write_index(copy, lambda name: "gone.safetensors" if "layers.1" in name else "model.safetensors")
-    says(run(model=str(copy)), str(copy), "gone.safetensors", "No such file")
+    says(run(model=str(copy)), str(copy), "gone.safetensors", "is missing")
 
 
 def test_an_index_whose_shard_lacks_a_tensor(run: Run, copy: Path) -> None:
@@ -398,10 +398,31 @@ def configure(folder: Path, **fields: Any) -> None:
         ({"num_hidden_layers": 3, "layer_types": None}, ["model.layers.2.", "missing"]),
         ({"hidden_size": 48}, ["model.embed_tokens.weight", f"[{VOCAB}, 32]", f"[{VOCAB}, 48]"]),
         ({"vocab_size": VOCAB - 1}, [str(VOCAB - 1)]),
-        ({"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM", "Qwen3ForCausalLM, LlamaForCausalLM"]),
+        (
+            {"architectures": ["MistralForCausalLM"]},
+            ["MistralForCausalLM", "Qwen3ForCausalLM, Qwen3MoeForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM"],
+        ),
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "supported"]),
-        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, ["Qwen3MoeForCausalLM"]),
+        # a family that is supported, and not the one the tensors are of
+        ({"architectures": ["Qwen2ForCausalLM"]}, ["model.layers.0.self_attn.q_proj.bias", "missing"]),
+        ({"architectures": ["LlamaForCausalLM"]}, ["norm.weight", "LlamaForCausalLM"]),
+        (
+            {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]},
+            ["model.layers.0.mlp.gate.weight", "missing"],
+        ),
+        (
+            {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [1]},
+            ["dense layers between its experts"],
+        ),
+        (
+            {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2},
+            ["dense layers between its experts"],
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, ["rope type yarn"]),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+            ["partial rotary"],
+        ),
         ({"attention_bias": True}, ["attention bias"]),
         ({"use_sliding_window": True, "sliding_window": 64}, ["sliding-window"]),
         ({"hidden_act": "gelu"}, ["activation gelu"]),

@@ -144,7 +144,9 @@ def test_a_written_folder_has_the_bits_of_the_one_it_was_read_from(
         assert info is not None
         assert (info.dtype, info.shape, info.nbytes) == (dtype, tuple(tensor.shape), tensor.nbytes)
         assert target.tensor(name).equal(tensor), name
-        assert target.tensor(name, slice(1, 3)).equal(tensor[1:3]), name
+        rows = torch.empty_like(tensor[1:3])
+        target.read_rows(name, 1, rows)
+        assert rows.equal(tensor[1:3]), name
     files = set(target.weight_map.values())
     sizes = [(target.path / file).stat().st_size for file in files]
     assert len(files) == (len(original) if limit == 1 else 1 if limit == 10**9 else len(files))

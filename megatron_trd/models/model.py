@@ -1,0 +1,36 @@
+"""A model on disk, in either form that a run can begin from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_trd.models.architecture import Architecture, read_architecture
+from megatron_trd.models.dist_checkpoint import is_checkpoint
+from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.loading import Source, check_folder, folder_source
+from megatron_trd.models.megatron_folder import MegatronFolder
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Hugging Face folder, or a Megatron distributed checkpoint with its `hf/` beside it."""
+
+    path: Path
+    folder: ModelFolder  # configuration and tokenizer
+    arch: Architecture
+    source: Source  # full tensors
+
+    def check(self) -> None:
+        """Raise `UserError` if a tensor is missing, unknown or of a wrong shape. Reads headers only."""
+        if self.path == self.folder.path:  # a checkpoint is checked when it is opened
+            check_folder(self.folder, self.arch)
+
+
+def open_model(path: str | Path) -> Model:
+    """Open either form. Raises `UserError` for one that is missing, broken or not supported."""
+    if is_checkpoint(Path(path)):
+        checkpoint = MegatronFolder(path)
+        return Model(checkpoint.path, checkpoint.companions, checkpoint.arch, checkpoint.source)
+    folder = ModelFolder(path)
+    return Model(folder.path, folder, read_architecture(folder), folder_source(folder))
