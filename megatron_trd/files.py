@@ -89,7 +89,7 @@ def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Pa
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"'{target}' cannot be written: {error.strerror or error}") from None
+        raise UserError(f"'{target}' is not written: {error.filename or target}: {error.strerror or error}") from None
 
 
 def _check_room(target: Path, size: int) -> None:

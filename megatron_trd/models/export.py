@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_trd.files import HashedFile, write_sums
 from megatron_trd.models.architecture import Architecture
-from megatron_trd.models.folder import INDEX, ModelFolder, TensorInfo
+from megatron_trd.models.folder import INDEX, WEIGHT_DTYPES, ModelFolder, TensorInfo
 from megatron_trd.models.weights import Slot, slots
 
 # Files that make the weights a usable model.
@@ -31,7 +31,6 @@ _COMPANIONS = (
     "chat_template.json",
 )
 MAX_SHARD_BYTES = 5 * 10**9  # of one safetensors file: what the hub's own tools default to
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
 def copy_companions(like: ModelFolder, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -139,7 +138,7 @@ def _header(tensors: Sequence[TensorInfo]) -> bytes:
     offset = 0
     for info in tensors:
         place = [offset, offset + info.nbytes]
-        entries[info.name] = {"dtype": _DTYPES[info.dtype], "shape": list(info.shape), "data_offsets": place}
+        entries[info.name] = {"dtype": WEIGHT_DTYPES[info.dtype], "shape": list(info.shape), "data_offsets": place}
         offset += info.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -16,6 +16,7 @@ from megatron_trd.errors import UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 INDEX = "model.safetensors.index.json"
+WEIGHT_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # and their safetensors names
 
 
 @dataclass(frozen=True)

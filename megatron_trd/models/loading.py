@@ -18,7 +18,7 @@ from megatron_trd import platform
 from megatron_trd.errors import UserError
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.dist_checkpoint import PIECE_BYTES, CheckpointReader
-from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.folder import WEIGHT_DTYPES, ModelFolder
 from megatron_trd.models.weights import Kind, Slot, merge, parts, shard, slots, stage_of
 from megatron_trd.parallel.grid import Grid
 
@@ -106,6 +106,8 @@ def check_folder(folder: ModelFolder, arch: Architecture) -> None:
             found = folder.info(name)
             if found is None:
                 raise UserError(f"{where}: tensor {name} is missing; the download is not whole")
+            if found.dtype not in WEIGHT_DTYPES:
+                raise UserError(f"{where}: tensor {name} is {found.dtype}: only plain weights are supported")
             if found.shape != expected:
                 raise UserError(
                     f"{where}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(expected)}"

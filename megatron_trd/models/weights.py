@@ -127,7 +127,7 @@ _EXPERTS = (
     ),
 )
 
-# Hugging Face architecture -> its table. docs/families.md says how to add one.
+# Hugging Face architecture -> its table. docs/checkpoints.md says how to add one.
 FAMILIES = {
     "Qwen3ForCausalLM": Family((*_HEADS, *_QK_NORM, *_FEED_FORWARD)),
     "Qwen3MoeForCausalLM": Family((*_HEADS, *_QK_NORM, *_EXPERTS)),

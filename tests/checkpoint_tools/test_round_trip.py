@@ -152,6 +152,8 @@ def test_a_cast_is_that_of_torch_and_config_json_says_so(tmp_path: Path, tool: s
     casts = {"dtype": torch.bfloat16}
     hf_to_megatron.convert(hf, tmp_path / "megatron", **(casts if tool == "hf_to_megatron" else {}))
     megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back", **(casts if tool == "megatron_to_hf" else {}))
+    said = json.loads((tmp_path / "megatron" / "hf" / "config.json").read_text())[key]
+    assert said == ("bfloat16" if tool == "hf_to_megatron" else "float32")
     back = tensors(tmp_path / "back")
     assert back.keys() == content.keys()
     assert all(same_bits(back[name], tensor.to(torch.bfloat16)) for name, tensor in content.items())
