@@ -263,7 +263,7 @@ def test_an_output_that_is_a_file(hf: Path, tmp_path: Path, refused: Refused) ->
 @pytest.mark.parametrize("place", ["file/out", "file/deeper/out"])
 def test_an_output_below_a_file(hf: Path, megatron: Path, tmp_path: Path, refused: Refused, place: str) -> None:
     (tmp_path / "file").write_text("mine")
-    parts = [str(tmp_path / place), "cannot be written"]
+    parts = [str(tmp_path / place), "is not written"]
     refused("hf-to-megatron", "--hf", hf, "--out", tmp_path / place, parts=parts)
     refused("megatron-to-hf", "--megatron", megatron, "--out", tmp_path / place, parts=parts)
 
@@ -271,7 +271,7 @@ def test_an_output_below_a_file(hf: Path, megatron: Path, tmp_path: Path, refuse
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
 def test_an_output_in_a_folder_that_is_read_only(hf: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
-    parts = ["cannot be written", "Permission denied"]
+    parts = ["is not written", "Permission denied"]
     refused("hf-to-megatron", "--hf", hf, "--out", tmp_path / "closed" / "out", parts=parts)
 
 
@@ -299,7 +299,7 @@ def test_a_file_that_cannot_be_written_to_its_end(
         done = tool(command, *source, "--out", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    says(last_line(done), [str(tmp_path / "out"), "cannot be written", "File too large"])
+    says(last_line(done), [str(tmp_path / "out"), "is not written", "File too large"])
     assert snapshot(tmp_path) == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from megatron_trd.config import SamplerConfig
 from tests.distributed import run_ranks
 from tests.models import write_model
 
-PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [12]]
+Prompts = Sequence[Sequence[int]]
+PROMPTS: Prompts = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [12]]
 TOKENS = 10
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3 tied": {"family": "qwen3", "tie_word_embeddings": True},
@@ -35,8 +37,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def greedy_by_vllm(rank: int, world: int, folders: list[str]) -> list[list[list[int]]]:
-    """Rank function: greedy continuations of `PROMPTS` by each folder's model."""
+def greedy_by_vllm(rank: int, world: int, folders: list[str], prompts: Prompts) -> list[list[list[int]]]:
+    """Rank function: greedy continuations of `prompts` by each folder's model."""
     current = platform.current()
     os.environ.update(current.sampler_environment())
     arguments = current.sampler_arguments(SamplerConfig(), 64)
@@ -47,17 +49,17 @@ def greedy_by_vllm(rank: int, world: int, folders: list[str]) -> list[list[list[
     # All at once: the first to be dropped would take the groups of the others with it.
     engines = [LLM(model=folder, dtype="float32", max_model_len=64, **arguments) for folder in folders]
     for llm in engines:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], parameters, use_tqdm=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
         found.append([list(output.outputs[0].token_ids) for output in outputs])
     return found
 
 
-def greedy_by_transformers(folder: Path) -> list[list[int]]:
+def greedy_by_transformers(folder: Path, prompts: Prompts) -> list[list[int]]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         tokens = list(prompt)
         for _ in range(TOKENS):
             with torch.no_grad():
@@ -83,7 +85,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("experts", [False, True])  # a process of vLLM is for one or the other
 def test_vllm_gives_the_greedy_tokens_of_transformers(exported: dict[str, Path], experts: bool) -> None:
     models = {name: folder for name, folder in exported.items() if ("moe" in name) == experts}
-    [found] = run_ranks(greedy_by_vllm, 1, [str(folder) for folder in models.values()])
+    [found] = run_ranks(greedy_by_vllm, 1, [str(folder) for folder in models.values()], PROMPTS)
     for (name, folder), tokens in zip(models.items(), found, strict=True):
-        assert tokens == greedy_by_transformers(folder.parent / "hf"), name
+        assert tokens == greedy_by_transformers(folder.parent / "hf", PROMPTS), name
         assert len({token for row in tokens for token in row}) > 3, "a model that says more than one thing"
