@@ -53,11 +53,12 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else _DTYPES[name]
 
 
-def check_places(source: Path, out: Path) -> None:
-    """Refuse an output that is the input, or inside it, or around it."""
-    source, out = source.resolve(), out.resolve()
-    if source == out or source in out.parents or out in source.parents:
-        raise UserError(f"the output '{out}' and the input '{source}' overlap; give a folder apart from it")
+def check_places(out: Path, *sources: Path | None) -> None:
+    """Refuse an output that is an input, or inside one, or around one."""
+    out = out.resolve()
+    for source in (source.resolve() for source in sources if source is not None):
+        if source == out or source in out.parents or out in source.parents:
+            raise UserError(f"the output '{out}' and the input '{source}' overlap; give a folder apart from it")
 
 
 @contextlib.contextmanager

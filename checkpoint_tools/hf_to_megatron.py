@@ -55,7 +55,7 @@ def convert(
     check_folder(folder, arch)
     if folder.has_tokenizer:  # weights alone are a model too
         check_tokenizer(folder, arch)
-    check_places(hf, out)
+    check_places(out, hf)
     dtypes = dict.fromkeys((slot.key for slot in slots(arch)), dtype) if dtype else _stored_dtypes(folder, arch)
     exported = [slot for slot in slots(arch) if slot.exported]
     if dry_run:

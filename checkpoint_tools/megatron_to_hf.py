@@ -80,7 +80,7 @@ def convert(
     source = _open(megatron, weights, like)
     if source.companions.has_tokenizer:  # weights alone are a model too
         check_tokenizer(source.companions, source.arch)
-    check_places(megatron, out)
+    check_places(out, megatron, like)
     infos = exported_tensors(source.arch, lambda slot: dtype or source.dtype(slot))
     if dry_run:
         print_mapping(source.arch, lambda slot: dtype or source.dtype(slot))
@@ -95,7 +95,7 @@ def convert(
                         piece = as_dtype(piece, dtype)
                         writer.write(name, piece)
                         advance(piece.nbytes)
-        writer.close(source.companions, infos[0].dtype)
+        writer.close(source.companions, dtype or (infos[0].dtype if like else None))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from checkpoint_tools.common import as_dtype, pattern, progress, run
 from checkpoint_tools.logits import compare_logits
 from megatron_trd.files import check_sums
+from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import check_folder
 from megatron_trd.models.megatron_folder import MegatronFolder
@@ -56,9 +57,10 @@ class _Row:
 def verify(hf: Path, megatron: Path, *, logits: bool = False, like: Path | None = None) -> bool:
     """Print a table and a verdict; whether the two are the same model. Raises `UserError` for bad input."""
     folder, checkpoint = ModelFolder(hf), MegatronFolder(megatron, like)
-    check_folder(folder, checkpoint.arch)
     check_sums(hf)
     check_sums(megatron)
+    checkpoint.reader.check_objects()
+    check_folder(folder, checkpoint.arch)
     rows = _compare(folder, checkpoint)
     _print(rows)
     same = not any(row.different for row in rows.values())
@@ -68,12 +70,20 @@ def verify(hf: Path, megatron: Path, *, logits: bool = False, like: Path | None 
         verdict = f"{len(different)} tensors differ: {', '.join(different[:_LISTED])}" + " …" * (
             len(different) > _LISTED
         )
+    other = _other_fields(read_architecture(folder), checkpoint.arch)
+    if other:
+        same = False
+        verdict += f"; config.json differs in {', '.join(other)}"
     if logits:
         close, line = compare_logits(folder, checkpoint)
         same = same and close
         verdict += f"; {line}"
     print(("SAME: " if same else "DIFFERENT: ") + verdict)
     return same
+
+
+def _other_fields(left: Architecture, right: Architecture) -> list[str]:
+    return [field.name for field in fields(left) if getattr(left, field.name) != getattr(right, field.name)]
 
 
 def _compare(folder: ModelFolder, checkpoint: MegatronFolder) -> dict[str, _Row]:

@@ -32,6 +32,7 @@ class HashedFile:
         self._hash = blake3()
         self._hasher = ThreadPoolExecutor(1)
         self._pending: Future[Any] | None = None
+        self.error: OSError | None = None  # why a write failed
 
     def write(self, data: bytes | memoryview) -> int:
         """Append `data`, which must not change until the next write or flush."""
@@ -42,8 +43,12 @@ class HashedFile:
         if self._pending is None:
             self._hash.update(view)
         rest = view
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = error
+            raise
         return len(view)
 
     def flush(self) -> None:
@@ -75,6 +80,7 @@ def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Pa
         raise UserError(f"'{target}' exists already; give another folder, or --force to replace it")
     if target.exists() and not target.is_dir():
         raise UserError(f"'{target}' is a file; give the name of a folder")
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_room(target, size)
@@ -90,6 +96,10 @@ def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Pa
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"'{target}' is not written: {error.filename or target}: {error.strerror or error}") from None
+    finally:
+        for parent in missing:  # deepest first; those that are not empty stay
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def _check_room(target: Path, size: int) -> None:
@@ -107,6 +117,8 @@ def _lock(path: Path, target: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not path.samefile(f"/proc/self/fd/{file.fileno()}"):
+                raise BlockingIOError  # its holder has just let it go and removed it
         except BlockingIOError:
             raise UserError(f"'{target}' is being written by another process; wait for it or stop it") from None
         try:
@@ -186,7 +198,10 @@ def check_sums(folder: Path, names: Sequence[str] | None = None) -> None:
         if not path.is_file():
             raise UserError(f"'{folder}' lacks its file {name}: copy the folder again")
         if digest(path) != value:
-            raise UserError(f"'{path}' is damaged: its checksum differs from {SUMS}; copy the folder again")
+            raise UserError(
+                f"'{path}' is damaged: its checksum differs from {SUMS}; copy the folder again "
+                f"(or remove {SUMS}, if you changed the file yourself)"
+            )
 
 
 @contextlib.contextmanager

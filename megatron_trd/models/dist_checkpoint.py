@@ -89,7 +89,10 @@ class CheckpointWriter:
             self._name = f"__{len(self.digests)}_0.distcp"
             self._file = HashedFile(self._path / self._name)
         begin = self._file.tell()
-        torch.save(value, self._file)  # type: ignore[arg-type]  # write and flush are all it asks for
+        try:
+            torch.save(value, self._file)  # type: ignore[arg-type]  # write and flush are all it asks for
+        except RuntimeError:  # what torch makes of a write that failed
+            raise self._file.error or RuntimeError(f"{index} cannot be saved") from None
         self._places[index] = _StorageInfo(self._name, begin, self._file.tell() - begin)
         if self._file.tell() >= _FILE_BYTES:
             self._end_file()
@@ -137,6 +140,7 @@ class CheckpointReader:
             self._metadata: Metadata = _MetadataUnpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
             self._places: dict[MetadataIndex, _StorageInfo] = self._metadata.storage_data
             names = {place.relative_path for place in self._places.values()}
+            self._check_structure()
         except Exception as error:  # a pickle that was tampered with can raise anything
             raise UserError(f"checkpoint '{path}' cannot be read: {' '.join(str(error).split())[:200]}") from None
         for name in sorted(names):
@@ -145,9 +149,29 @@ class CheckpointReader:
             if not (path / name).is_file():
                 raise UserError(f"checkpoint '{path}' lacks its file {name}: copy the folder again")
 
+    def _check_structure(self) -> None:
+        """Raise if the metadata is not of the types it should be."""
+        for key, value in self._metadata.state_dict_metadata.items():
+            if isinstance(value, BytesStorageMetadata):
+                continue
+            if not (isinstance(value, TensorStorageMetadata) and isinstance(value.properties.dtype, torch.dtype)):
+                raise ValueError(f"{key} is neither a tensor nor an object")
+            for sizes in (value.size, *(size for chunk in value.chunks for size in (chunk.offsets, chunk.sizes))):
+                if len(sizes) != len(value.size) or not all(isinstance(size, int) for size in sizes):
+                    raise ValueError(f"{key} has pieces of other dimensions than its own")
+
+    def check_objects(self) -> None:
+        """Raise `UserError` if one of megatron-core's sharded objects holds more than plain values.
+
+        To be called before megatron-core loads a checkpoint: it unpickles them, whatever they are.
+        """
+        for key, value in self._metadata.state_dict_metadata.items():
+            if isinstance(value, BytesStorageMetadata):
+                self._load(key, MetadataIndex(key))
+
     def keys(self) -> set[str]:
         """Names of the tensors."""
-        return {key for key, value in self._metadata.state_dict_metadata.items() if hasattr(value, "chunks")}
+        return {key for key in self._metadata.state_dict_metadata if self.size(key) is not None}
 
     def size(self, key: str) -> tuple[int, ...] | None:
         """Shape of a stacked tensor; None if the checkpoint has no such tensor."""
@@ -207,8 +231,10 @@ class CheckpointReader:
             found.setdefault(tuple(chunk.offsets[:depth]), []).append(chunk)
         return found
 
-    def _load(self, key: str, index: MetadataIndex) -> Tensor:
-        place = self._places[index]
+    def _load(self, key: str, index: MetadataIndex) -> Any:
+        place = self._places.get(index)
+        if place is None:
+            raise UserError(f"checkpoint '{self.path}': .metadata does not say where {index} is; copy the folder again")
         try:
             with (self.path / place.relative_path).open("rb") as file:
                 view = _create_file_view(file, place.offset, place.length)

@@ -34,7 +34,8 @@ MAX_SHARD_BYTES = 5 * 10**9  # of one safetensors file: what the hub's own tools
 
 
 def copy_companions(like: ModelFolder, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy configuration and tokenizer of a folder; `dtype`: what the configuration is to say of the weights."""
+    """Copy configuration and tokenizer of a folder; `dtype`: what the configuration is to say of the weights, where
+    they are not as they were."""
     for file in _COMPANIONS:
         if (like.path / file).is_file():
             shutil.copyfile(like.path / file, target / file)
@@ -90,7 +91,7 @@ class FolderWriter:
     def _name(self, shard: int) -> str:
         return f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
 
-    def close(self, like: ModelFolder, dtype: torch.dtype) -> None:
+    def close(self, like: ModelFolder, dtype: torch.dtype | None) -> None:
         """Write index, configuration, tokenizer and checksums: until then nothing loads the files."""
         assert not self._next, f"{len(self._next)} tensors did not come, the first {self._next[0][1]}"
         infos = [info for shard in self._shards for info in shard]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_trd.errors import UserError
+from megatron_trd.files import check_sums, read_sums
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 INDEX = "model.safetensors.index.json"
@@ -45,6 +46,7 @@ class ModelFolder:
             raise UserError(f"model folder '{path}': no such folder; give a local Hugging Face folder (model=DIR)")
         if not (self.path / "config.json").is_file():
             raise UserError(f"model folder '{path}': no config.json; this is not a Hugging Face model folder")
+        check_sums(self.path, [name for name in read_sums(self.path) if not name.endswith(".safetensors")])
 
     @functools.cached_property
     def config(self) -> Any:
@@ -142,8 +144,7 @@ class ModelFolder:
     @functools.cache  # noqa: B019  headers are small, and a folder object lives as long as its job
     def _header(self, file: str) -> dict[str, TensorInfo]:
         with self._open(file) as opened:  # which checks the header
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
-            dtypes = {name: _dtype(part) for name, part in slices.items()}
+            dtypes = {name: _dtype(opened, name) for name in opened.keys()}  # noqa: SIM118  not a dict
         with (self.path / file).open("rb") as data:
             length = int.from_bytes(data.read(8), "little")
             header = json.loads(data.read(length))
@@ -161,8 +162,9 @@ class ModelFolder:
             raise UserError(f"model folder '{self.path}': {file} cannot be read: {_in_one_line(error)}") from None
 
 
-def _dtype(part: Any) -> torch.dtype:
-    found: torch.dtype = (part[:0] if part.get_shape() else part[:]).dtype
+def _dtype(file: Any, name: str) -> torch.dtype:
+    part = file.get_slice(name)
+    found: torch.dtype = (part[:0] if part.get_shape() else file.get_tensor(name)).dtype
     return found
 
 

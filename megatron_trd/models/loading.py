@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,8 +116,7 @@ def check_folder(folder: ModelFolder, arch: Architecture) -> None:
     known = {name for slot in table for name in slot.hf}
     extra = sorted(name for name in folder.names() - known if not _COMPUTED.search(name))
     if extra == ["lm_head.weight"] and arch.tied:
-        embedding, head = folder.tensor(table[0].hf[0]), folder.tensor(extra[0])
-        if embedding.dtype != head.dtype or not torch.equal(embedding, head):
+        if not _same(folder, table[0], replace(table[0], hf=(extra[0],)), arch):
             raise UserError(
                 f"{where}: config.json ties the head to the embedding, but lm_head.weight differs from "
                 "model.embed_tokens.weight; set tie_word_embeddings to false or remove lm_head.weight"
@@ -136,6 +136,15 @@ def check_tokenizer(folder: ModelFolder, arch: Architecture) -> None:
             f"model folder '{folder.path}': the tokenizer has token {largest}, config.json a vocabulary of "
             f"{arch.vocab_size}: take the tokenizer that belongs to the model"
         )
+
+
+def _same(folder: ModelFolder, left: Slot, right: Slot, arch: Architecture) -> bool:
+    """Whether two slots have the same bits."""
+    first, second = folder.info(left.hf[0]), folder.info(right.hf[0])
+    if first is None or second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    pieces = (folder_pieces(folder, slot, arch, first.dtype) for slot in (left, right))
+    return all(a.view(torch.uint8).equal(b.view(torch.uint8)) for a, b in zip(*pieces, strict=True))
 
 
 @torch.no_grad()

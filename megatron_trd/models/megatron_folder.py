@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_trd import platform
 from megatron_trd.errors import UserError
+from megatron_trd.files import check_sums, read_sums
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.dist_checkpoint import CheckpointReader
 from megatron_trd.models.folder import ModelFolder
@@ -29,6 +30,8 @@ class MegatronFolder:
 
     def __init__(self, path: str | Path, like: Path | None = None) -> None:
         self.path = Path(path)
+        # before they are parsed; the weights are compared by whoever reads them all
+        check_sums(self.path, [name for name in read_sums(self.path) if not name.endswith((".distcp", ".safetensors"))])
         self.reader = CheckpointReader(self.path)
         if like is None and not (self.path / COMPANIONS / "config.json").is_file():
             raise UserError(
@@ -68,8 +71,12 @@ class MegatronFolder:
 
 
 def load_model(path: Path, model: Any) -> None:
-    """Load a checkpoint by megatron-core itself, into a model of any layout that has its head. Collective."""
+    """Load a checkpoint by megatron-core itself, into a model of any layout that has its head. Collective.
+
+    Raises `UserError` for a checkpoint that is broken, or holds more than tensors and plain values.
+    """
     from megatron.core import dist_checkpointing
 
+    CheckpointReader(path).check_objects()
     with platform.current().megatron():
         model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])

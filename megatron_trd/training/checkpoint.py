@@ -65,7 +65,7 @@ def save(run_dir: str | Path, step: int, student: StudentEngine, teacher: Teache
         write_folder(partial / "ema", teacher.folder, teacher.arch, tensors, platform.current().dtype)
     if dist.get_rank() == 0:
         (partial / COMPANIONS).mkdir()
-        copy_companions(student.folder, partial / COMPANIONS)
+        copy_companions(student.folder, partial / COMPANIONS, platform.current().dtype)
     dist.barrier()
     digests = _shared_digests(partial)
     if dist.get_rank() == 0:
@@ -115,7 +115,7 @@ def load(path: Path, student: StudentEngine) -> None:
     from megatron.core import dist_checkpointing
 
     check_files(path)
-    CheckpointReader(path)  # refuses a pickle that megatron-core would run
+    CheckpointReader(path).check_objects()
     with platform.current().megatron():
         platform.current().prepare_optimizer_for_loading(student.optimizer)
         state = dist_checkpointing.load(_state(student, 0, loading=True), str(path))

@@ -441,6 +441,8 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, list[str]]] = {
 def test_a_checkpoint_that_cannot_be_converted(megatron: Path, tmp_path: Path, tool: Tool, case: str) -> None:
     destroy, parts = BAD_CHECKPOINTS[case]
     destroy(megatron)
+    if "checksums" not in case:  # a folder from elsewhere has none: what is wrong must show without them
+        (megatron / SUMS).unlink(missing_ok=True)
     before = snapshot(tmp_path)
     says(last_line(tool("megatron-to-hf", "--megatron", megatron, "--out", tmp_path / "out")), [str(megatron), *parts])
     assert snapshot(tmp_path) == before
@@ -450,6 +452,17 @@ def test_a_checkpoint_that_cannot_be_converted(megatron: Path, tmp_path: Path, t
 def test_a_folder_that_is_not_a_checkpoint(hf: Path, tmp_path: Path, refused: Refused, command: str) -> None:
     other = ["--out", tmp_path / "out"] if command == "megatron-to-hf" else ["--hf", hf]
     refused(command, "--megatron", hf, *other, parts=[str(hf), "not a Megatron distributed checkpoint"])
+
+
+def test_an_output_over_the_configuration_s_folder_is_refused(hf: Path, megatron: Path, refused: Refused) -> None:
+    arguments = ["--megatron", megatron, "--like", hf, "--out", hf, "--force"]
+    refused("megatron-to-hf", *arguments, parts=[str(hf), "overlap"])
+
+
+def test_no_empty_folders_are_left(hf: Path, tmp_path: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_to_megatron, "folder_pieces", lambda *_: (_ for _ in ()).throw(OSError("disk is gone")))
+    says(last_line(tool("hf-to-megatron", "--hf", hf, "--out", tmp_path / "a" / "b" / "out")), ["disk is gone"])
+    assert not (tmp_path / "a").exists()
 
 
 class _Malicious:
@@ -466,11 +479,25 @@ def test_a_pickle_with_a_program_in_it_is_not_run(
 ) -> None:
     marker = tmp_path / "ran"
     (megatron / ".metadata").write_bytes(pickle.dumps(_Malicious(marker)))
+    (megatron / SUMS).unlink()
     other = ["--out", tmp_path / "out"] if command == "megatron-to-hf" else ["--hf", hf, "--logits"]
     refused(command, "--megatron", megatron, *other, parts=[str(megatron), "system", "no checkpoint needs"])
     assert not marker.exists()
     pickle.loads((megatron / ".metadata").read_bytes())
     assert marker.exists(), "it would have"
+
+
+def test_a_state_with_a_program_in_it_is_not_run(hf: Path, megatron: Path, tmp_path: Path, refused: Refused) -> None:
+    """megatron-core unpickles the states of layers whatever they are."""
+    marker = tmp_path / "ran"
+    content = pickle.loads((megatron / ".metadata").read_bytes())
+    state = next(index for index in content.storage_data if "_extra_state" in index.fqn)
+    torch.save([_Malicious(marker)], megatron / "__1_0.distcp")
+    content.storage_data[state] = _StorageInfo("__1_0.distcp", 0, (megatron / "__1_0.distcp").stat().st_size)
+    (megatron / ".metadata").write_bytes(pickle.dumps(content))
+    (megatron / SUMS).unlink()
+    refused("verify", "--hf", hf, "--megatron", megatron, "--logits", parts=["__1_0.distcp", state.fqn])
+    assert not marker.exists()
 
 
 def test_a_tensor_with_a_program_in_it_is_not_run(megatron: Path, tmp_path: Path, tool: Tool) -> None:

@@ -40,11 +40,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2 tied": {"family": "qwen2", "vocab_size": 300, "num_hidden_layers": 4, "tie_word_embeddings": True},
     "llama": {"family": "llama", "vocab_size": 300, "num_hidden_layers": 2, "rope_parameters": LLAMA3},
 }
-# (TP, PP) one after the other on four ranks; those that are left over are data-parallel.
-LAYOUTS = [(2, 2), (1, 2), (2, 1)]
+# (TP, PP, EP) one after the other on four ranks; those that are left over are data-parallel.
+LAYOUTS = [(2, 2, 1), (1, 2, 1), (2, 1, 1)]
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3 moe": {"family": "qwen3_moe", "vocab_size": 300, "num_hidden_layers": 4},
+    "qwen3 moe tied": {"family": "qwen3_moe", "num_hidden_layers": 2, "tie_word_embeddings": True, "num_experts": 8},
+}
+EXPERT_LAYOUTS = [(2, 2, 2), (1, 2, 1), (2, 1, 4), (1, 1, 2)]
 
 
-def load_and_save(rank: int, world: int, folder: str) -> list[str]:
+def load_and_save(
+    rank: int, world: int, folder: str, names: list[str], layouts: list[tuple[int, int, int]]
+) -> list[str]:
     """Rank function: at each layout, each model's converted checkpoint loaded, then the one that was saved at the
     layout before, and that saved again. Returns what was not as it should be."""
     import torch.distributed as dist
@@ -58,21 +65,21 @@ def load_and_save(rank: int, world: int, folder: str) -> list[str]:
     platform.current().set_up()
     filesystem_async._results_queue = queue.Queue()  # as in training/checkpoint.py
     wrong = []
-    for place, (tp, pp) in enumerate(LAYOUTS):
-        grid = student_grid(tp, pp, seed=0)
-        for name in MODELS:
+    for place, (tp, pp, ep) in enumerate(layouts):
+        grid = student_grid(tp, pp, ep, seed=0)
+        for name in names:
             root = Path(folder, name)
             arch = read_architecture(ModelFolder(root / "hf"))
             with platform.current().megatron():
                 model: Any = build_model(arch, grid, transformer_config(arch, grid), with_head=True)
-            for source in ["megatron", *(saved(*layout) for layout in LAYOUTS[place - 1 : place])]:
+            for source in ["megatron", *(saved(*layout) for layout in layouts[place - 1 : place])]:
                 with torch.no_grad(), platform.current().megatron():
                     for parameter in model.parameters():
                         parameter.fill_(7.0)
                     load_model(root / source, model)
-                where = f"{source} of {name} at TP{tp} PP{pp} on rank {rank}"
+                where = f"{source} of {name} at TP{tp} PP{pp} EP{ep} on rank {rank}"
                 wrong += [f"{where}: {what}" for what in _differences(model, grid, root / "hf")]
-            target = root / saved(tp, pp)
+            target = root / saved(tp, pp, ep)
             if rank == 0:
                 target.mkdir()
             dist.barrier()
@@ -85,9 +92,9 @@ def load_and_save(rank: int, world: int, folder: str) -> list[str]:
     return wrong
 
 
-def saved(tp: int, pp: int) -> str:
+def saved(tp: int, pp: int, ep: int) -> str:
     """Name of the checkpoint that megatron-core saved at a layout."""
-    return f"saved at TP{tp} PP{pp}"
+    return f"saved at TP{tp} PP{pp} EP{ep}"
 
 
 def _differences(model: Any, grid: Any, hf: Path) -> list[str]:
@@ -102,7 +109,8 @@ def _differences(model: Any, grid: Any, hf: Path) -> list[str]:
         parameter = loading.find(slot, named)
         if parameter is None:
             continue
-        expected = shard(slot, [full[name] for name in slot.hf], arch, grid.tp_rank, grid.layout.tp)
+        place = grid.tensor_rank(expert=slot.expert is not None)
+        expected = shard(slot, [full[name] for name in slot.hf], arch, *place)
         if not same_bits(parameter.detach(), expected):  # of a vocabulary with its padding, which is zero
             wrong.append(f"{slot.megatron[0]} {_what_differs(parameter.detach(), expected, slot.whole[0])}")
         seen.add(id(parameter))
@@ -120,22 +128,27 @@ def _what_differs(found: Tensor, expected: Tensor, rows: int) -> str:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every model's folder `NAME/hf` and its checkpoint `NAME/megatron`."""
     root = tmp_path_factory.mktemp("layouts")
-    for name, fields in MODELS.items():
+    for name, fields in (MODELS | EXPERTS).items():
         write_bits(root / name / "hf", **fields)
         hf_to_megatron.convert(root / name / "hf", root / name / "megatron")
     return root
 
 
-def test_megatron_loads_and_saves_a_checkpoint_at_any_layout(converted: Path) -> None:
-    assert run_ranks(load_and_save, 4, str(converted)) == [[]] * 4
-    for name in MODELS:
-        for layout in LAYOUTS:
+@pytest.mark.parametrize(("models", "layouts"), [(MODELS, LAYOUTS), (EXPERTS, EXPERT_LAYOUTS)])
+def test_megatron_loads_and_saves_a_checkpoint_at_any_layout(
+    converted: Path, models: dict[str, Any], layouts: list[tuple[int, int, int]]
+) -> None:
+    assert run_ranks(load_and_save, 4, str(converted), list(models), layouts) == [[]] * 4
+    for name in models:
+        for layout in layouts:
             source, target = converted / name / saved(*layout), converted / name / f"hf {saved(*layout)}"
             megatron_to_hf.convert(source, target)
             assert_same_model(converted / name / "hf", target)
+    if models is EXPERTS:
+        return
 
     # A tensor that is cut was in pieces of the layout's number: the reader had to put them together.
-    metadata = pickle.loads((converted / "qwen3" / saved(2, 2) / ".metadata").read_bytes())
+    metadata = pickle.loads((converted / "qwen3" / saved(2, 2, 1) / ".metadata").read_bytes())
     pieces = {key: len(getattr(value, "chunks", [])) for key, value in metadata.state_dict_metadata.items()}
     assert pieces["embedding.word_embeddings.weight"] == 2
     assert pieces["decoder.layers.mlp.linear_fc2.weight"] == 4 * 2, "layers, ranks"
@@ -167,6 +180,8 @@ def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
         "qwen2": far_from_position_independent(family="qwen2"),
         "qwen2 tied": far_from_position_independent(family="qwen2", tie_word_embeddings=True),
         "llama": far_from_position_independent(family="llama", rope_parameters=LLAMA3),
+        "qwen3 moe": far_from_position_independent(family="qwen3_moe"),
+        "qwen3 moe unnormalised": far_from_position_independent(family="qwen3_moe", norm_topk_prob=False),
     }
     for name, fields in roots.items():
         write_model(tmp_path / name / "hf", **fields)
@@ -186,11 +201,11 @@ def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
     results = dict(json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT"))
     assert results == {str(tmp_path / name): name != "unscaled" for name in (*roots, "unscaled")}, done.stdout
     verdicts = [line for line in lines if line.startswith(("SAME", "DIFFERENT"))]
-    assert len(verdicts) == 4
+    assert len(verdicts) == len(roots) + 1
     for verdict in verdicts:
         assert "float32, 1e-04 allowed" in verdict
-    assert all(float(verdict.split("at most ")[1].split()[0]) < 1e-4 for verdict in verdicts[:3])
-    assert float(verdicts[3].split("at most ")[1].split()[0]) > 0.01
+    assert all(float(verdict.split("at most ")[1].split()[0]) < 1e-4 for verdict in verdicts[:-1])
+    assert float(verdicts[-1].split("at most ")[1].split()[0]) > 0.01
 
 
 @pytest.mark.parametrize("change", ["scaling", "bias"])

@@ -255,3 +255,14 @@ def test_an_optimizer_beside_the_model_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "megatron" / SUMS).unlink()
     megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back")
     assert_same_model(hf, tmp_path / "back")
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_configuration_without_a_dtype_or_with_another_one_stays_as_it_is(tmp_path: Path, dtype: str | None) -> None:
+    hf = write_bits(tmp_path / "hf", dtype=torch.bfloat16)
+    config = json.loads((hf / "config.json").read_text())
+    config.pop("dtype", None)
+    (hf / "config.json").write_text(json.dumps(config | ({"dtype": dtype} if dtype else {})))
+    hf_to_megatron.convert(hf, tmp_path / "megatron")
+    megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back")
+    assert_same_model(hf, tmp_path / "back")

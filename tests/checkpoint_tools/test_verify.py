@@ -55,6 +55,14 @@ def test_a_model_and_its_checkpoint_are_the_same(tmp_path: Path, tool: Tool, fam
     assert snapshot(tmp_path) == before, "to look is not to touch"
 
 
+def test_a_configuration_that_differs_is_another_model(whole: Path, hf: Path, tool: Tool) -> None:
+    configure(hf, rms_norm_eps=1e-3)
+    done = tool("verify", "--hf", hf, "--megatron", whole / "megatron")
+    assert done.code == 1
+    assert done.out.splitlines()[-1].startswith("DIFFERENT")
+    assert "config.json differs in norm_eps" in done.out
+
+
 def nudged(name: str) -> Callable[[Content], Content]:
     """The last value of a tensor, changed in its last bit."""
 
