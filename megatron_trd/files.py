@@ -20,17 +20,20 @@ from blake3 import blake3
 from megatron_trd.errors import UserError
 
 SUMS = "B3SUMS"
-_BLOCK = 2**24  # bytes of a file that are hashed at once
+_BLOCK = 2**22  # bytes of a file that are hashed at once
+_SYNC_BYTES = 2**27  # of a file that are written before the disk is asked to begin
 _MARGIN = 2**26  # bytes to leave free on a disk, for the folder's small files
 
 
 class HashedFile:
-    """A new file written from start to end and hashed on the way, by a thread of its own."""
+    """A new file written from start to end; threads of its own hash it and bring it to the disk on the way."""
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("xb", buffering=0)
         self._hash = blake3()
-        self._hasher = ThreadPoolExecutor(1)
+        self._hasher, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._synced = 0  # bytes, when the disk was last asked for
+        self._sync: Future[Any] | None = None
         self._pending: Future[Any] | None = None
         self.error: OSError | None = None  # why a write failed
 
@@ -49,6 +52,9 @@ class HashedFile:
         except OSError as error:
             self.error = error
             raise
+        if self.tell() - self._synced >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
+            self._synced = self.tell()
+            self._sync = self._syncer.submit(os.fdatasync, self._file.fileno())
         return len(view)
 
     def flush(self) -> None:
@@ -63,6 +69,7 @@ class HashedFile:
     def close(self) -> str:
         """Bring the file to the disk; returns its BLAKE3 hash."""
         self._hasher.shutdown()
+        self._syncer.shutdown()
         os.fsync(self._file.fileno())
         self._file.close()
         return self._hash.hexdigest()
@@ -160,9 +167,10 @@ def files_of(folder: Path) -> list[str]:
 def digest(path: Path) -> str:
     """BLAKE3 hash of a file, in hexadecimal."""
     value = blake3()
+    block = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            value.update(block)
+        while count := file.readinto(block):
+            value.update(block[:count])
     return value.hexdigest()
 
 

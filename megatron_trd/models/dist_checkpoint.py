@@ -89,10 +89,13 @@ class CheckpointWriter:
             self._name = f"__{len(self.digests)}_0.distcp"
             self._file = HashedFile(self._path / self._name)
         begin = self._file.tell()
+        torch.serialization.set_crc32_options(False)  # the file's own checksum is stronger, and beside the way
         try:
             torch.save(value, self._file)  # type: ignore[arg-type]  # write and flush are all it asks for
         except RuntimeError:  # what torch makes of a write that failed
             raise self._file.error or RuntimeError(f"{index} cannot be saved") from None
+        finally:
+            torch.serialization.set_crc32_options(True)
         self._places[index] = _StorageInfo(self._name, begin, self._file.tell() - begin)
         if self._file.tell() >= _FILE_BYTES:
             self._end_file()
