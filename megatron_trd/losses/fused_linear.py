@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from megatron_trd.losses.head import add_product, chunks, product_into
 from megatron_trd.losses.objective import Divergence, Objective
+from megatron_trd.losses.rows import PendingRows
 from megatron_trd.losses.shard import VocabShard, statistics_dtype
-from megatron_trd.losses.top_k import restricted_divergence_rows_
+from megatron_trd.losses.top_k import PendingRestrictedRows, start_divergence_
 
 
 class FusedDivergence(NamedTuple):
@@ -60,14 +62,14 @@ def fused_linear_divergence(
             **Its gradient is complete on every rank: it is summed over `group` here, not by the caller** (do not
             also feed this through Megatron's `copy_to_tensor_model_parallel_region`).
         student_weight: `[V / p, hidden]`, this rank's rows of the output head, in rank order, dtype of
-            `student_hidden`. Its gradient is this shard's: accumulated in float32, returned in its dtype, through
-            autograd (Megatron's `main_grad` fusion is not used, so its hooks run as for any parameter).
+            `student_hidden`. Its gradient is this shard's: accumulated in float32, then added to the `main_grad` of
+            a parameter under Megatron's DDP, or returned in the parameter's dtype through autograd.
         teacher_hidden: `[tokens, teacher's hidden]`; never receives a gradient.
         teacher_weight: `[V / p, teacher's hidden]`, sharded as the student's; never receives a gradient.
         token_weights: `[tokens]`, any sign, 0 for a token to leave out.
-        chunk_tokens: tokens whose logits exist at once; None: 256 MiB of float32 logits a side. At that size at
-            most two and a half times these are allocated (`jsd`: three times); smaller chunks need more scratch in
-            proportion. The result does not depend on it beyond rounding.
+        chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 256 MiB of float32
+            logits a side. At that size at most two and a half times these are allocated (`jsd`: three times); smaller
+            chunks need more scratch in proportion. The result does not depend on it beyond rounding.
         group, divergence, beta, temperature, vocab_size, clip, top_k: as in `vocab_parallel_divergence`.
 
     Returns:
@@ -103,20 +105,45 @@ class _FusedLinearDivergence(torch.autograd.Function):
         result = _over_chunks(student, teacher, scale, shard, objective, chunk_tokens, *needs)
         # Saved, not kept as attributes: autograd frees them after backward even while someone holds the loss.
         ctx.save_for_backward(result.hidden_gradient, result.weight_gradient, result.per_token)
-        ctx.dtypes = student_hidden.dtype, student_weight.dtype, token_weights.dtype
+        ctx.dtypes = student_hidden.dtype, token_weights.dtype
+        ctx.weight = student_weight
         ctx.mark_non_differentiable(result.per_token)
         return (result.per_token * scale).sum(), result.per_token
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        needed = (ctx.needs_input_grad[place] for place in (0, 1, 4))
-        hidden, weight, token_weights = (
-            # Scaled straight into the parameter's dtype: no second float32 copy of a head's gradient.
-            torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype)) if need else None
-            for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
+        needs_hidden, needs_weight, needs_weights = (ctx.needs_input_grad[place] for place in (0, 1, 4))
+        hidden, weight, per_token = ctx.saved_tensors
+        # Scaled straight into the dtype that is wanted: no second float32 copy of a head's gradient.
+        return (
+            _scaled(hidden, upstream, ctx.dtypes[0]) if needs_hidden else None,
+            _weight_gradient(ctx.weight, weight, upstream) if needs_weight else None,
+            None,
+            None,
+            _scaled(per_token, upstream, ctx.dtypes[1]) if needs_weights else None,
+            None,
+            None,
+            None,
         )
-        return hidden, weight, None, None, token_weights, None, None, None
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _weight_gradient(weight: Any, gradient: Tensor, upstream: Tensor) -> Tensor:
+    """The head's gradient for autograd; of a parameter under Megatron's DDP it goes to `main_grad`, and autograd gets
+    a stand-in, for the hooks to run (megatron-core `LinearWithGradAccumulationAndAsyncCommunication`)."""
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return _scaled(gradient, upstream, weight.dtype)
+    if weight.main_grad.dtype == gradient.dtype:
+        weight.main_grad.addcmul_(gradient, upstream)
+    else:
+        weight.main_grad.add_(gradient * upstream)
+    weight.grad_added_to_main_grad = True
+    # A tied head's stand-in is added to the embedding's gradient, and must not change it.
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 def _over_chunks(
@@ -129,32 +156,46 @@ def _over_chunks(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> _Result:
-    """Every chunk: two head products, the divergence and its gradient in their buffers, and the gradients' products."""
+    """Every chunk: two head products, the divergence and its gradient in their buffers, and the gradients' products.
+
+    Over several ranks two chunks are under way: while the sums of one travel, the gradients' products of the one before
+    are computed.
+    """
     tokens, width = student.hidden.shape[0], student.weight.shape[0]
     student_head, teacher_head = student.weight[: shard.columns], teacher.weight[: shard.columns]
     per_token = torch.empty_like(scale)
     hidden_gradient = scale.new_empty(student.hidden.shape) if needs_hidden else None
     weight_gradient = scale.new_zeros(student.weight.shape) if needs_weight else None
-    slices = chunks(tokens, width, chunk_tokens, scale.dtype)
-    # The same two buffers serve every chunk: fresh ones cost a CPU more in page faults than the softmaxes do.
-    buffers = scale.new_empty(2, slices[0].stop if slices else 0, shard.columns)
-    pending: list[dist.Work] = []
-    for here in slices:
-        x, y = buffers[:, : here.stop - here.start]
-        product_into(x, student.hidden[here], student_head.t())
-        product_into(y, teacher.hidden[here], teacher_head.t())
-        gradient = needs_hidden or needs_weight
-        per_token[here] = restricted_divergence_rows_(x, y, scale[here], shard, objective, gradient=gradient)
-        narrow = x.to(student_head.dtype) if gradient else x
+    depth = 1 if shard.size == 1 else 2
+    slices = chunks(tokens, width, chunk_tokens, scale.dtype, under_way=depth)
+    # The same buffers serve every chunk: fresh ones cost a CPU more in page faults than the softmaxes do.
+    buffers = scale.new_empty(min(depth, len(slices)), 2, slices[0].stop if slices else 0, shard.columns)
+    sums: list[dist.Work] = []
+
+    def finish(here: slice, rows: PendingRows | PendingRestrictedRows) -> None:
+        wanted = student_head.dtype if needs_hidden or needs_weight else None
+        per_token[here], gradient = rows.finish(scale[here], wanted)
+        if gradient is None:
+            return
+        narrow = gradient.to(student_head.dtype)
         if hidden_gradient is not None:
             product_into(hidden_gradient[here], narrow, student_head)
-            pending += shard.start_sum_(hidden_gradient[here])  # rides under the products that follow
+            sums.extend(shard.start_sum_(hidden_gradient[here]))  # rides under the products that follow
         if weight_gradient is not None:
-            left = narrow if narrow.is_cuda else x  # tensor cores take the narrow one, a CPU has no mixed product
+            left = narrow if narrow.is_cuda else gradient  # tensor cores want it narrow, a CPU has no mixed product
             add_product(weight_gradient[: shard.columns], left.t(), student.hidden[here])
-            del left
-        del narrow  # or it would still be there while the next chunk makes its own
-    for work in pending:
+
+    under_way: deque[tuple[slice, PendingRows | PendingRestrictedRows]] = deque()
+    for number, here in enumerate(slices):
+        x, y = buffers[number % depth, :, : here.stop - here.start]
+        product_into(x, student.hidden[here], student_head.t())
+        product_into(y, teacher.hidden[here], teacher_head.t())
+        under_way.append((here, start_divergence_(x, y, shard, objective)))
+        if len(under_way) == depth:
+            finish(*under_way.popleft())
+    while under_way:
+        finish(*under_way.popleft())
+    for work in sums:
         work.wait()
     return _Result(per_token, hidden_gradient, weight_gradient)
 

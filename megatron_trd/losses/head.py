@@ -12,8 +12,9 @@ from torch import Tensor
 CHUNK_BYTES = 256 * 2**20
 
 
-def chunks(tokens: int, width: int, chunk_tokens: int | None, dtype: torch.dtype) -> list[slice]:
-    """Cut `tokens` into slices of at most `chunk_tokens` (None: what `CHUNK_BYTES` holds), equal but for the last.
+def chunks(tokens: int, width: int, chunk_tokens: int | None, dtype: torch.dtype, *, under_way: int = 1) -> list[slice]:
+    """Cut `tokens` into slices, equal but for the last, of which any `under_way` next to each other have at most
+    `chunk_tokens` (None: what `CHUNK_BYTES` holds) and a few more for rounding.
 
     `width` is the padded width of a shard, so that every rank cuts alike.
     """
@@ -21,6 +22,7 @@ def chunks(tokens: int, width: int, chunk_tokens: int | None, dtype: torch.dtype
         chunk_tokens = max(1, CHUNK_BYTES // max(1, width * dtype.itemsize))
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1 (None: from the memory budget), not {chunk_tokens}")
+    chunk_tokens = max(1, chunk_tokens // under_way)
     step = math.ceil(tokens / max(1, math.ceil(tokens / chunk_tokens)))
     return [slice(first, min(first + step, tokens)) for first in range(0, tokens, max(1, step))]
 

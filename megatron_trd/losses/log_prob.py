@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_trd.losses.head import chunks, product_into
-from megatron_trd.losses.rows import blocks, log_scales, shift_
+from megatron_trd.losses.rows import log_scales
 from megatron_trd.losses.shard import VocabShard, statistics_dtype
+from megatron_trd.losses.torch_kernels import blocks, shift_
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def vocab_parallel_log_prob(
     for here in chunks(hidden.shape[0], weight.shape[0], chunk_tokens, dtype):
         logits = result.new_empty(here.stop - here.start, shard.columns)
         product_into(logits, hidden[here], weight[: shard.columns].t())
-        sums = shard.gather(_local_sums_(logits.div_(temperature), token_ids[here] - shard.start))
+        sums = shard.start_gather(_local_sums_(logits.div_(temperature), token_ids[here] - shard.start)).wait()
         maximum, total, chosen = sums.unbind(dim=1)  # [ranks, rows] each
         result[here] = (chosen + log_scales(maximum, total)).amax(dim=0)
         del logits  # or they would still be there while the next chunk's are made

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Gathering(NamedTuple):
+    """An all-gather under way."""
+
+    tensor: Tensor  # [ranks, ...], to be read after `wait`
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
 
 
 @dataclass(frozen=True)
@@ -35,13 +48,13 @@ class VocabShard:
         """A vocabulary that every rank holds completely."""
         return cls(None, 0, 1, 0, columns, columns)
 
-    def gather(self, packed: Tensor) -> Tensor:
-        """`[...]` of every rank as `[ranks, ...]`, in rank order; one collective."""
+    def start_gather(self, packed: Tensor) -> Gathering:
+        """Start to bring `[...]` of every rank together as `[ranks, ...]`, in rank order; one collective."""
         if self.size == 1:
-            return packed.unsqueeze(0)
+            return Gathering(packed.unsqueeze(0), None)
         gathered = packed.new_empty(self.size * packed.shape[0], *packed.shape[1:])  # the layout gloo asks for
-        dist.all_gather_into_tensor(gathered, packed.contiguous(), group=self.group)
-        return gathered.view(self.size, *packed.shape)
+        work = dist.all_gather_into_tensor(gathered, packed.contiguous(), group=self.group, async_op=True)
+        return Gathering(gathered.view(self.size, *packed.shape), work)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place."""

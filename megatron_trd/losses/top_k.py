@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_trd.losses.objective import Objective
-from megatron_trd.losses.rows import blocks, divergence_rows_
-from megatron_trd.losses.shard import VocabShard
+from megatron_trd.losses.rows import PendingRows, start_rows_
+from megatron_trd.losses.shard import Gathering, VocabShard
+from megatron_trd.losses.torch_kernels import blocks
 
 
 class _Kept(NamedTuple):
@@ -25,29 +26,45 @@ class _Kept(NamedTuple):
     here: Tensor  # [rows, k] whether it is here
 
 
-def restricted_divergence_rows_(
-    student: Tensor,
-    teacher: Tensor,
-    scale: Tensor,
-    shard: VocabShard,
-    objective: Objective,
-    *,
-    gradient: bool,
-) -> Tensor:
-    """`divergence_rows_` after `objective.top_k`, where there is one: same arguments, same result, one all-gather."""
+class PendingRestrictedRows(NamedTuple):
+    """Rows whose candidates are on their way between the ranks."""
+
+    student: Tensor
+    columns: Tensor  # [rows, k] of this rank's candidates
+    shard: VocabShard
+    objective: Objective
+    candidates: Gathering  # [ranks, 2, rows, k] logits of student and teacher
+
+    def finish(self, scale: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        """As `PendingRows.finish`, on the kept columns; the gradient is 0 elsewhere."""
+        kept = self._keep()
+        on_kept = replace(self.objective, top_k=None)
+        whole = VocabShard.whole(kept.column.shape[1])
+        rows = start_rows_(kept.student, kept.teacher, whole, on_kept)
+        divergence, gradient = rows.finish(scale, None if dtype is None else self.student.dtype)
+        if gradient is None:
+            return divergence, None
+        if self.shard.columns > 0:
+            self.student.zero_().scatter_add_(1, kept.column, gradient.masked_fill_(~kept.here, 0))
+        return divergence, self.student
+
+    def _keep(self) -> _Kept:
+        k = self.columns.shape[1]
+        # [rows, ranks * k]: by rank, then by each rank's order, hence by index among equals; the sort keeps that.
+        student_all, teacher_all = self.candidates.wait().permute(1, 2, 0, 3).flatten(start_dim=2)
+        place = torch.sort(teacher_all, dim=1, descending=True, stable=True).indices[:, :k]
+        here = place // k == self.shard.rank
+        column = self.columns.gather(1, place % k).masked_fill_(~here, 0)
+        return _Kept(student_all.gather(1, place), teacher_all.gather(1, place), column, here)
+
+
+def start_divergence_(
+    student: Tensor, teacher: Tensor, shard: VocabShard, objective: Objective
+) -> PendingRows | PendingRestrictedRows:
+    """`start_rows_`, on the teacher's `objective.top_k` best columns where that is set; same arguments."""
     if objective.top_k is None or objective.top_k >= shard.vocabulary:
-        return divergence_rows_(student, teacher, scale, shard, objective, gradient=gradient)
-    k = objective.top_k
-    kept = _keep(student, teacher, k, shard)
-    on_kept = replace(objective, top_k=None)
-    divergence = divergence_rows_(kept.student, kept.teacher, scale, VocabShard.whole(k), on_kept, gradient=gradient)
-    if gradient and shard.columns > 0:
-        student.zero_().scatter_add_(1, kept.column, kept.student.masked_fill_(~kept.here, 0))
-    return divergence
-
-
-def _keep(student: Tensor, teacher: Tensor, k: int, shard: VocabShard) -> _Kept:
-    rows = student.shape[0]
+        return start_rows_(student, teacher, shard, objective)
+    rows, k = student.shape[0], objective.top_k
     # Slots beyond a short shard's columns are never picked: -inf loses to every logit, and k real ones exist.
     candidates = student.new_full((2, rows, k), -torch.inf)
     columns = torch.zeros(rows, k, dtype=torch.int64, device=student.device)
@@ -57,12 +74,7 @@ def _keep(student: Tensor, teacher: Tensor, k: int, shard: VocabShard) -> _Kept:
             columns[block, :held] = _best_columns(teacher[block], held)
         torch.gather(student, 1, columns[:, :held], out=candidates[0, :, :held])
         torch.gather(teacher, 1, columns[:, :held], out=candidates[1, :, :held])
-    # [rows, ranks * k]: by rank, then by each rank's order, hence by index among equal logits; the sort keeps that.
-    student_all, teacher_all = shard.gather(candidates).permute(1, 2, 0, 3).flatten(start_dim=2)
-    place = torch.sort(teacher_all, dim=1, descending=True, stable=True).indices[:, :k]
-    here = place // k == shard.rank
-    column = columns.gather(1, place % k).masked_fill_(~here, 0)
-    return _Kept(student_all.gather(1, place), teacher_all.gather(1, place), column, here)
+    return PendingRestrictedRows(student, columns, shard, objective, shard.start_gather(candidates))
 
 
 def _best_columns(logits: Tensor, k: int) -> Tensor:

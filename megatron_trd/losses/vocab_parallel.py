@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_trd.losses.objective import Divergence, Objective
-from megatron_trd.losses.rows import NO_LOGIT
 from megatron_trd.losses.shard import VocabShard, statistics_dtype
-from megatron_trd.losses.top_k import restricted_divergence_rows_
+from megatron_trd.losses.top_k import start_divergence_
+from megatron_trd.losses.torch_kernels import NO_LOGIT
 
 
 def vocab_parallel_divergence(
@@ -82,9 +82,10 @@ class _VocabParallelDivergence(torch.autograd.Function):
             ctx.save_for_backward(student)
             return student.new_zeros(0)
         ones = student.new_ones(student.shape[0])
-        result = restricted_divergence_rows_(student, teacher, ones, shard, objective, gradient=gradient)
-        if gradient:
-            ctx.save_for_backward(student)
+        rows = start_divergence_(student, teacher, shard, objective)
+        result, of_student = rows.finish(ones, dtype if gradient else None)
+        if of_student is not None:
+            ctx.save_for_backward(of_student)
         return result
 
     @staticmethod

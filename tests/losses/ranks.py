@@ -144,7 +144,7 @@ def _memory(rank: int, ranks: int, *, tokens: int, vocabulary: int, hidden: int,
 def allocated(call: Callable[[], Any]) -> Memory:
     """What the CPU allocator did during `call`, scratch of the matrix library included, as the profiler saw it."""
     # Blocks have a fixed size, far below that of a real chunk; a test's chunk would be one block, and double the peak.
-    small_blocks = mock.patch("megatron_trd.losses.rows.HOST_BLOCK_BYTES", 1)
+    small_blocks = mock.patch("megatron_trd.losses.torch_kernels.HOST_BLOCK_BYTES", 1)
     with small_blocks, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     with tempfile.TemporaryDirectory() as folder:

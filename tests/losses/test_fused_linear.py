@@ -316,3 +316,20 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
 def test_arguments_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(reference.heads(Case()), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_under_megatron_s_ddp_the_head_s_gradient_goes_to_main_grad(tied: bool, dtype: torch.dtype) -> None:
+    inputs = reference.heads(Case(tokens=7, dtype=torch.float32))
+    want = gradients(inputs)[1]
+    weight: Any = torch.nn.Parameter(inputs.student_weight.detach().clone())
+    weight.main_grad = torch.full_like(weight, 0.5, dtype=dtype)  # of an earlier micro-batch
+    weight.grad_added_to_main_grad = False
+    weight.zero_out_wgrad = tied
+    (3 * call(inputs._replace(student_weight=weight))).backward()
+    assert weight.grad_added_to_main_grad
+    exact = dtype == torch.float32
+    assert torch.allclose(weight.main_grad.float(), 0.5 + 3 * want, rtol=1e-6 if exact else 1e-2, atol=1e-6)
+    assert weight.grad.shape == weight.shape, "a stand-in, for the hooks to run"
+    assert not tied or weight.grad.eq(0).all(), "it is added to the embedding's gradient"

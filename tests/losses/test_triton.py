@@ -1,0 +1,90 @@
+"""The GPU's passes, in Triton's interpreter, against the CPU's in float64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_trd.losses.kernels import Kernels, TorchKernels
+from megatron_trd.losses.objective import Objective
+from megatron_trd.losses.torch_kernels import NO_LOGIT
+from tests.distributed import run_ranks
+
+ROWS = 3
+COLUMNS = [1, 5, 1003, 2 * 8192 + 17]  # fewer than a block, and several with a rest
+CASES: dict[str, dict[str, Any]] = {
+    "forward": {"divergence": "forward_kl"},
+    "reverse": {"divergence": "reverse_kl"},
+    "jsd": {"divergence": "jsd", "beta": 0.3},
+    "jsd of the teacher alone": {"divergence": "jsd", "beta": 1.0},
+    "warm": {"divergence": "forward_kl", "temperature": 2.0},
+    "cold": {"divergence": "jsd", "temperature": 0.5},
+}
+
+
+def logits(kind: str, columns: int) -> tuple[Tensor, Tensor]:
+    """`[ROWS, columns]` of both sides, with memory beyond their columns as a chunk of a padded shard has it."""
+    generator = torch.Generator().manual_seed(columns)
+    x, y = (3 * torch.randn(ROWS, columns + 3, generator=generator) for _ in range(2))
+    if kind == "far from zero":
+        x, y = x + 1e4, y - 1e4
+    if kind == "rising":  # the maximum moves with every block
+        x, y = x + torch.arange(columns + 3) / 100, y - torch.arange(columns + 3) / 100
+    if kind == "masked" and columns > 1:
+        x[:, 0], y[:, -5] = -torch.inf, -torch.inf
+        x[0, : columns // 2] = -torch.inf
+    x, y = x.clamp(min=NO_LOGIT), y.clamp(min=NO_LOGIT)  # as the losses hand them over
+    return x[:, :columns], y[:, :columns]
+
+
+def passes(kernels: Kernels) -> list[Tensor]:
+    """What the passes give, with numbers for what other ranks would say."""
+    statistics = kernels.statistics().clone()
+    x_max, x_sum, y_max, y_sum, _ = statistics
+    found = [x_max, x_sum.log(), y_max, y_sum.log(), statistics[4]]
+    log_s, log_t = -x_sum.log() - 0.1, -y_sum.log() - 0.2
+    factor = torch.linspace(0.5, 1.5, ROWS, dtype=x_max.dtype)
+    if kernels.objective.divergence == "jsd":
+        found += kernels.mixture(log_s, log_t).clone().unbind()
+        terms = factor, torch.full_like(factor, -0.3)
+    elif kernels.objective.divergence == "forward_kl":
+        terms = factor * log_s.exp(), factor * log_t.exp()
+    else:
+        terms = factor * log_s.exp(), log_s - log_t - 0.3
+    return [*found, kernels.gradient(*terms, factor.dtype)]
+
+
+def compare(rank: int, world: int) -> list[str]:
+    """Rank function, where the interpreter is on: what differs."""
+    from megatron_trd.losses.triton_kernels import TritonKernels
+
+    wrong = []
+    kinds = ("plain", "far from zero", "rising", "masked")
+    for (name, options), kind, columns in itertools.product(CASES.items(), kinds, COLUMNS):
+        objective = Objective(**options)
+        x, y = logits(kind, columns)
+        found = passes(TritonKernels(x.clone(), y.clone(), objective))
+        expected = passes(TorchKernels(x.double(), y.double(), objective))
+        for place, (a, b) in enumerate(zip(found, expected, strict=True)):
+            error = (a.double() - b).abs().max().item()
+            if not error <= 2e-6 * max(1.0, b.abs().max().item()):
+                wrong.append(f"{name}, {kind}, {columns} columns: result {place} differs by {error}")
+    x, y = logits("plain", 1003)
+    narrow, wide = (TritonKernels(x.clone(), y.clone(), Objective()) for _ in range(2))
+    for kernels in (narrow, wide):
+        kernels.statistics()
+    ones = torch.ones(ROWS)
+    halves, whole = narrow.gradient(ones, ones, torch.bfloat16), wide.gradient(ones, ones, torch.float32)
+    if halves.dtype != torch.bfloat16 or (halves.float() - whole).abs().gt(2**-7 * whole.abs()).any():
+        wrong.append("a gradient in bf16 is not the float32 one, rounded")
+    return wrong
+
+
+def test_triton_s_passes_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert run_ranks(compare, 1) == [[]]
