@@ -1,11 +1,17 @@
-"""Time and memory of the fused loss, against its floor and against plain torch.
+"""Time, peak memory and gradient error of the fused loss, beside its floor and the public rivals.
 
-    python -m benchmarks.loss --tokens 2048 --hidden 1024 --vocab 151936 --tp 1 --write benchmarks/results/loss_cpu.md
+    pip install --no-deps -r benchmarks/requirements.txt  # the rivals; those missing are left out
+    python -m benchmarks.loss --write benchmarks/results/loss_cpu.md
+    python -m benchmarks.loss --tp 2
+    python -m benchmarks.loss --sweep
 
 The floor is the four products no head can do without (student logits, teacher logits, gradients of hidden states and
-of weight), whole, into buffers already touched. Plain torch is `dense_divergence` on whole logits with autograd. Each
-case runs in fresh processes, one a tensor-parallel rank; time is the best of `--repeats` on the slowest rank, memory
-the growth of a rank's resident set over one that holds the inputs (its own high-water mark, so gradients are included).
+of weight), whole, into buffers already touched. It is measured first and last, and ratios are to the mean of the two,
+so that a machine that changes its speed shows. Every case runs in fresh processes, one a tensor-parallel rank, on the
+same tensors: after one call to warm up, `--repeats` timed ones, each as long as its slowest rank. Memory is the peak
+of a rank above what it holds with the inputs and one gradient of each student input: resident bytes on a CPU (the
+`VmHWM` of the process), allocated ones on a GPU. A chunk is one side's float32 logits for the tokens of
+`--chunk-tokens` (default: 256 MiB). Errors are norms relative to a float64 computation, on a small problem of its own.
 """
 
 from __future__ import annotations
@@ -17,117 +23,331 @@ import resource
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
+from math import nan
 from pathlib import Path
+from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_trd.losses import dense_divergence, fused_linear_divergence
+from benchmarks.rivals import Case, Loss, cases, loaded
+from megatron_trd.losses import dense_divergence
 from tests.distributed import run_ranks
 
 MIB = 2**20
-CASES = ("four products alone", "fused forward_kl", "fused reverse_kl", "fused jsd", "plain forward_kl")
+FLOOR, AGAIN = "four products alone", "four products alone, again"
+SWEPT_TOKENS = [2**power for power in range(10, 17)]
+SWEPT_VOCABULARIES = [2**power for power in range(13, 19)]
+SWEPT_RANKS = [1, 2, 4]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Shape(NamedTuple):
+    """What to compute, and on what."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int  # of all ranks
+    ranks: int
+    chunk_tokens: int | None
+    device: str
+    dtype: str
+
+    @property
+    def width(self) -> int:
+        return self.vocabulary // self.ranks
+
+    @property
+    def chunk(self) -> int:
+        """Bytes of one side's logits in a chunk."""
+        tokens = self.chunk_tokens or max(1, 256 * MIB // (4 * self.width))
+        return 4 * min(tokens, self.tokens) * self.width
+
+
+class Inputs(NamedTuple):
+    """What every case is given; the student's two require gradients."""
+
+    student: Tensor
+    student_weight: Tensor
+    teacher: Tensor
+    teacher_weight: Tensor
+
+
+class Measured(NamedTuple):
+    """What one rank saw, or the ranks together."""
+
+    seconds: list[float]
+    memory: int
+    gradient_error: float
+    loss_error: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--chunk-tokens", type=int, default=None)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--skip-plain", action="store_true", help="plain torch needs about ten whole logits of memory")
-    parser.add_argument("--write", type=Path, help="also write the table here")
-    options = parser.parse_args()
-    cases = [case for case in CASES if not (options.skip_plain and case.startswith("plain"))]
-    if options.tp > 1:  # plain torch has no vocabulary-parallel softmax to compare with
-        cases = [case for case in cases if not case.startswith("plain")]
-    table = _table(options, cases)
-    print(table)
+    options = _parser().parse_args()
+    if options.device == "cuda" and options.tp > 1:
+        raise SystemExit("one GPU is measured: --device cuda goes with --tp 1")
+    table = _sweep(options) if options.sweep else _comparison(options)
+    text = f"{_machine(options)}\n\n{table}"
+    print(text)
     if options.write:
         command = shlex.join(["python", "-m", "benchmarks.loss", *sys.argv[1:]])
-        options.write.write_text(f"# The loss on a CPU\n\n```\n{command}\n```\n\n{table}\n")
+        title = "The loss on a CPU" if options.device == "cpu" else "The loss on a GPU"
+        options.write.write_text(f"# {title}\n\n```\n{command}\n```\n\n{text}\n")
 
 
-def _table(options: argparse.Namespace, cases: list[str]) -> str:
-    shape = (options.tokens, options.hidden, options.vocab // options.tp)
-    measured = {
-        case: run_ranks(_measure, options.tp, case, shape, options.chunk_tokens, options.repeats, timeout=1800)
-        for case in cases
-    }
-    seconds = {case: max(rank[0] for rank in ranks) for case, ranks in measured.items()}
-    memory = {case: max(rank[1] for rank in ranks) for case, ranks in measured.items()}
-    weight_gradient = 4 * options.hidden * shape[2] / MIB
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, help="default: 1024; of a sweep, 256")
+    parser.add_argument("--vocab", type=int, help="default: 151936; of a sweep over tokens, 16384")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--chunk-tokens", type=int, help="of ours; the rivals keep their defaults")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of hidden states and weights")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only cases with one of these in their names")
+    parser.add_argument("--sweep", action="store_true", help="how ours grows with tokens, vocabulary and ranks")
+    parser.add_argument("--write", type=Path, help="also write the table here")
+    return parser
+
+
+def _machine(options: argparse.Namespace) -> str:
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {_cores()} cores"
+    return f"{name}, torch {torch.__version__}, {options.dtype}; median and best of {options.repeats}."
+
+
+def _comparison(options: argparse.Namespace) -> str:
+    """The table of all cases at one shape, and a line for each that has no row."""
+    shape = Shape(
+        options.tokens, options.hidden or 1024, options.vocab or 151936, options.tp, options.chunk_tokens,
+        options.device, options.dtype,
+    )  # fmt: skip
+    measured: dict[str, Measured] = {}
+    absent: dict[str, list[str]] = {}  # by the reason
+    named = [case for case in cases(shape.chunk_tokens) if not options.only or _matches(case.name, options.only)]
+    for name in [FLOOR, *(case.name for case in named), AGAIN]:
+        result = _run(name, shape, options.repeats)
+        if isinstance(result, str):
+            absent.setdefault(result, []).append(name)
+        else:
+            measured[name] = result
+    floor = mean([median(measured[name].seconds) for name in (FLOOR, AGAIN) if name in measured] or [nan])
+    whole, weight = 4 * shape.tokens * shape.width / MIB, 4 * shape.width * shape.hidden / MIB
     lines = [
-        f"{options.tokens} tokens, hidden {options.hidden}, vocabulary {options.vocab}, TP {options.tp}, float32; "
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}. A rank's whole logits are "
-        f"{4 * shape[0] * shape[2] / MIB:,.0f} MiB a side, its weight gradient {weight_gradient:,.0f} MiB.",
+        f"{shape.tokens:,} tokens, hidden {shape.hidden:,}, vocabulary {shape.vocabulary:,}, TP {shape.ranks}. In "
+        f"float32 a rank's whole logits are {whole:,.0f} MiB a side, a chunk of them {shape.chunk / MIB:,.0f} MiB, its "
+        f"weight {weight:,.0f} MiB.",
         "",
-        "| case | seconds | of the floor | memory of a rank, MiB |",
-        "|---|---:|---:|---:|",
+        "| case | median s | best s | of the floor | memory, MiB | in chunks | gradient error | loss error |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        *(_row(name, result, floor, shape) for name, result in measured.items()),
     ]
-    floor = seconds[CASES[0]]
-    lines += [f"| {case} | {seconds[case]:.2f} | {seconds[case] / floor:.2f} | {memory[case]:,.0f} |" for case in cases]
-    return "\n".join(lines)
+    reasons = [f"- {', '.join(names)}: {reason}." for reason, names in absent.items()]
+    return "\n".join([*lines, "", "Without a row:", "", *reasons] if reasons else lines)
 
 
-def _measure(
-    rank: int, world: int, case: str, shape: tuple[int, int, int], chunk_tokens: int | None, repeats: int
-) -> tuple[float, float]:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    tokens, hidden, width = shape
-    torch.manual_seed(rank)
-    student, teacher = (torch.randn(tokens, hidden) for _ in range(2))
-    student_weight, teacher_weight = (torch.randn(width, hidden).div_(hidden**0.5) for _ in range(2))
-    student.requires_grad_()
-    student_weight.requires_grad_()
-    name, _, divergence = case.partition(" ")
-    step: Callable[[], object]
-    before = _resident_peak()
-    if name == "four":
-        step = _products(student.detach(), student_weight.detach(), teacher, teacher_weight)
-    elif name == "fused":
-        weights, group = torch.ones(tokens), dist.group.WORLD if world > 1 else None
+def _matches(name: str, texts: list[str]) -> bool:
+    return any(text.lower() in name.lower() for text in texts)
 
-        def step() -> object:
-            loss, _ = fused_linear_divergence(
-                student, student_weight, teacher, teacher_weight, weights,
-                group=group, divergence=divergence, chunk_tokens=chunk_tokens,  # type: ignore[arg-type]
-            )  # fmt: skip
-            return torch.autograd.grad(loss, (student, student_weight))
-    else:
 
-        def step() -> object:
-            loss = dense_divergence(student @ student_weight.t(), teacher @ teacher_weight.t(), divergence).sum()
-            return torch.autograd.grad(loss, (student, student_weight))
+def _row(name: str, result: Measured, floor: float, shape: Shape) -> str:
+    middle = median(result.seconds)
+    row = f"| {name} | {middle:.3g} | {min(result.seconds):.3g} | {middle / floor:.2f} |"
+    if name in (FLOOR, AGAIN):  # whole logits on purpose, and no loss
+        return f"{row} | | | |"
+    errors = f"{result.gradient_error:.1e} | {result.loss_error:.1e}"
+    return f"{row} {result.memory / MIB:,.0f} | {result.memory / shape.chunk:.2f} | {errors} |"
 
-    times = []
-    for _ in range(repeats):
-        dist.barrier()
+
+def _sweep(options: argparse.Namespace) -> str:
+    """Ours alone: one table for each thing that grows."""
+    hidden, vocabulary, chunk = options.hidden or 256, options.vocab or 16384, options.chunk_tokens
+    # As many tokens a chunk at the first point as at the last, or the first would be one short chunk.
+    by_tokens = [(tokens, vocabulary, 1, chunk or SWEPT_TOKENS[0]) for tokens in SWEPT_TOKENS]
+    by_vocabulary = [(options.tokens, size, 1, chunk) for size in SWEPT_VOCABULARIES]
+    by_ranks = [(options.tokens, 8 * vocabulary, ranks, chunk) for ranks in SWEPT_RANKS]
+    tables = {"Tokens": by_tokens, "Vocabulary": by_vocabulary}
+    if options.device == "cpu":
+        tables["Ranks (on the same cores)"] = by_ranks
+    parts = [f"Ours, forward_kl, hidden {hidden:,}."]
+    for title, points in tables.items():
+        shapes = [Shape(t, hidden, v, p, c, options.device, options.dtype) for t, v, p, c in points]
+        parts.append(f"## {title}\n\n{_growth(shapes, options.repeats)}")
+    return "\n\n".join(parts)
+
+
+def _growth(shapes: list[Shape], repeats: int) -> str:
+    rows = [
+        "| tokens | vocabulary | ranks | median s | µs a token | a token, of the first | a logit, of the first | "
+        "memory of a rank, MiB | in chunks |",
+        "|" + "---:|" * 9,
+    ]
+    first: tuple[float, float] | None = None
+    for shape in shapes:
+        result = _run("ours forward_kl", shape, repeats)
+        start = f"| {shape.tokens:,} | {shape.vocabulary:,} | {shape.ranks} |"
+        if isinstance(result, str):
+            rows.append(f"{start} {result} | | | | | |")
+            continue
+        token = median(result.seconds) / shape.tokens
+        logit = token / shape.vocabulary
+        first = first or (token, logit)
+        rows.append(
+            f"{start} {median(result.seconds):.3g} | {token * 1e6:,.1f} | {token / first[0]:.3f} | "
+            f"{logit / first[1]:.3f} | {result.memory / MIB:,.0f} | {result.memory / shape.chunk:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def _run(name: str, shape: Shape, repeats: int) -> Measured | str:
+    """A case on fresh processes: what its ranks saw together, or in one line why there is nothing."""
+    print(f"{name} {tuple(shape)} ...", file=sys.stderr)
+    if shape.ranks > 1 and name not in (FLOOR, AGAIN) and not _case(name, None).sharded:
+        return "needs the whole vocabulary on a rank"
+    if shape.vocabulary % shape.ranks:
+        return f"vocabulary {shape.vocabulary} does not divide over {shape.ranks} ranks"
+    try:
+        ranks = run_ranks(_measure, shape.ranks, name, shape, repeats, timeout=3600)
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or "out of memory" in str(error):
+            return "needs more memory than is free here"
+        return f"fails: {str(error).strip().splitlines()[-1][:160]}"  # the lines before name folders of this machine
+    reasons = [result for result in ranks if isinstance(result, str)]
+    if reasons:
+        return reasons[0]
+    slowest = [max(times) for times in zip(*(rank.seconds for rank in ranks), strict=True)]
+    return Measured(slowest, *(max(values) for values in list(zip(*ranks, strict=True))[1:]))
+
+
+def _measure(rank: int, world: int, name: str, shape: Shape, repeats: int) -> Measured | str:
+    _settle(world, shape.device)
+    group = dist.group.WORLD if world > 1 else None
+    if name in (FLOOR, AGAIN):
+        return _timed(lambda inputs: _products(*inputs), _inputs(shape, rank), repeats, (0.0, 0.0))
+    case = _case(name, shape.chunk_tokens)
+    loss, in_small_chunks = loaded(case), loaded(_case(name, 40))
+    if isinstance(loss, str) or isinstance(in_small_chunks, str):
+        return str(loss)
+    # First: what it imports meanwhile is not its memory.
+    errors = _errors(in_small_chunks, case.divergence, shape, rank, group)
+    return _timed(lambda inputs: lambda: _gradients(loss, inputs, group), _inputs(shape, rank), repeats, errors)
+
+
+def _case(name: str, chunk_tokens: int | None) -> Case:
+    return next(case for case in cases(chunk_tokens) if case.name == name)
+
+
+def _settle(world: int, device: str) -> None:
+    """Cores shared among the ranks; who asks for more memory than is free fails alone, instead of the machine."""
+    torch.set_num_threads(max(1, _cores() // world))
+    warnings.filterwarnings("ignore")
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if device == "cpu":
+        free = int(_line("/proc/meminfo", "MemAvailable") * 0.95) // world
+        resource.setrlimit(resource.RLIMIT_DATA, (free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _inputs(shape: Shape, rank: int) -> Inputs:
+    """Hidden states that all ranks share, and the rank's own rows of the weights."""
+    make = partial(torch.randn, device=shape.device, dtype=DTYPES[shape.dtype])
+    torch.manual_seed(0)
+    student, teacher = (make(shape.tokens, shape.hidden) for _ in range(2))
+    torch.manual_seed(1 + rank)
+    student_weight, teacher_weight = (make(shape.width, shape.hidden).div_(shape.hidden**0.5) for _ in range(2))
+    return Inputs(student.requires_grad_(), student_weight.requires_grad_(), teacher, teacher_weight)
+
+
+def _gradients(loss: Loss, inputs: Inputs, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    value = loss(*inputs, group)
+    hidden_gradient, weight_gradient = torch.autograd.grad(value, inputs[:2])
+    return value.detach(), hidden_gradient, weight_gradient
+
+
+def _timed(
+    build: Callable[[Inputs], Callable[[], object]], inputs: Inputs, repeats: int, errors: tuple[float, float]
+) -> Measured:
+    device = inputs.student.device.type
+    gradients = [torch.ones_like(tensor) for tensor in inputs[:2]]  # ones: written to, so really there
+    before = _held(device)
+    del gradients
+    step = build(inputs)
+    seconds = []
+    for _ in range(1 + repeats):
+        _wait(device)
         start = time.perf_counter()
         step()
-        times.append(time.perf_counter() - start)
-    return min(times), (_resident_peak() - before) / MIB
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return Measured(seconds[1:], max(0, _peak(device) - before), *errors)
 
 
 def _products(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Callable[[], object]:
-    logits = student.new_empty(2, student.shape[0], student_weight.shape[0])
-    hidden_gradient, weight_gradient = torch.empty_like(student), torch.empty_like(student_weight)
+    left, right = student.detach(), student_weight.detach()
+    logits = left.new_empty(2, len(left), len(right))
+    hidden_gradient, weight_gradient = torch.empty_like(left), torch.empty_like(right)
 
     def step() -> object:
-        torch.mm(student, student_weight.t(), out=logits[0])
+        torch.mm(left, right.t(), out=logits[0])
         torch.mm(teacher, teacher_weight.t(), out=logits[1])
-        torch.mm(logits[0], student_weight, out=hidden_gradient)
-        return torch.mm(logits[0].t(), student, out=weight_gradient)
+        torch.mm(logits[0], right, out=hidden_gradient)
+        return torch.mm(logits[0].t(), left, out=weight_gradient)
 
     return step
 
 
-def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _errors(
+    loss: Loss, divergence: str, shape: Shape, rank: int, group: dist.ProcessGroup | None
+) -> tuple[float, float]:
+    """Of the gradients (the worse) and of the loss, on a small problem that float64 can have whole."""
+    small = shape._replace(tokens=96, hidden=64, vocabulary=-(-1003 // shape.ranks) * shape.ranks)
+    mine, shards = _inputs(small, rank), [_inputs(small, other) for other in range(small.ranks)]
+    student, teacher = (mine[place].detach().double().requires_grad_(place == 0) for place in (0, 2))
+    weight, teacher_weight = (torch.cat([shard[place].detach().double() for shard in shards]) for place in (1, 3))
+    weight.requires_grad_()
+    exact = dense_divergence(student @ weight.t(), teacher @ teacher_weight.t(), divergence).mean()
+    hidden_gradient, weight_gradient = torch.autograd.grad(exact, (student, weight))
+    value, *gradients = _gradients(loss, mine, group)
+    wanted = (hidden_gradient, weight_gradient.chunk(small.ranks)[rank])
+    errors = [_relative(found, exact) for found, exact in zip(gradients, wanted, strict=True)]
+    return max(errors), _relative(value, exact.detach())
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def _held(device: str) -> int:
+    """Bytes held now, the point from which a peak is looked for."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return _line("/proc/self/status", "VmRSS")
+
+
+def _peak(device: str) -> int:
+    # Not `ru_maxrss`: a process inherits that of its parent.
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _line("/proc/self/status", "VmHWM")
+
+
+def _line(path: str, name: str) -> int:
+    """Bytes by this name in a file of /proc."""
+    [line] = [line for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ a file, as `b3sum` writes and checks them: BLAKE3, because a checksum that is sl
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -83,6 +84,9 @@ def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Pa
     exists, the disk is too small, or another process is writing the same target.
     """
     target = target.absolute()
+    replaced = _replaced(target)
+    if replaced.exists() and not target.exists():  # a process was killed between two renames: see _put_in_place
+        replaced.rename(target)
     if target.exists() and not force:
         raise UserError(f"'{target}' exists already; give another folder, or --force to replace it")
     if target.exists() and not target.is_dir():
@@ -128,15 +132,22 @@ def _lock(path: Path, target: Path) -> Iterator[None]:
                 raise BlockingIOError  # its holder has just let it go and removed it
         except BlockingIOError:
             raise UserError(f"'{target}' is being written by another process; wait for it or stop it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # some cluster file systems have none
+                raise
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
 def _put_in_place(partial: Path, target: Path) -> None:
     """Rename; a folder that is replaced is moved aside first and removed last, so that one of the two is there."""
-    replaced = target.with_name(f".{target.name}.replaced")
+    replaced = _replaced(target)
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)

@@ -1,7 +1,7 @@
 """The divergence and its gradient for some rows of logits, in the buffers that hold them.
 
-Everything the losses compute over the vocabulary is here, derived by hand in docs/method.md. With x and y the student's
-and the teacher's logits over the temperature, s and t their softmaxes:
+What ranks tell each other and what follows from it; the passes over a rank's columns are `kernels.py`. Derived by hand
+in docs/method.md. With x and y the student's and the teacher's logits over the temperature, s and t their softmaxes:
 
     forward_kl   D = sum t (log t - log s)                       dD/dx = s - t
     reverse_kl   D = sum s (log s - log t)                       dD/dx = s (log s - log t - D)

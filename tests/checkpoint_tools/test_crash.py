@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import random
 import shutil
 import subprocess
@@ -323,3 +325,21 @@ def test_damage_that_no_checksum_tells_of_is_an_error_or_none(whole: Path, megat
         assert found.keys() == expected.keys()
         assert all(same_bits(found[name], expected[name]) for name in expected)
     assert refused > 40
+
+
+def test_a_folder_that_a_killed_conversion_had_moved_aside_comes_back(hf: Path, tmp_path: Path, tool: Tool) -> None:
+    out = tmp_path / "out"
+    hf_to_megatron.convert(hf, out)
+    before = snapshot(out)
+    out.rename(tmp_path / ".out.replaced")  # where it is between the two renames
+    says(tool("hf-to-megatron", "--hf", hf, "--out", out), [str(out), "exists"])
+    assert snapshot(out) == before
+
+
+def test_a_file_system_without_locks_will_do(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    hf_to_megatron.convert(hf, tmp_path / "out")
+    assert MegatronFolder(tmp_path / "out").arch.layers == 2
