@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megatron_trd.launch import JobFailed, launch
+from tests.checkpoint_tools.folders import tensors
 from tests.distributed import run_ranks
 from tests.training import jobs
 
@@ -56,15 +57,16 @@ def assert_same_run(found: Path, expected: Path) -> None:
     for row, other in rows:
         assert {key: row.get(key) for key in SAME} == {key: other.get(key) for key in SAME}
     name = f"checkpoints/step_{jobs.STEPS}"
-    tensors = [run_ranks(load_tensors, 1, str(run / name), timeout=120)[0] for run in (found, expected)]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert len(tensors[0]) > 20
-    for key, tensor in tensors[0].items():
-        assert torch.equal(tensor, tensors[1][key]), key
-    averaged = [run / name / "ema/model-00001.safetensors" for run in (found, expected)]
-    assert averaged[0].exists() == averaged[1].exists()
-    if averaged[0].exists():
-        assert averaged[0].read_bytes() == averaged[1].read_bytes()
+    left, right = (run_ranks(load_tensors, 1, str(run / name), timeout=120)[0] for run in (found, expected))
+    assert left.keys() == right.keys()
+    assert len(left) > 20
+    for key, tensor in left.items():
+        assert torch.equal(tensor, right[key]), key
+    averaged = [
+        {file.name: file.read_bytes() for file in (run / name / "ema").glob("*.safetensors")}
+        for run in (found, expected)
+    ]
+    assert averaged[0] == averaged[1]
 
 
 def test_a_run_writes_what_is_promised(unbroken: tuple[Path, Path, str]) -> None:
@@ -84,7 +86,34 @@ def test_a_run_writes_what_is_promised(unbroken: tuple[Path, Path, str]) -> None
     assert list((run / "tensorboard").glob("events*"))
     assert len(list((run / "samples").glob("*.jsonl"))) == jobs.STEPS
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_2", "step_4"]
+    assert list((run / "checkpoints/step_4/ema").glob("*.safetensors"))
     assert output.count("step ") >= jobs.STEPS
+
+
+def test_a_checkpoint_exports_the_student_and_the_averaged_teacher(
+    unbroken: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    step = unbroken[1] / f"checkpoints/step_{jobs.STEPS}"
+    for weights in ("model", "ema"):
+        command = ["convert", "megatron-to-hf", "--megatron", step, "--out", tmp_path / weights, "--weights", weights]
+        jobs.finish(jobs.start(*command))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / weights)
+        assert model.dtype == torch.float32
+        assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    student, averaged = (tensors(tmp_path / weights) for weights in ("model", "ema"))
+    assert averaged.keys() == student.keys()
+    assert not all(averaged[name].equal(student[name]) for name in student)
+    stored = tensors(step / "ema")
+    assert all(averaged[name].equal(stored[name]) for name in stored)
+    # As megatron-core reads them: layers stacked, gate above up, the vocabulary padded.
+    plain = run_ranks(load_tensors, 1, str(step), timeout=120)[0]
+    layer = "model.layers.1.mlp."
+    gate_up = torch.cat([student[f"{layer}gate_proj.weight"], student[f"{layer}up_proj.weight"]])
+    assert plain["/decoder.layers.mlp.linear_fc1.weight"][1].equal(gate_up)
+    embedding = student["model.embed_tokens.weight"]
+    assert plain["/embedding.word_embeddings.weight"][: len(embedding)].equal(embedding)
 
 
 def test_a_killed_rank_ends_the_job_and_resume_gives_the_same_bits(
