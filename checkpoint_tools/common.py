@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from megatron_trd.errors import UserError, in_one_line
 from megatron_trd.models.architecture import Architecture
-from megatron_trd.models.weights import Slot, slots
+from megatron_trd.models.weights import Slot, exported_slots
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
@@ -91,7 +91,7 @@ def print_mapping(arch: Architecture, dtype: Callable[[Slot], torch.dtype]) -> N
         table.add_column(column, overflow="fold")
     table.add_column("tensors", justify="right")
     table.add_column("size", justify="right")
-    exported = [slot for slot in slots(arch) if slot.exported]
+    exported = exported_slots(arch)
     count = Counter(slot.key for slot in exported)
     total = 0
     for slot in reversed({slot.key: slot for slot in reversed(exported)}.values()):
@@ -109,8 +109,3 @@ def print_mapping(arch: Architecture, dtype: Callable[[Slot], torch.dtype]) -> N
         )
     width = None if sys.stdout.isatty() else 200  # a file has no width of its own
     Console(width=width).print(table, f"{sum(len(slot.hf) for slot in exported)} tensors, {decimal(total)}")
-
-
-def as_dtype(tensor: Any, dtype: torch.dtype | None) -> Any:
-    """The tensor, cast if a dtype is asked for."""
-    return tensor if dtype is None else tensor.to(dtype)

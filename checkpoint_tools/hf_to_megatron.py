@@ -32,7 +32,7 @@ from megatron_trd.models.export import copy_companions
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import check_folder, check_tokenizer, folder_pieces
 from megatron_trd.models.megatron_folder import COMPANIONS
-from megatron_trd.models.weights import slots
+from megatron_trd.models.weights import exported_slots, slots
 
 
 def command(
@@ -57,7 +57,7 @@ def convert(
         check_tokenizer(folder, arch)
     check_places(out, hf)
     dtypes = dict.fromkeys((slot.key for slot in slots(arch)), dtype) if dtype else _stored_dtypes(folder, arch)
-    exported = [slot for slot in slots(arch) if slot.exported]
+    exported = exported_slots(arch)
     if dry_run:
         print_mapping(arch, lambda slot: dtypes[slot.key])
         return

@@ -22,7 +22,6 @@ from checkpoint_tools.common import (
     DryRunOption,
     DtypeOption,
     ForceOption,
-    as_dtype,
     check_places,
     parse_dtype,
     print_mapping,
@@ -37,7 +36,7 @@ from megatron_trd.models.export import MAX_SHARD_BYTES, FolderWriter, exported_t
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import check_folder, check_tokenizer, exported_pieces, folder_pieces
 from megatron_trd.models.megatron_folder import MegatronFolder
-from megatron_trd.models.weights import Slot, slots
+from megatron_trd.models.weights import Slot, exported_slots
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -89,12 +88,11 @@ def convert(
     with summary(out, len(infos), size), whole_folder(out, size=size, force=force) as new:
         writer = FolderWriter(new, infos, max_shard_bytes)
         with checked(megatron), progress(f"{megatron} -> {out}", size) as advance:
-            for slot in slots(source.arch):
-                if slot.exported:
-                    for name, piece in source.pieces(slot):
-                        piece = as_dtype(piece, dtype)
-                        writer.write(name, piece)
-                        advance(piece.nbytes)
+            for slot in exported_slots(source.arch):
+                for name, piece in source.pieces(slot):
+                    piece = piece.to(dtype or piece.dtype)
+                    writer.write(name, piece)
+                    advance(piece.nbytes)
         writer.close(source.companions, dtype or (infos[0].dtype if like else None))
 
 

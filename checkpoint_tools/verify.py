@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from checkpoint_tools.common import as_dtype, pattern, progress, run
+from checkpoint_tools.common import pattern, progress, run
 from checkpoint_tools.logits import compare_logits
 from megatron_trd.files import check_sums
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import check_folder
 from megatron_trd.models.megatron_folder import MegatronFolder
-from megatron_trd.models.weights import slots
+from megatron_trd.models.weights import exported_slots
 
 _LISTED = 10  # names of tensors that differ
 
@@ -87,7 +87,7 @@ def _other_fields(left: Architecture, right: Architecture) -> list[str]:
 
 
 def _compare(folder: ModelFolder, checkpoint: MegatronFolder) -> dict[str, _Row]:
-    exported = [slot for slot in slots(checkpoint.arch) if slot.exported]
+    exported = exported_slots(checkpoint.arch)
     rows: dict[str, _Row] = defaultdict(_Row)
     total = sum(info.nbytes for info in map(folder.info, (name for slot in exported for name in slot.hf)) if info)
     with progress(f"{folder.path} = {checkpoint.path}", total) as advance:
@@ -103,7 +103,7 @@ def _compare(folder: ModelFolder, checkpoint: MegatronFolder) -> dict[str, _Row]
                 row.values += torch.Size(info.shape).numel()
                 if info.dtype != dtype:
                     row.cast = f"{info.dtype} as {dtype}".replace("torch.", "")
-                if _digests([(name, as_dtype(stored, dtype))])[name] != found:
+                if _digests([(name, stored.to(dtype))])[name] != found:
                     row.different.append(name)
                 advance(info.nbytes)
     return rows

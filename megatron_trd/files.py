@@ -223,6 +223,11 @@ def check_sums(folder: Path, names: Sequence[str] | None = None) -> None:
             )
 
 
+def check_small_sums(folder: Path) -> None:
+    """`check_sums` of all that is not weights: before it is parsed."""
+    check_sums(folder, [name for name in read_sums(folder) if not name.endswith((".distcp", ".safetensors"))])
+
+
 @contextlib.contextmanager
 def checked(folder: Path) -> Iterator[None]:
     """`check_sums` of a whole folder beside the block that reads it; raises at the block's end at the latest."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_trd.files import HashedFile, write_sums
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.folder import INDEX, WEIGHT_DTYPES, ModelFolder, TensorInfo
-from megatron_trd.models.weights import Slot, slots
+from megatron_trd.models.weights import Slot, exported_slots
 
 # Files that make the weights a usable model.
 _COMPANIONS = (
@@ -50,8 +50,7 @@ def exported_tensors(arch: Architecture, dtype: Callable[[Slot], torch.dtype]) -
     """Every Hugging Face tensor of a model, in the order of `slots`."""
     return [
         TensorInfo(name, dtype(slot), shape)
-        for slot in slots(arch)
-        if slot.exported
+        for slot in exported_slots(arch)
         for name, shape in zip(slot.hf, slot.shapes, strict=True)
     ]
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_trd.errors import UserError
-from megatron_trd.files import check_sums, read_sums
+from megatron_trd.files import check_small_sums
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 INDEX = "model.safetensors.index.json"
@@ -46,7 +46,7 @@ class ModelFolder:
             raise UserError(f"model folder '{path}': no such folder; give a local Hugging Face folder (model=DIR)")
         if not (self.path / "config.json").is_file():
             raise UserError(f"model folder '{path}': no config.json; this is not a Hugging Face model folder")
-        check_sums(self.path, [name for name in read_sums(self.path) if not name.endswith(".safetensors")])
+        check_small_sums(self.path)
 
     @functools.cached_property
     def config(self) -> Any:

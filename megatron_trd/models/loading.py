@@ -20,7 +20,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.dist_checkpoint import PIECE_BYTES, CheckpointReader
 from megatron_trd.models.folder import WEIGHT_DTYPES, ModelFolder
-from megatron_trd.models.weights import Kind, Slot, merge, parts, shard, slots, stage_of
+from megatron_trd.models.weights import Kind, Slot, exported_slots, merge, parts, shard, slots, stage_of
 from megatron_trd.parallel.grid import Grid
 
 # Gives the full Hugging Face tensors of a slot.
@@ -238,6 +238,5 @@ def _all_gather(part: Tensor, group: Any, kind: Kind) -> list[Tensor]:
 
 def named_tensors(arch: Architecture, source: Source) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full tensor) of the whole model, one slot at a time."""
-    for slot in slots(arch):
-        if slot.exported:
-            yield from zip(slot.hf, source(slot), strict=True)
+    for slot in exported_slots(arch):
+        yield from zip(slot.hf, source(slot), strict=True)

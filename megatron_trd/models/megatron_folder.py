@@ -11,12 +11,12 @@ from torch import Tensor
 
 from megatron_trd import platform
 from megatron_trd.errors import UserError
-from megatron_trd.files import check_sums, read_sums
+from megatron_trd.files import check_small_sums
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.dist_checkpoint import CheckpointReader
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import Source, checkpoint_source, exported_pieces
-from megatron_trd.models.weights import Slot, slots
+from megatron_trd.models.weights import Slot, exported_slots
 
 COMPANIONS = "hf"  # subfolder with config.json and tokenizer
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # other tensors are the optimizer's
@@ -31,7 +31,7 @@ class MegatronFolder:
     def __init__(self, path: str | Path, like: Path | None = None) -> None:
         self.path = Path(path)
         # before they are parsed; the weights are compared by whoever reads them all
-        check_sums(self.path, [name for name in read_sums(self.path) if not name.endswith((".distcp", ".safetensors"))])
+        check_small_sums(self.path)
         self.reader = CheckpointReader(self.path)
         if like is None and not (self.path / COMPANIONS / "config.json").is_file():
             raise UserError(
@@ -44,8 +44,8 @@ class MegatronFolder:
 
     def _check(self) -> None:
         where = f"checkpoint '{self.path}'"
-        expected = {slot.key: (*slot.stack, *slot.whole) for slot in slots(self.arch) if slot.exported}
-        vocabularies = {slot.key for slot in slots(self.arch) if slot.kind == "vocab"}
+        expected = {slot.key: (*slot.stack, *slot.whole) for slot in exported_slots(self.arch)}
+        vocabularies = {slot.key for slot in exported_slots(self.arch) if slot.kind == "vocab"}
         for key, shape in expected.items():
             found = self.reader.size(key)
             if found is None:

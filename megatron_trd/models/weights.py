@@ -180,6 +180,11 @@ def slots(arch: Architecture) -> list[Slot]:
     return table
 
 
+def exported_slots(arch: Architecture) -> list[Slot]:
+    """`slots`, each Hugging Face tensor once: without the second copy of a tied head."""
+    return [slot for slot in slots(arch) if slot.exported]
+
+
 def _layer_slots(arch: Architecture, layer: int) -> list[Slot]:
     rows = FAMILIES[arch.family].layer
     sizes = arch.sizes()

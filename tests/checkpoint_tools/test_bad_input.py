@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from checkpoint_tools import common, hf_to_megatron, megatron_to_hf
 from megatron_trd.files import SUMS
-from tests.checkpoint_tools.commands import Tool, in_process, last_line, process, says
+from tests.checkpoint_tools.commands import Tool, last_line, process, says
 from tests.checkpoint_tools.folders import (
     assert_same_model,
     configure,
@@ -44,21 +44,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_bits(root / "hf", vocab_size=130, num_hidden_layers=2)
     hf_to_megatron.convert(root / "hf", root / "megatron")
     return root
-
-
-@pytest.fixture
-def hf(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole / "hf", tmp_path / "hf")
-
-
-@pytest.fixture
-def megatron(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole / "megatron", tmp_path / "megatron")
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    return in_process(monkeypatch, capsys)
 
 
 @pytest.fixture

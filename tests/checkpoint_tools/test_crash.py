@@ -20,7 +20,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.files import SUMS, HashedFile
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.megatron_folder import MegatronFolder
-from tests.checkpoint_tools.commands import Tool, in_process, last_line, says
+from tests.checkpoint_tools.commands import Tool, last_line, says
 from tests.checkpoint_tools.folders import assert_same_model, cut, flip, snapshot, tensors, write_bits
 from tests.weights.bits import same_bits
 
@@ -35,21 +35,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf_to_megatron.convert(root / "source", root / "megatron")
     megatron_to_hf.convert(root / "megatron", root / "hf", max_shard_bytes=150_000)
     return root
-
-
-@pytest.fixture
-def hf(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole / "hf", tmp_path / "hf")
-
-
-@pytest.fixture
-def megatron(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole / "megatron", tmp_path / "megatron")
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    return in_process(monkeypatch, capsys)
 
 
 # Kills

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools import hf_to_megatron
-from tests.checkpoint_tools.commands import Tool, in_process, says
+from tests.checkpoint_tools.commands import Tool, says
 from tests.checkpoint_tools.folders import configure, rewrite, snapshot, tensors, write_bits
 from tests.models import FAMILIES
 
@@ -28,16 +27,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rewrite(root / "hf", {name: tensor.where(~tensor.isnan(), 1.0) for name, tensor in tensors(root / "hf").items()})
     hf_to_megatron.convert(root / "hf", root / "megatron")
     return root
-
-
-@pytest.fixture
-def hf(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole / "hf", tmp_path / "hf")
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    return in_process(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("tied", [True, False])
