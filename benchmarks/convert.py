@@ -28,6 +28,7 @@ from statistics import median
 
 import torch
 
+from benchmarks.memory import kernel_bytes
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.export import FolderWriter, exported_tensors
@@ -170,7 +171,7 @@ def _measure(name: str, source: Path, target: Path) -> _Run:
 
     ModelFolder(source / "hf" if (source / "hf").is_dir() else source).config  # noqa: B018
     _touch_memory(target.with_name("touched"), _bytes(source))
-    before = _memory("VmRSS")
+    before = kernel_bytes("VmRSS")
     begin = time.perf_counter()
     if name == "copy":
         _copy(source, target)
@@ -179,13 +180,7 @@ def _measure(name: str, source: Path, target: Path) -> _Run:
     else:
         megatron_to_hf.convert(source, target)
     seconds = time.perf_counter() - begin
-    return _Run(seconds, _memory("VmHWM") - before)
-
-
-def _memory(what: str) -> int:
-    """Bytes by this name in /proc. Not `ru_maxrss`: a process inherits that of its parent."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)]
-    return int(line.split()[1]) * 1024
+    return _Run(seconds, kernel_bytes("VmHWM") - before)
 
 
 def _touch_memory(path: Path, size: int) -> None:

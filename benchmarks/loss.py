@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.memory import kernel_bytes
 from benchmarks.rivals import Case, Loss, cases, loaded
 from megatron_trd.losses import dense_divergence
 from tests.distributed import run_ranks
@@ -248,7 +249,7 @@ def _settle(world: int, device: str) -> None:
     warnings.filterwarnings("ignore")
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if device == "cpu":
-        free = int(_line("/proc/meminfo", "MemAvailable") * 0.95) // world
+        free = int(kernel_bytes("MemAvailable", "/proc/meminfo") * 0.95) // world
         resource.setrlimit(resource.RLIMIT_DATA, (free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
@@ -332,18 +333,11 @@ def _held(device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    return _line("/proc/self/status", "VmRSS")
+    return kernel_bytes("VmRSS")
 
 
 def _peak(device: str) -> int:
-    # Not `ru_maxrss`: a process inherits that of its parent.
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _line("/proc/self/status", "VmHWM")
-
-
-def _line(path: str, name: str) -> int:
-    """Bytes by this name in a file of /proc."""
-    [line] = [line for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024
+    return torch.cuda.max_memory_allocated() if device == "cuda" else kernel_bytes("VmHWM")
 
 
 def _cores() -> int:
