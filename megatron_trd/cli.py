@@ -18,6 +18,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. optimizer.lr=1e-5")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint of the run folder")] = False,
     verify_refit: Annotated[bool, typer.Option(help="compare every tensor's checksum after each refit")] = False,
+    verify_logprobs: Annotated[
+        float | None, typer.Option(help="stop if sampler and trainer differ by more nats a token, e.g. 1e-3")
+    ] = None,
 ) -> None:
     """Train a recipe on this machine."""
     from megatron_trd.config import apply_overrides
@@ -25,10 +28,28 @@ def train(
     from recipes.common import find_recipe
 
     extra = ["log.verify_refit=true"] if verify_refit else []
+    extra += [f"log.max_drift={verify_logprobs}"] if verify_logprobs is not None else []
     config = apply_overrides(find_recipe(recipe), [*(overrides or []), *extra])
     done = run_training(config, resume=resume)
     stopped = "" if done == config.steps else f"; stopped before step {config.steps}, add --resume to go on"
     print(f"{done} steps done, run folder {config.run_dir}{stopped}")
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="a recipe of recipes/, or a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. student.tp=2")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="of the job; left out: the fewest that fit")] = None,
+    resume: Annotated[bool, typer.Option(help="the run folder may hold this run already")] = False,
+) -> None:
+    """Check that a recipe can start: its settings, model, data, layout and run folder."""
+    from megatron_trd.config import apply_overrides
+    from megatron_trd.training.command import check_start, describe
+    from recipes.common import find_recipe
+
+    config = apply_overrides(find_recipe(recipe), overrides or [])
+    inputs = check_start(config, ranks=ranks, resume=resume)
+    print(f"ready: {describe(config, ranks or inputs.world_size)}")
 
 
 @app.command()
@@ -62,12 +83,51 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="a recipe of recipes/, or a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. student.tp=2")] = None,
+    nodes: Annotated[int, typer.Option(help="of the job")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="each runs one rank")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100-80g, b200, or cpu: this machine, measured")] = "h100",
+    mean_response: Annotated[int | None, typer.Option(help="tokens expected; left out: half of the limit")] = None,
+) -> None:
+    """Forecast a recipe's memory and time on GPUs, and which layouts fit; exit code 1 if its own does not."""
+    from megatron_trd.config import apply_overrides
+    from megatron_trd.planning.command import run_plan
+    from recipes.common import find_recipe
+
+    config = apply_overrides(find_recipe(recipe), overrides or [])
+    fits = run_plan(recipe, config, gpu=gpu, nodes=nodes, gpus_per_node=gpus_per_node, mean_response=mean_response)
+    raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="folder of a training run")]) -> None:
     """Write report.html of a run."""
     from megatron_trd.reporting.report import write_report
 
     write_report(run_dir / "report.html", {run_dir.name: run_dir}, title=run_dir.name)
     print(run_dir / "report.html")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="also check this recipe's model, data and disk")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="started here; left out: one a GPU, two on a CPU")] = None,
+    quick: Annotated[bool, typer.Option(help="in seconds: measure neither bandwidth nor the disk's speed")] = False,
+    timeout: Annotated[int, typer.Option(min=1, help="seconds that a rank or a file system has to answer")] = 60,
+) -> None:
+    """Check this node before a job; under torchrun or srun, all nodes and the network between them."""
+    from megatron_trd.config import apply_overrides
+    from megatron_trd.doctor import prepare
+    from recipes.common import find_recipe
+
+    prepare()
+    from megatron_trd.doctor.command import run_doctor
+
+    config = apply_overrides(find_recipe(recipe), overrides or []) if recipe else None
+    raise typer.Exit(run_doctor(config, ranks=ranks, quick=quick, seconds=timeout))
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -77,9 +77,13 @@ class SamplerConfig:
     max_rollout_tokens: Positive = 16384  # paper
     max_refinement_tokens: Positive = 16384  # paper
     max_sequences: Positive = 256  # running at once in one engine
+    max_running_tokens: Positive | None = None  # prompts and limits of the requests in one engine, together
+    stream: bool = True  # refine each rollout as soon as it ends; otherwise all, when the last has ended
+    request_timeout: Annotated[float, Field(gt=0)] | None = None  # seconds, after which a request begins anew, once
     # Of a GPU's memory, for weights and KV cache of one engine; a teacher with weights of its own has a second one.
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     host_kv_cache_gib: Positive = 1  # KV cache of an engine that runs from host memory
+    refit_bucket_mib: Positive = 512  # weights exchanged at once on their way from Megatron to vLLM
     enforce_eager: bool = False  # no graph capture: slower steps, faster start
 
 
@@ -145,6 +149,8 @@ class LogConfig:
     tensorboard: bool = True
     samples_per_step: NonNegative = 4  # y_o / y_r pairs kept in samples/
     verify_refit: bool = False  # compare checksums of every tensor after each refit
+    # Nats of mean |sampler - trainer| log-probability of a step's sampled tokens above which the run stops.
+    max_drift: Annotated[float, Field(gt=0)] | None = None
     drift_tokens: NonNegative = 512  # tokens a step and rank whose sampler and trainer log-probabilities are compared
 
 
@@ -159,6 +165,7 @@ class TrainConfig:
     steps: Positive = 100
     batch_size: Positive = 16  # problems a step (paper)
     rollouts_per_problem: Positive = 1
+    refinements_per_rollout: Positive = 1
     world_size: Positive | None = None  # ranks; None: the fewest that hold every layout
     seed: NonNegative = 0
     student: StudentConfig = Field(default_factory=StudentConfig)

@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,9 +20,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
@@ -38,6 +40,7 @@ _GRACE_SECONDS = 5  # between asking the ranks of a failed job to end and killin
 _POLL_SECONDS = 0.2
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_USER_ERROR = re.compile(r"^(UserError|RefusedElsewhere): ")  # as torch names an exception; what follows says it all
 
 
 class JobFailed(UserError):
@@ -46,8 +49,15 @@ class JobFailed(UserError):
     exit_code = 1
 
 
+class RefusedElsewhere(UserError):
+    """The bad input that another rank found: a reason to end here too, but not one to print again."""
+
+
 def run_rank(work: Callable[[], None]) -> NoReturn:
-    """The life of one rank: `work`, and on an error its reason where the launcher reads it, and an end at once."""
+    """The life of one rank: `work`, and on an error its reason where the launcher reads it, and an end at once.
+
+    Ends with exit code 0, that of a `UserError`, or 1.
+    """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank does not outlive a launcher that was killed
@@ -56,6 +66,11 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
     code = 0
     try:
         work()
+    except UserError as error:
+        if not isinstance(error, RefusedElsewhere):
+            print(error, file=sys.stderr)
+        handler.record_exception(error)
+        code = error.exit_code
     except Exception as error:
         traceback.print_exc()
         handler.record_exception(error)
@@ -66,7 +81,10 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
 
 
 def launch(arguments: list[str], ranks: int, logs: Path) -> None:
-    """Run `python ARGUMENTS` as `ranks` ranks; rank 0 keeps the terminal's output, all else goes to `logs`."""
+    """Run `python ARGUMENTS` as `ranks` ranks; rank 0 keeps the terminal's output, all else goes to `logs`.
+
+    Raises `JobFailed` if a rank died, and the `UserError` that a rank ended with.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     attempt = tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs)
     redirects = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(ranks)}
@@ -87,8 +105,10 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
     if result.is_failed():
         if signals.asked and all(failure.exitcode == -signal.SIGTERM for failure in result.failures.values()):
             return  # stopped before the ranks were far enough to save
-        rank, failure = _first_cause({rank: result.failures[rank] for rank in failed or result.failures})
-        raise JobFailed(f"rank {rank} failed: {_reason(failure)}; logs in {attempt}")
+        rank, failure = first_cause({rank: _failure(result.failures[rank]) for rank in failed or result.failures})
+        if failure.exit_code == UserError.exit_code:
+            raise UserError(failure.reason)
+        raise JobFailed(f"rank {rank} failed: {failure.reason}; logs in {attempt}")
 
 
 def _quick_close(context: PContext) -> set[int]:
@@ -158,32 +178,48 @@ class _ForwardedSignals:
                 continue
 
 
-def _first_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+@dataclass(frozen=True)
+class Failure:
+    """How a rank ended that did not end well."""
+
+    exit_code: int  # negative: the signal that killed it
+    record: Any  # content of its error file, in torch's format; None if it left none
+    seconds: float  # since the epoch
+
+    @property
+    def reason(self) -> str:
+        """One line."""
+        if self.exit_code < 0:
+            return f"killed by {signal.Signals(-self.exit_code).name}"
+        lines = [line for line in self.message.splitlines() if line.strip()]
+        return _USER_ERROR.sub("", lines[0]) if lines else f"exit code {self.exit_code}"
+
+    @property
+    def message(self) -> str:
+        """Name and text of the exception; empty if it is not known."""
+        content = self.record.get("message") if isinstance(self.record, dict) else None
+        return str(content["message"] if isinstance(content, dict) else content or "")
+
+    def is_lost_neighbour(self) -> bool:
+        """Whether it may have ended only because another rank had."""
+        text = self.message.lower()
+        return self.exit_code == -signal.SIGTERM or "connection" in text or "gloo" in text or "nccl" in text
+
+
+def first_cause(failures: dict[int, Failure]) -> tuple[int, Failure]:
     """The failure that began it: a rank killed from outside, else the earliest reason that is not a lost neighbour."""
 
-    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, int]:
-        _, failure = item
-        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-        return not killed, _is_lost_neighbour(failure), failure.timestamp
+    def order(item: tuple[int, Failure]) -> tuple[bool, bool, float]:
+        failure = item[1]
+        killed = failure.exit_code < 0 and failure.exit_code != -signal.SIGTERM
+        return not killed, failure.is_lost_neighbour(), failure.seconds
 
     return min(failures.items(), key=order)
 
 
-def _is_lost_neighbour(failure: ProcessFailure) -> bool:
-    text = _message(failure).lower()
-    return failure.exitcode == -signal.SIGTERM or "connection" in text or "gloo" in text or "nccl" in text
-
-
-def _message(failure: ProcessFailure) -> str:
+def _failure(found: ProcessFailure) -> Failure:
     try:
-        content = json.loads(Path(failure.error_file).read_text())["message"]
-    except (OSError, ValueError, KeyError):
-        return ""
-    return str(content["message"] if isinstance(content, dict) else content)
-
-
-def _reason(failure: ProcessFailure) -> str:
-    if failure.exitcode < 0:
-        return f"killed by {signal.Signals(-failure.exitcode).name}"
-    lines = [line for line in _message(failure).splitlines() if line.strip()]
-    return lines[0].removeprefix("UserError: ") if lines else f"exit code {failure.exitcode}"
+        record = json.loads(Path(found.error_file).read_text())
+    except (OSError, ValueError):
+        record = None
+    return Failure(found.exitcode, record, found.timestamp)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import resource
+import re
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_trd import host_memory
 from megatron_trd.config import SamplerConfig
 
 
@@ -31,6 +32,8 @@ class Platform(ABC):
     backend: str
     dtype: torch.dtype
     device: torch.device
+    extra: str  # optional dependencies of pyproject.toml that it needs
+    least_bandwidth: float  # GB/s of an all-reduce, below which communication would be most of a step
 
     @abstractmethod
     def set_up(self) -> None:
@@ -71,9 +74,19 @@ class Platform(ABC):
         """vLLM's experts of a layer -> (gate above up `[experts, 2 * ffn, hidden]`, down `[experts, hidden, ffn]`)."""
         return module.w13_weight.data, module.w2_weight.data
 
-    @abstractmethod
-    def memory_gib(self) -> dict[str, float]:
-        """Metric name -> peak memory of this process so far, GiB."""
+    def shared_memory(self, size: int, ranks: Sequence[int], group: Any) -> torch.Tensor | None:
+        """`size` bytes that all `ranks` of `group` see, the same at every call; None: they have none in common.
+
+        Collective in `group`.
+        """
+        return None
+
+    def peak_memory_gib(self) -> dict[str, float]:
+        """Kind of memory -> the peak of this process's use, GiB, since this was last asked."""
+        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        with contextlib.suppress(OSError):  # where it is forbidden, a peak is one of the process's whole life
+            Path("/proc/self/clear_refs").write_text("5")  # linux/Documentation/filesystems/proc.rst: reset VmHWM
+        return {"host": int(peak[1]) / 2**20 if peak else 0.0}
 
     def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
         """Bring a fresh Megatron optimizer into the state in which a checkpoint can be loaded into it."""
@@ -81,12 +94,31 @@ class Platform(ABC):
     def synchronize(self) -> None:
         """Wait for queued device work, so that a clock read after it measures that work."""
 
+    @abstractmethod
+    def libraries(self) -> dict[str, str]:
+        """Version of what lies below torch, by name; for people."""
+
+    def gpu_count(self) -> int:
+        """GPUs that this process may use; 0: ranks run on the host's processors."""
+        return 0
+
+    def gpu(self, index: int) -> tuple[str, float, float]:
+        """Name of one of them, GiB in use by anyone, and all its GiB."""
+        raise IndexError(index)
+
+    def unused_gpu(self) -> str | None:
+        """Why torch cannot use a GPU that this machine has and nobody has hidden, if that is so."""
+        return None
+
 
 class CudaPlatform(Platform):
     """NVIDIA GPUs: one rank a GPU, chosen by LOCAL_RANK."""
 
     backend = "nccl"
     dtype = torch.bfloat16
+    extra = "gpu"
+    # The gradients of 8 billion parameters, 33 GB, cross the network every step: 7 s at this rate.
+    least_bandwidth = 5.0
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -119,14 +151,25 @@ class CudaPlatform(Platform):
             "enforce_eager": config.enforce_eager,
         }
 
-    def memory_gib(self) -> dict[str, float]:
-        return {
-            "memory/device_gib": torch.cuda.max_memory_allocated() / 2**30,
-            "memory/host_gib": _peak_resident_gib(),
-        }
+    def peak_memory_gib(self) -> dict[str, float]:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return super().peak_memory_gib() | {"device": peak}
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def libraries(self) -> dict[str, str]:
+        driver = re.search(r"\d+\.\d[\d.]*", _DRIVER.read_text()) if _DRIVER.exists() else None
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        return {"CUDA": str(torch.version.cuda), "NCCL": nccl, "driver": driver[0] if driver else "unknown"}
+
+    def gpu_count(self) -> int:
+        return torch.cuda.device_count()
+
+    def gpu(self, index: int) -> tuple[str, float, float]:
+        free, total = torch.cuda.mem_get_info(index)
+        return torch.cuda.get_device_name(index), (total - free) / 2**30, total / 2**30
 
 
 _BATCHED_TOKENS = 4096  # of prompts in one pass of a sampler on a CPU: vLLM's own default there
@@ -138,9 +181,13 @@ class CpuPlatform(Platform):
     backend = "gloo"
     dtype = torch.float32
     device = torch.device("cpu")
+    extra = "cpu"
+    # Models that train on a CPU are of 100 million parameters: 0.4 GB of gradients, 4 s at this rate.
+    least_bandwidth = 0.1
 
     def __init__(self) -> None:
         self._depth = 0
+        self._shared: dict[tuple[int, ...], torch.Tensor | None] = {}
 
     def set_up(self) -> None:
         # One rank a share of the cores: without this every rank starts a thread for each core and they fight.
@@ -259,6 +306,13 @@ class CpuPlatform(Platform):
         halves = gate_up.view(len(gate_up), 2, -1, gate_up.shape[-1])[:, :, :size]
         return halves.flatten(1, 2), down[..., :size]
 
+    def shared_memory(self, size: int, ranks: Sequence[int], group: Any) -> torch.Tensor | None:
+        key = tuple(ranks)
+        memory = self._shared.get(key)
+        if key not in self._shared or (memory is not None and len(memory) < size):
+            memory = self._shared[key] = host_memory.share(size, group)
+        return None if memory is None else memory[:size]
+
     def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
         # torch Adam makes its state at the first step; megatron-core's load asserts that every parameter has one.
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -268,18 +322,26 @@ class CpuPlatform(Platform):
                     moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                     adam.state[parameter].update(step=torch.tensor(0.0), **moments)
 
-    def memory_gib(self) -> dict[str, float]:
-        return {"memory/host_gib": _peak_resident_gib()}
+    def libraries(self) -> dict[str, str]:
+        return {"CUDA, NCCL, driver": "not needed on a CPU"}
+
+    def unused_gpu(self) -> str | None:
+        if not _DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+            return None
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+            return f"torch cannot use this machine's GPU: {str(error).splitlines()[0]}"
+        return "torch finds no GPU that this process may use"
+
+
+_DRIVER = Path("/proc/driver/nvidia/version")  # there if NVIDIA's kernel module is
 
 
 @functools.cache
 def current() -> Platform:
     """The platform of this process."""
     return CudaPlatform() if torch.cuda.is_available() else CpuPlatform()
-
-
-def _peak_resident_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: kilobytes
 
 
 class _Stream:

@@ -1,20 +1,29 @@
-"""What recipes share: how one is found."""
+"""What recipes share: how one is found, what the paper's runs have in common, and how one runs as a program."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 
 from megatron_trd import config as configuration
-from megatron_trd.config import TrainConfig
-from megatron_trd.errors import UserError
+from megatron_trd.config import (
+    CheckpointConfig,
+    DataConfig,
+    SamplerConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from megatron_trd.errors import UserError, in_one_line
 
 _FOLDER = Path(__file__).parent
+_NO_RECIPES = ("__init__", "common")
 
 
 def recipe_names() -> list[str]:
     """Names of all recipes."""
-    return sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem not in ("__init__", "common"))
+    return sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem not in _NO_RECIPES)
 
 
 def find_recipe(name: str) -> TrainConfig:
@@ -31,3 +40,53 @@ def find_recipe(name: str) -> TrainConfig:
     config = importlib.import_module(f"recipes.{stem}").recipe()
     assert isinstance(config, TrainConfig)
     return config
+
+
+def paper_run(name: str, model: str, *, tp: int) -> TrainConfig:
+    """The paper's self-distillation of a Qwen3 model on DeepScaleR; student, frozen teacher and sampler at TP `tp`.
+
+    Models and data are folders of the working directory, since compute nodes often have no network; docs/recipes.md
+    says how they get there. What is not set here has the default of megatron_trd/config.py, which is the paper's: 2,048
+    tokens a prompt, 4,096 a reference, 16,384 a response, 16 problems a step, AdamW at 5e-6 after 10 % of warm-up. The
+    paper trains LoRA adapters unless told otherwise; here all weights are trained, its other option.
+
+    Layouts are ours, for training sequences of up to 38,912 tokens on 80 GB cards (85e9 bytes) that keep everything in
+    their memory at once. By arithmetic, for the 8 G parameters of Qwen3-8B at TP 4 on 8 GPUs, 1e9 bytes a GPU:
+
+        weights 2 B and gradients 4 B a parameter, over TP          12.3
+        master weights and Adam's moments 12 B, over all GPUs       12.3
+        frozen teacher 2 B, over TP; its output head again           4.4
+        36 activations of [38912 / TP, 4096], kept to recompute      2.9
+        one layer's own, the teacher's hidden states, the loss    about 5
+        two vLLM engines, a fifth of the memory each                34
+
+    That is 71 of 85. In an engine's 17, weights take 4.1, and keys and values (147 KB a token, over TP) of 290,000
+    tokens fit beside them: about the 8 longest sequences, and 8 of a step's 16 problems are what it works on.
+    """
+    return TrainConfig(
+        model=f"models/{model}",
+        run_dir=f"runs/{name}",
+        steps=2519,  # one pass (paper) over the 40,315 problems
+        # Ours: sequences of this length do not fit without sequence parallelism and recomputation.
+        student=StudentConfig(tp=tp, sequence_parallel=tp > 1, recompute=True),
+        teacher=TeacherConfig(tp=tp),
+        sampler=SamplerConfig(tp=tp, memory_fraction=0.2),  # ours: there are two of them
+        data=DataConfig(path="data/DeepScaleR-Preview-Dataset"),  # the paper's mathematics, its fields named as ours
+        checkpoint=CheckpointConfig(every=50),  # ours: what a node that dies without warning may cost
+    )
+
+
+def run_as_program(file: str) -> None:
+    """`python -m recipes.NAME …`: nemo-run's command line for the recipe in `file`."""
+    name = Path(file).stem
+
+    def run() -> None:
+        if importlib.util.find_spec("nemo_run") is None:
+            raise UserError(
+                f"needs nemo-run (pip install 'megatron-trd[launch]'); without it: megatron-trd train {name}"
+            )
+        from recipes import nemo
+
+        nemo.main(name)
+
+    in_one_line(run, f"recipes.{name}")

@@ -7,6 +7,7 @@ import dataclasses
 from megatron_trd.config import TrainConfig
 from megatron_trd.demo import TEACHER
 from recipes import opsd_demo
+from recipes.common import run_as_program
 
 
 def recipe() -> TrainConfig:
@@ -14,3 +15,7 @@ def recipe() -> TrainConfig:
     base = opsd_demo.recipe()
     teacher = dataclasses.replace(base.teacher, model=str(TEACHER))
     return dataclasses.replace(base, method="trd-opd", run_dir="runs/opd_demo", teacher=teacher)
+
+
+if __name__ == "__main__":
+    run_as_program(__file__)

@@ -12,13 +12,13 @@ from megatron_trd.config import (
     TrainConfig,
 )
 from megatron_trd.demo import STUDENT, TRAIN_PROBLEMS
+from recipes.common import run_as_program
 
 
 def recipe() -> TrainConfig:
     """Student over two tensor-parallel ranks, a frozen self-teacher and a sampler on each."""
     return TrainConfig(
         model=str(STUDENT),
-        method="trd-opsd",
         run_dir="runs/opsd_demo",
         steps=20,
         batch_size=32,
@@ -31,3 +31,7 @@ def recipe() -> TrainConfig:
         optimizer=OptimizerConfig(lr=1e-4, schedule="constant"),
         log=LogConfig(samples_per_step=16),
     )
+
+
+if __name__ == "__main__":
+    run_as_program(__file__)

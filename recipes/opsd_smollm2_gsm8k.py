@@ -15,12 +15,12 @@ from megatron_trd.config import (
     TeacherConfig,
     TrainConfig,
 )
+from recipes.common import run_as_program
 
 
 def recipe() -> TrainConfig:
     """Three tensor-parallel ranks: the model has 9 attention heads over 3 groups, which two ranks cannot share."""
     return TrainConfig(
-        method="trd-opsd",
         run_dir="runs/opsd_smollm2_gsm8k",
         steps=2,
         batch_size=6,
@@ -33,3 +33,7 @@ def recipe() -> TrainConfig:
         optimizer=OptimizerConfig(schedule="constant"),
         log=LogConfig(samples_per_step=6),
     )
+
+
+if __name__ == "__main__":
+    run_as_program(__file__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,15 +18,24 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 _PROBE_ROWS = 1024  # one-hot rows at once when a layer's weight is read back
 
 
-def refit(llm: Any, arch: Architecture, source: loading.Source) -> None:
-    """Load the full Hugging Face tensors of `source` into this rank's vLLM engine, one slot at a time. Collective."""
-    tensors = loading.named_tensors(arch, source)
+def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
+    """Load the full Hugging Face tensors of `source` into this rank's vLLM engine. Collective. Returns their bytes."""
+    sent = 0
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal sent
+        for name, full in loading.named_tensors(arch, source):
+            sent += full.numel() * full.element_size()
+            yield name, full
+
+    remaining = tensors()
     llm.apply_model(platform.current().prepare_reload)
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
-    for _ in tensors:  # vLLM may stop early; the other ranks of the gather do not
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": remaining})
+    for _ in remaining:  # vLLM may stop early; the other ranks of an exchange do not
         pass
     if arch.tied:
         llm.apply_model(_renew_tied_head)
+    return sent
 
 
 def _renew_tied_head(model: torch.nn.Module) -> None:

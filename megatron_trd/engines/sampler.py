@@ -1,43 +1,33 @@
-"""Rollouts and refinements: a vLLM engine in every rank's process, token ids in, token ids out.
+"""Rollouts and refinements of a step, streamed over all sampler groups.
 
-vLLM runs under `external_launcher`: consecutive ranks form its tensor-parallel groups, and the groups share the
-problems of a step. A refinement is queued the moment its rollout ends. Each request has its own seed, drawn from
-(run seed, step, problem, rollout, kind), so the tokens do not depend on what else is in flight.
+A refinement is queued the moment its rollout ends. Groups meet every few engine steps and share out what waits, the
+longest expected first, so that none idles while another has a queue. Each request has its own seed, drawn from
+(run seed, step, problem, rollout, kind), so its tokens do not depend on where and with what it runs.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import os
-import uuid
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem
-from megatron_trd.engines import refit
+from megatron_trd.engines.engine import Completion, Engine, pre_emptions
+from megatron_trd.engines.work import Capacity, Expectation, Load, Task, assign
 from megatron_trd.errors import UserError
-from megatron_trd.models import loading
-from megatron_trd.models.model import Model
 
-
-@dataclass(frozen=True)
-class Completion:
-    """What the sampler gave for one prompt."""
-
-    tokens: tuple[int, ...]  # end-of-sequence included where it was sampled
-    log_probs: tuple[float, ...]  # of each token at temperature 1
-    truncated: bool  # hit the length limit
+_ROUND = 16  # engine steps between two meetings of the groups
+_AHEAD = 8  # a group takes 1/8 more requests than can run at once, so that its batch stays full until the next meeting
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One rollout and, for TRD, its refinement."""
+    """One rollout and, for TRD, one refinement of it."""
 
     problem: Problem
     rollout: Completion
@@ -49,102 +39,69 @@ class Trajectory:
 RefinePrompt = Callable[[Problem, Completion], list[int] | None]
 
 
+class EngineDied(Exception):
+    """A vLLM engine of some rank failed; known to all ranks, none of which is in a collective."""
+
+
 def request_seed(*parts: object) -> int:
     """A 63-bit seed from whatever names a request."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-@functools.cache
-def _job_name() -> str:
-    """A name for this job that all its ranks agree on and no other job has. Collective when first asked."""
-    name = [uuid.uuid4().hex]
-    dist.broadcast_object_list(name, device=platform.current().device)
-    return name[0]
+@dataclass(frozen=True)
+class _Report:
+    """What a group tells the others when they meet."""
+
+    load: Load
+    new: list[Task]  # refinements that it did not begin itself
+    lengths: list[int]  # of rollouts that ended
+    overdue: list[str]  # requests that have run for too long
+    failure: str | None
 
 
-class Engine:
-    """One vLLM engine of this process. It begins without weights: `refit` brings them, from wherever they are."""
+@dataclass
+class _Group:
+    """This group's part of a step."""
 
-    def __init__(self, model: Model, config: TrainConfig, max_length: int) -> None:
-        current = platform.current()
-        arguments = current.sampler_arguments(config.sampler, max_length)
-        os.environ.update(current.sampler_environment())
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
-        from vllm import LLM
+    running: dict[str, tuple[Task, float]] = field(default_factory=dict)  # and when it was begun, seconds
+    new: list[Task] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    done: dict[str, tuple[Task, Completion]] = field(default_factory=dict)
+    retried: set[str] = field(default_factory=set)
+    failure: str | None = None
+    idle: float = 0.0  # seconds at meetings, waiting for the others
+    idle_queued: float = 0.0  # of them, while requests waited for room
 
-        self.arch = model.arch
-        with current.starting_sampler(_job_name()):
-            self.llm = LLM(
-                model=str(model.folder.path),
-                load_format="dummy",
-                dtype=str(current.dtype).removeprefix("torch."),
-                tensor_parallel_size=config.sampler.tp,
-                distributed_executor_backend="external_launcher",
-                max_model_len=max_length,
-                max_num_seqs=config.sampler.max_sequences,
-                seed=config.seed,
-                enable_prefix_caching=True,
-                disable_log_stats=True,
-                trust_remote_code=False,
-                **arguments,
-            )
-
-    def add(self, name: str, prompt: Sequence[int], *, max_tokens: int, seed: int, config: TrainConfig) -> None:
-        """Queue a request."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        parameters = SamplingParams(
-            temperature=config.sampler.temperature,
-            top_p=config.sampler.top_p,
-            max_tokens=max_tokens,
-            seed=seed,
-            logprobs=0,  # of the sampled token alone
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(prompt)}, parameters)
-
-    @property
-    def busy(self) -> bool:
-        return self.llm.llm_engine.has_unfinished_requests()
-
-    def step(self) -> Iterator[tuple[str, Completion]]:
-        """Advance every running request by a token; yields those that finished."""
-        for output in self.llm.llm_engine.step():
-            if output.finished:
-                result = output.outputs[0]
-                tokens = tuple(result.token_ids)
-                log_probs = tuple(entry[token].logprob for token, entry in zip(tokens, result.logprobs, strict=True))
-                yield output.request_id, Completion(tokens, log_probs, result.finish_reason == "length")
-
-    def forget(self) -> None:
-        """Drop cached prefixes: they are of earlier weights, and a step's tokens must not depend on earlier steps."""
-        self.llm.reset_prefix_cache()
-
-    def refit(self, source: loading.Source) -> None:
-        """Take over the weights of `source`. Collective."""
-        refit.refit(self.llm, self.arch, source)
-
-    def verify(self, source: loading.Source) -> None:
-        """Raise `UserError` if a tensor in the engine is not the one in `source`. Collective."""
-        different = refit.verify(self.llm, self.arch, source)
-        if different:
-            raise UserError(
-                f"refit check: {len(different)} tensors in the sampler differ from the trainer's, first {different[0]}"
-            )
+    def report(self, timeout: float | None) -> _Report:
+        """What has happened since the last meeting; what is told is not told again."""
+        load = Load(len(self.running), sum(task.tokens for task, _ in self.running.values()))
+        now = time.monotonic()
+        overdue = [name for name, (_, since) in self.running.items() if timeout and now - since > timeout]
+        again = next((name for name in overdue if name in self.retried), None)
+        failure = self.failure or (f"request {again} ran for {timeout} s, twice" if again else None)
+        report = _Report(load, self.new, self.lengths, overdue, failure)
+        self.new, self.lengths = [], []
+        return report
 
 
 class Sampler:
     """Samples a step's trajectories over all ranks with the student's engine and, where it differs, the teacher's."""
 
     def __init__(self, config: TrainConfig, student: Engine, teacher: Engine) -> None:
-        self.config, self.student, self.teacher = config, student, teacher
-        if dist.get_world_size() % config.sampler.tp:
-            raise UserError(f"sampler.tp={config.sampler.tp} does not divide the world size {dist.get_world_size()}")
-        self.group = dist.get_rank() // config.sampler.tp
-        self.groups = dist.get_world_size() // config.sampler.tp
+        self.config, self.settings = config, config.sampler
+        self.student, self.teacher = student, teacher
+        if dist.get_world_size() % self.settings.tp:
+            raise UserError(f"sampler.tp={self.settings.tp} does not divide the world size {dist.get_world_size()}")
+        self.group = dist.get_rank() // self.settings.tp
+        self.groups = dist.get_world_size() // self.settings.tp
+        self._meeting = dist.new_group(backend="gloo")  # what groups tell each other is on the host
+        self.stats: dict[str, float] = {}  # of the newest step, over all groups
+
+    @property
+    def engines(self) -> list[Engine]:
+        """This rank's engines, each once."""
+        return [self.student] if self.teacher is self.student else [self.student, self.teacher]
 
     def sample(
         self,
@@ -153,47 +110,145 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         refine_prompt: RefinePrompt | None,
     ) -> list[Trajectory]:
-        """One trajectory for each problem, the same list on every rank. Collective.
+        """The trajectories of each problem in order, the same list on every rank. Collective.
 
-        With `refine_prompt`, each rollout is refined as soon as it ends; without, trajectories are raw.
+        With `refine_prompt`, each rollout is refined as soon as it ends (without `sampler.stream`: when all have
+        ended), `refinements_per_rollout` times; without it, trajectories are raw. Raises `EngineDied` on every rank if
+        an engine failed: after `restart` and a refit, another call gives the tokens that this one would have given.
         """
-        mine = range(self.group, len(problems), self.groups)
-        done = self._run(step, {index: (problems[index], prompts[index]) for index in mine}, refine_prompt)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, done)
-        merged: dict[int, Trajectory] = {}
-        for part in gathered[:: self.config.sampler.tp]:
-            merged.update(part)
-        return [merged[index] for index in range(len(problems))]
-
-    def _run(
-        self, step: int, mine: dict[int, tuple[Problem, Sequence[int]]], refine_prompt: RefinePrompt | None
-    ) -> dict[int, Trajectory]:
-        settings = self.config.sampler
-        done: dict[int, Trajectory] = {}
-
-        def queue(engine: Engine, kind: str, index: int, prompt: Sequence[int], limit: int) -> None:
-            seed = request_seed(self.config.seed, step, mine[index][0].index, index, kind)
-            engine.add(f"{kind}/{index}/{step}", prompt, max_tokens=limit, seed=seed, config=self.config)
-
-        def finish(kind: str, index: int, completion: Completion) -> None:
-            if kind == "refinement":
-                done[index] = replace(done[index], refinement=completion)
-                return
-            problem = mine[index][0]
-            prompt = refine_prompt(problem, completion) if refine_prompt else None
-            done[index] = Trajectory(problem, completion, tuple(prompt) if prompt else None)
-            if prompt:
-                queue(self.teacher, "refinement", index, prompt, settings.max_refinement_tokens)
-
-        engines = [self.student] if self.teacher is self.student else [self.student, self.teacher]
-        for engine in engines:
+        for engine in self.engines:
             engine.forget()
-        for index, (_, prompt) in mine.items():
-            queue(self.student, "rollout", index, prompt, settings.max_rollout_tokens)
-        while any(engine.busy for engine in engines):
-            for engine in engines:
-                for name, completion in engine.step() if engine.busy else ():
-                    kind, number, _ = name.split("/")
-                    finish(kind, int(number), completion)
-        return done
+        begin, before = time.perf_counter(), pre_emptions(self.student)
+        group = _Step(self, step, problems, prompts, refine_prompt).run()
+        seconds = max(time.perf_counter() - begin, 1e-9)
+        mine = {
+            "sampler/idle": group.idle / seconds / self.groups,
+            "sampler/idle_queued": group.idle_queued / seconds / self.groups,
+            "sampler/pre_emptions": pre_emptions(self.student) - before,
+            "sampler/retried": len(group.retried),
+        }
+        gathered = self.tell((group.done, mine))
+        self.stats = {key: sum(stats[key] for _, stats in gathered) for key in mine}
+        done = {name: result for part, _ in gathered for name, result in part.items()}
+        return list(self._trajectories(problems, done))
+
+    def _trajectories(
+        self, problems: Sequence[Problem], done: dict[str, tuple[Task, Completion]]
+    ) -> Iterator[Trajectory]:
+        for index, problem in enumerate(problems):
+            _, rollout = done[f"rollout/{index}/0"]
+            names = [f"refinement/{index}/{number}" for number in range(self.config.refinements_per_rollout)]
+            refined = [done[name] for name in names if name in done]
+            if not refined:
+                yield Trajectory(problem, rollout)
+            for task, refinement in refined:
+                yield Trajectory(problem, rollout, task.prompt, refinement)
+
+    def restart(self) -> None:
+        """New engines, without weights, in place of all there are. Collective."""
+        for engine in self.engines:
+            engine.restart()
+
+    def tell(self, what: Any) -> list[Any]:
+        """What each group's first rank gives here, by group. Collective."""
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, what, group=self._meeting)
+        return everyone[:: self.settings.tp]
+
+
+class _Step:
+    """One step's sampling on this rank."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        step: int,
+        problems: Sequence[Problem],
+        prompts: Sequence[Sequence[int]],
+        refine_prompt: RefinePrompt | None,
+    ) -> None:
+        self.sampler, self.step, self.problems, self.refine_prompt = sampler, step, problems, refine_prompt
+        self.settings = sampler.settings
+        limit = self.settings.max_rollout_tokens
+        self.waiting = [Task("rollout", index, 0, tuple(prompt), limit) for index, prompt in enumerate(prompts)]
+        self.refinements = sampler.config.refinements_per_rollout if refine_prompt else 0
+        self.expected = Expectation(self.refinements)
+        most = self.settings.max_sequences
+        self.capacity = Capacity(most + most // _AHEAD, self.settings.max_running_tokens)
+        self.group = _Group()
+
+    def run(self) -> _Group:
+        """Work and meet until all groups have done their share."""
+        while share := self._meet():
+            for _ in range(_ROUND):
+                for name, completion in self._advance():
+                    self._finish(self.group.running.pop(name)[0], completion, share)
+        return self.group
+
+    def _meet(self) -> int:
+        """Tell the others, and begin what falls to this group; returns the requests a group has on average, 0: done."""
+        group, begin = self.group, time.perf_counter()
+        reports: list[_Report] = self.sampler.tell(group.report(self.settings.request_timeout))
+        seconds = time.perf_counter() - begin
+        group.idle += seconds
+        group.idle_queued += seconds if self.waiting else 0.0
+        for failure in (report.failure for report in reports if report.failure):
+            raise EngineDied(failure)
+        for name in reports[self.sampler.group].overdue:
+            task, _ = group.running[name]
+            self._engine(task).abort([name])
+            group.retried.add(name)
+            self._begin(task)
+        self.waiting += [task for report in reports for task in report.new]
+        self.expected.lengths += [length for report in reports for length in report.lengths]
+        loads = [report.load for report in reports]
+        given = assign(self._ready(), loads, self.capacity, self.expected)
+        for task in given[self.sampler.group]:
+            self._begin(task)
+        total = len(self.waiting) + sum(load.requests for load in loads)
+        taken = {task.name for tasks in given for task in tasks}
+        self.waiting = [task for task in self.waiting if task.name not in taken]
+        return -(-total // len(loads))
+
+    def _ready(self) -> list[Task]:
+        """Waiting tasks that may begin: without streaming, refinements wait for the last rollout."""
+        if self.settings.stream or len(self.expected.lengths) == len(self.problems):
+            return self.waiting
+        return [task for task in self.waiting if task.kind == "rollout"]
+
+    def _advance(self) -> list[tuple[str, Completion]]:
+        """One step of this rank's engines: what finished."""
+        try:
+            return [found for engine in self.sampler.engines if engine.busy for found in engine.step()]
+        except Exception as error:
+            # Ranks of one engine may be waiting for each other inside it. Then the job ends, to be resumed.
+            if self.settings.tp > 1:
+                raise
+            self.group.failure = f"{type(error).__name__}: {error}"
+            return []
+
+    def _finish(self, task: Task, completion: Completion, share: int) -> None:
+        self.group.done[task.name] = task, completion
+        if task.kind == "refinement" or self.refine_prompt is None:
+            return
+        length = len(completion.tokens)
+        self.group.lengths.append(length)
+        prompt = self.refine_prompt(self.problems[task.index], completion)
+        for number in range(self.refinements if prompt else 0):
+            limit = self.settings.max_refinement_tokens
+            refinement = Task("refinement", task.index, number, tuple(prompt or ()), limit, length)
+            # At once, unless the others have more room for it.
+            if self.settings.stream and len(self.group.running) < share:
+                self._begin(refinement)
+            else:
+                self.group.new.append(refinement)
+
+    def _begin(self, task: Task) -> None:
+        problem = self.problems[task.index].index
+        further = [task.number] if task.number else []  # the first refinement's seed does not depend on how many follow
+        seed = request_seed(self.sampler.config.seed, self.step, problem, task.index, task.kind, *further)
+        self.group.running[task.name] = task, time.monotonic()
+        self._engine(task).add(task, seed, self.settings)
+
+    def _engine(self, task: Task) -> Engine:
+        return self.sampler.student if task.kind == "rollout" else self.sampler.teacher

@@ -20,6 +20,7 @@ from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_
 from megatron_trd.methods import METHODS
 from megatron_trd.models import loading
 from megatron_trd.models.architecture import build_model, transformer_config
+from megatron_trd.models.gathering import GatheredSource
 from megatron_trd.models.model import Model
 from megatron_trd.parallel.grid import Grid
 
@@ -159,8 +160,9 @@ class StudentEngine:
         return self.model.module.output_layer.weight if self.grid.is_last_stage else None
 
     def source(self) -> loading.Source:
-        """Full Hugging Face tensors of the present weights (collective)."""
-        return loading.gathered_source(self.model, self.arch, self.grid)
+        """Full Hugging Face tensors of the present weights. Collective; see `GatheredSource` for how long they last."""
+        named = loading.local_parameters(self.model, self.arch, self.grid)
+        return GatheredSource(named, self.arch, self.grid, self.config.sampler.refit_bucket_mib * 2**20)
 
     def train_step(
         self,
@@ -183,7 +185,14 @@ class StudentEngine:
             self.scheduler.step(increment=1)
         if not math.isfinite(grad_norm):
             raise UserError("the gradient is not finite; the newest checkpoint is of a step before: lower optimizer.lr")
-        return sums.result(grad_norm=float(grad_norm), lr=lr)
+        result = sums.result(grad_norm=float(grad_norm), lr=lr)
+        bound = self.config.log.max_drift
+        if bound is not None and result.drift_mean > bound:
+            raise UserError(
+                f"sampler and trainer differ by {result.drift_mean:.3g} nats a token, log.max_drift is {bound:g}: "
+                "see whether --verify-refit finds other weights in the sampler, or raise the bound"
+            )
+        return result
 
     def backward(
         self,

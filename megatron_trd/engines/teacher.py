@@ -15,6 +15,7 @@ from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
 from megatron_trd.models import loading, weights
 from megatron_trd.models.architecture import Architecture, build_model, transformer_config
+from megatron_trd.models.gathering import GatheredSource
 from megatron_trd.models.model import Model
 from megatron_trd.parallel.exchange import Route, exchange_hidden
 from megatron_trd.parallel.grid import Grid, Layout, teacher_grid
@@ -76,14 +77,18 @@ class TeacherEngine:
             self._head.lerp_(self.student.head.detach().to(self._head), 1.0 - decay)
 
     def source(self) -> loading.Source:
-        """Full Hugging Face tensors of the present weights (collective); the head is the one the loss uses."""
-        body = loading.gathered_source(self.model, self.arch, self.grid)
-        if self.live or self.arch.tied:
+        """Full Hugging Face tensors of the present weights, as `StudentEngine.source`; the head is the loss's own."""
+        if self.live:
+            return self.student.source()
+        size = self.config.sampler.refit_bucket_mib * 2**20
+        named = loading.local_parameters(self.model, self.arch, self.grid)
+        *table, head = weights.slots(self.arch)
+        body = GatheredSource(named, self.arch, self.grid, size, table)
+        if self.arch.tied:
             return body
-        head = weights.slots(self.arch)[-1]
-        return lambda slot: (
-            loading.gather_slot(head, self._head, self.arch, self.student.grid) if slot == head else body(slot)
-        )
+        shard = {} if self._head is None else {head.megatron[0]: self._head}
+        last = GatheredSource(shard, self.arch, self.student.grid, size, [head])
+        return lambda slot: last(slot) if slot == head else body(slot)
 
     def hidden(self, samples: Sequence[Sample], student_shares: Sequence[Sequence[int]]) -> dict[int, Tensor]:
         """Hidden states after the final norm at response positions, `[tokens, hidden_T]` by sample index.

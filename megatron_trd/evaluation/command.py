@@ -20,7 +20,7 @@ from megatron_trd.launch import launch
 from megatron_trd.models.dist_checkpoint import is_checkpoint
 from megatron_trd.models.loading import check_tokenizer
 from megatron_trd.models.model import Model, open_model
-from megatron_trd.training.checks import make_folder
+from megatron_trd.training.run_folder import make_folder
 
 
 def run_evaluation(

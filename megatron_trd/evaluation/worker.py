@@ -26,7 +26,8 @@ def main() -> None:
 def _evaluate(config: TrainConfig) -> None:
     from megatron_trd.data.problems import load_problems
     from megatron_trd.data.prompts import PromptBuilder
-    from megatron_trd.engines.sampler import Engine, Sampler
+    from megatron_trd.engines.engine import Engine
+    from megatron_trd.engines.sampler import Sampler
     from megatron_trd.evaluation.responses import write_results
     from megatron_trd.models.model import open_model
     from megatron_trd.training.checkpoint import check_files

@@ -7,20 +7,17 @@ model spread over a grid.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_trd import platform
 from megatron_trd.errors import UserError
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.dist_checkpoint import PIECE_BYTES, CheckpointReader
 from megatron_trd.models.folder import WEIGHT_DTYPES, ModelFolder
-from megatron_trd.models.weights import Kind, Slot, exported_slots, merge, parts, shard, slots, stage_of
+from megatron_trd.models.weights import Slot, exported_slots, merge, parts, shard, slots
 from megatron_trd.parallel.grid import Grid
 
 # Gives the full Hugging Face tensors of a slot.
@@ -191,49 +188,9 @@ def local_parameters(model: torch.nn.Module, arch: Architecture, grid: Grid) -> 
     return named
 
 
-def find(slot: Slot, named: dict[str, torch.nn.Parameter]) -> torch.nn.Parameter | None:
+def find(slot: Slot, named: Mapping[str, Tensor]) -> Tensor | None:
     """The parameter of a slot on this rank, under whichever layer spec it was built."""
     return next((named[name] for name in slot.megatron if name in named), None)
-
-
-def gathered_source(model: torch.nn.Module, arch: Architecture, grid: Grid) -> Source:
-    """Full tensors of a running model, gathered over its grid. Collective: every rank asks for every slot in order."""
-    named = local_parameters(model, arch, grid)
-    table = slots(arch)
-
-    def gather(slot: Slot) -> list[Tensor]:
-        slot = slot if slot.exported else table[0]  # the tied head: its one tensor is the embedding
-        return gather_slot(slot, find(slot, named), arch, grid)
-
-    return gather
-
-
-def gather_slot(slot: Slot, parameter: Tensor | None, arch: Architecture, grid: Grid) -> list[Tensor]:
-    """Full tensors of one slot on every rank of the grid, from `parameter` on the ranks that hold it. Collective."""
-    stage = stage_of(slot, arch, grid.layout.pp)
-    owner = 0 if slot.expert is None else slot.expert // (arch.experts // grid.layout.ep)
-    if grid.pp_rank == stage and (slot.expert is None or grid.ep_rank == owner):
-        assert parameter is not None, f"no parameter for {slot.hf} on stage {stage}"
-        group = grid.groups.tp if slot.expert is None else grid.groups.expt_tp
-        shards = _all_gather(parameter.detach(), group, slot.kind)
-        full = [tensor.contiguous() for tensor in merge(slot, shards, arch)]
-    else:
-        current = platform.current()
-        full = [torch.empty(shape, dtype=current.dtype, device=current.device) for shape in slot.shapes]
-    for tensor in full:
-        if slot.expert is not None and grid.layout.ep > 1 and grid.pp_rank == stage:
-            dist.broadcast(tensor, group=grid.groups.ep, group_src=owner)
-        if grid.layout.pp > 1:
-            dist.broadcast(tensor, grid.stage_root(stage), group=grid.groups.pp)
-    return full
-
-
-def _all_gather(part: Tensor, group: Any, kind: Kind) -> list[Tensor]:
-    if kind == "replicated" or group.size() == 1:
-        return [part.clone()]  # the caller may keep what it gets while training changes the parameter
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return parts
 
 
 def named_tensors(arch: Architecture, source: Source) -> Iterator[tuple[str, Tensor]]:

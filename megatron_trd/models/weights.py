@@ -223,6 +223,19 @@ def parts(slot: Slot, arch: Architecture, rank: int, tp: int) -> list[tuple[int,
             return [(0, min(rank * rows, arch.vocab_size), max(0, min(rows, arch.vocab_size - rank * rows)))]
 
 
+def shard_shape(slot: Slot, arch: Architecture, tp: int) -> torch.Size:
+    """Shape of the Megatron shard on each of `tp` tensor-parallel ranks."""
+    rows, *rest = slot.whole
+    match slot.kind:
+        case "replicated":
+            return torch.Size([rows, *rest])
+        case "row":
+            return torch.Size([rows, rest[0] // tp])
+        case "vocab":
+            rows = arch.padded_vocab(tp)
+    return torch.Size([rows // tp, *rest])
+
+
 def shard(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
     """Hugging Face tensors -> the Megatron shard of tensor-parallel rank `rank` of `tp`."""
     rows = _join([full[part][start : start + count] for part, start, count in parts(slot, arch, rank, tp)])
@@ -235,20 +248,25 @@ def shard(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp:
             return rows
 
 
+def place(slot: Slot, part: Tensor, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> None:
+    """Copy the Megatron shard of tensor-parallel rank `rank` of `tp` to its place in Hugging Face tensors."""
+    if slot.kind == "row":
+        full[0].chunk(tp, 1)[rank].copy_(part)
+        return
+    row = 0
+    for index, start, count in parts(slot, arch, rank, tp):
+        full[index][start : start + count].copy_(part[row : row + count])
+        row += count
+
+
 def merge(slot: Slot, shards: Sequence[Tensor], arch: Architecture) -> list[Tensor]:
     """Megatron shards of all tensor-parallel ranks -> Hugging Face tensors; the inverse of `shard`."""
-    match slot.kind:
-        case "replicated":
-            return [shards[0]]
-        case "row":
-            return [_join(shards, dim=1)]
-    found: list[list[Tensor]] = [[] for _ in slot.hf]
-    for rank, rows in enumerate(shards):
-        row = 0
-        for part, _, count in parts(slot, arch, rank, len(shards)):
-            found[part].append(rows[row : row + count])
-            row += count
-    return [_join(pieces) for pieces in found]
+    if len(slot.hf) == 1 and (len(shards) == 1 or slot.kind == "replicated"):
+        return [shards[0][: slot.shapes[0][0]]]  # no copy
+    full = [shards[0].new_empty(shape) for shape in slot.shapes]
+    for rank, part in enumerate(shards):
+        place(slot, part, full, arch, rank, len(shards))
+    return full
 
 
 def _join(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:

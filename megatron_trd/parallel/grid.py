@@ -10,6 +10,7 @@ inside an expert), `ep` neighbouring ranks share a layer's experts, and the grou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,18 @@ class Layout:
         """Rank at (tp, pp, dp)."""
         return tp + self.tp * (dp + self.dp * pp)
 
+    @property
+    def copies(self) -> list[list[int]]:
+        """The ranks that hold a whole model between them, for each copy: stage by stage, in rank order.
+
+        A copy is as many neighbouring ranks of every stage as tensor or expert parallelism spreads a tensor over.
+        """
+        block, stage = math.lcm(self.tp, self.ep), self.tp * self.dp
+        return [
+            [pp * stage + first + place for pp in range(self.pp) for place in range(block)]
+            for first in range(0, stage, block)
+        ]
+
     def last_stage(self, dp: int) -> list[int]:
         """Ranks of one replica's last pipeline stage, in tensor-parallel order."""
         return [self.rank(tp, self.pp - 1, dp) for tp in range(self.tp)]
@@ -66,6 +79,8 @@ class Grid:
     pp_rank: int
     dp_rank: int
     ep_rank: int
+    copy: list[int]  # ranks of this rank's whole copy of the model (see `Layout.copies`)
+    copy_group: Any
 
     def tensor_rank(self, *, expert: bool) -> tuple[int, int]:
         """This rank's place among the ranks that share a tensor, and their number."""
@@ -78,10 +93,6 @@ class Grid:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.layout.pp - 1
-
-    def stage_root(self, stage: int) -> int:
-        """Global rank that holds `stage` in this rank's pipeline."""
-        return self.layout.rank(self.tp_rank, stage, self.dp_rank)
 
 
 def student_grid(tp: int, pp: int, ep: int = 1, *, seed: int) -> Grid:
@@ -124,7 +135,9 @@ def teacher_grid(tp: int, pp: int, ep: int = 1) -> Grid:
 
 def _grid(layout: Layout, groups: Any) -> Grid:
     rank = dist.get_rank()
-    return Grid(layout, groups, *layout.coordinates(rank), ep_rank=rank % layout.ep)
+    copy = next(ranks for ranks in layout.copies if rank in ranks)
+    copy_group, _ = dist.new_subgroups_by_enumeration(layout.copies)
+    return Grid(layout, groups, *layout.coordinates(rank), rank % layout.ep, copy, copy_group)
 
 
 def _embedding_groups(layout: Layout) -> tuple[Any, Any]:

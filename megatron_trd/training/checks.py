@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_trd import config as configuration
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem, load_problems
 from megatron_trd.data.prompts import Context
@@ -16,8 +14,6 @@ from megatron_trd.methods import METHODS
 from megatron_trd.models.loading import check_tokenizer
 from megatron_trd.models.model import Model, open_model
 from megatron_trd.parallel.grid import Layout
-
-_MAY_CHANGE = ("log.", "checkpoint.", "run_dir")  # settings that a resumed run may have otherwise
 
 
 @dataclass(frozen=True)
@@ -120,36 +116,3 @@ def _longest(config: TrainConfig) -> int:
         prompt_limit(config, "vanilla") + max(response, config.sampler.max_rollout_tokens),
         prompt_limit(config, method.teacher_context) + response,
     )
-
-
-def check_run_folder(config: TrainConfig, resume: bool) -> None:
-    """Raise `UserError` if the run folder cannot be written or holds a run that would be overwritten."""
-    folder = Path(config.run_dir)
-    make_folder(folder)  # first: one cannot even look into a folder that is closed, or whose name is too long
-    begun = folder / "config.yaml"
-    if resume and begun.exists():
-        _check_unchanged(configuration.load(begun), config, folder)
-    if not resume and begun.exists():
-        raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
-
-
-def _check_unchanged(begun: TrainConfig, config: TrainConfig, folder: Path) -> None:
-    """A run goes on as it began, or its checkpoints, its data order and its learning rates do not belong together."""
-    before, now = configuration.flatten(begun), configuration.flatten(config)
-    for key, value in now.items():
-        if value != before[key] and not key.startswith(_MAY_CHANGE):
-            raise UserError(
-                f"run folder '{folder}' was begun with {key}={before[key]}, not {value}: "
-                "resume with the same settings, or set another run_dir="
-            )
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder that can be written. Raises `UserError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"run folder '{folder}' cannot be written: {error.strerror}; set another one") from None

@@ -1,22 +1,46 @@
-"""What `megatron-trd train` does: check, write the run folder's configuration, start the ranks, wait."""
+"""What `megatron-trd train` and `megatron-trd check` do: all that can be known before ranks start, then the ranks."""
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from pathlib import Path
 
 from megatron_trd import config as configuration
 from megatron_trd.config import TrainConfig
+from megatron_trd.errors import UserError
 from megatron_trd.launch import launch
 from megatron_trd.training.checkpoint import checkpoints
-from megatron_trd.training.checks import check, check_run_folder
+from megatron_trd.training.checks import Inputs, check
+from megatron_trd.training.run_folder import check_run_folder
+
+
+def check_start(config: TrainConfig, *, ranks: int | None = None, resume: bool = False) -> Inputs:
+    """Raise `UserError` if a run of `config` cannot start, on `ranks` ranks where they are given."""
+    if ranks is not None and config.world_size not in (None, ranks):
+        raise UserError(f"world_size={config.world_size}, but the job has {ranks} ranks: change one of the two")
+    inputs = check(dataclasses.replace(config, world_size=ranks or config.world_size))
+    check_run_folder(config, resume)
+    return inputs
+
+
+def describe(config: TrainConfig, ranks: int) -> str:
+    """One line on a run that can start: how large it is and how far it is."""
+    done = max(checkpoints(config.run_dir), default=0)
+    state = f"{done} of {config.steps} steps saved" if done else f"{config.steps} steps, none saved yet"
+    return f"{config.method} on {ranks} ranks, run folder {config.run_dir}: {state}"
 
 
 def run_training(config: TrainConfig, *, resume: bool = False) -> int:
-    """Returns the number of steps done; raises `UserError` for bad input and `JobFailed` if a rank died."""
-    inputs = check(config)
-    check_run_folder(config, resume)
-    folder = Path(config.run_dir)
-    configuration.save(config, folder / "config.yaml")
-    arguments = ["-m", "megatron_trd.training.worker", str(folder / "config.yaml"), *(["--resume"] if resume else [])]
-    launch(arguments, inputs.world_size, folder / "logs")
+    """Train on this machine. Returns the number of steps done.
+
+    Raises `UserError` for bad input and `JobFailed` if a rank died.
+    """
+    inputs = check_start(config, resume=resume)
+    logs = Path(config.run_dir) / "logs"
+    logs.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=logs, prefix="config-", suffix=".yaml") as file:
+        configuration.save(config, Path(file.name))
+        arguments = ["-m", "megatron_trd.training.worker", file.name, *(["--resume"] if resume else [])]
+        launch(arguments, inputs.world_size, logs)
     return max(checkpoints(config.run_dir), default=0)

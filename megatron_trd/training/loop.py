@@ -11,26 +11,26 @@ def train(run: Run) -> None:
     refine_prompt = run.builder.refine_prompt if run.method.refines else None
 
     for step in range(run.steps_done, config.steps):
-        with run.phase("step"):
+        with run.phases.measure("step"):
             # x ~ problems; the sampler acts with the present weights of the student
             problems, prompts = run.builder.begin(run.problems(step))
-            with run.phase("refit"):
+            with run.phases.measure("refit"):
                 run.refit()
 
             # y_o ~ student(. | x), and for TRD y_r ~ teacher(. | x, y_o [, y*]) as soon as y_o ends
-            with run.phase("sample"):
-                trajectories = run.sampler.sample(step, problems, prompts, refine_prompt)
+            with run.phases.measure("sample"):
+                trajectories = run.sample(step, problems, prompts, refine_prompt)
             samples = run.builder.samples(trajectories)
             shares = run.shares(samples)
 
             result = None
             if samples:
                 # stopgrad teacher(. | x, y_o, y_r<t), as hidden states of response positions
-                with run.phase("teacher"):
+                with run.phases.measure("teacher"):
                     hidden = run.teacher.hidden(samples, shares)
 
                 # mean over t of KL( teacher(. | x, y_o, y_r<t) || student(. | x, y_r<t) ), and one optimizer step
-                with run.phase("train"):
+                with run.phases.measure("train"):
                     share = shares[run.student.grid.dp_rank]
                     result = run.student.train_step(samples, share, hidden, run.teacher.head)
                     run.teacher.update()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,18 @@ from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import Sample, deal
 from megatron_trd.data.problems import Problem, step_indices
 from megatron_trd.data.prompts import PromptBuilder
-from megatron_trd.engines.sampler import Engine, Sampler, Trajectory
+from megatron_trd.engines.engine import Engine
+from megatron_trd.engines.sampler import EngineDied, RefinePrompt, Sampler, Trajectory
 from megatron_trd.engines.student import StepResult, StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
+from megatron_trd.errors import UserError
 from megatron_trd.methods import METHODS
 from megatron_trd.parallel.grid import student_grid
 from megatron_trd.reporting.metrics import MetricsWriter, SampleWriter
 from megatron_trd.reporting.progress import Progress
 from megatron_trd.training import checkpoint
 from megatron_trd.training.checks import Inputs, check
+from megatron_trd.training.phases import Phases
 from megatron_trd.training.samples import SampleBuilder
 from megatron_trd.training.signals import StopRequest
 
@@ -53,7 +54,8 @@ class Run:
             self.inputs.student.folder.tokenizer, config.data.task, config.data.chat_template_kwargs
         )
         self.builder = SampleBuilder(config, prompts)
-        self.phases: dict[str, float] = {}
+        self.phases = Phases()
+        self.extra: dict[str, float] = {}  # metrics of the step that its parts leave here
         self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
 
     def _sampler(self) -> Sampler:
@@ -62,18 +64,7 @@ class Run:
         student = Engine(inputs.student, config, inputs.max_length)
         if self.teacher.live or not self.method.refines:
             return Sampler(config, student, student)
-        teacher = Engine(inputs.teacher, config, inputs.max_length)
-        teacher.refit(inputs.teacher.source)  # the student's weights, and a moving teacher's, come with every step
-        return Sampler(config, student, teacher)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a part of the step as `time/<name>`."""
-        platform.current().synchronize()
-        begin = time.perf_counter()
-        yield
-        platform.current().synchronize()
-        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - begin
+        return Sampler(config, student, Engine(inputs.teacher, config, inputs.max_length))
 
     def problems(self, step: int) -> list[Problem]:
         """Problems of a step (from 0), each as often as it is to be rolled out."""
@@ -84,12 +75,38 @@ class Run:
     def refit(self) -> None:
         """Bring the sampler's engines to the present weights, and prove it where the configuration asks."""
         engines = [(self.sampler.student, self.student.source())]
-        if self.teacher.averaged and self.sampler.teacher is not self.sampler.student:
-            engines.append((self.sampler.teacher, self.teacher.source()))
+        if self.sampler.teacher is not self.sampler.student:
+            if self.teacher.averaged:
+                engines.append((self.sampler.teacher, self.teacher.source()))
+            elif self.sampler.teacher.empty:  # a frozen teacher's weights come once
+                engines.append((self.sampler.teacher, self.inputs.teacher.source))
+        sent, seconds = 0, 0.0
         for engine, source in engines:
-            engine.refit(source)
+            begin = time.perf_counter()
+            sent += engine.refit(source)
+            seconds += time.perf_counter() - begin
             if self.config.log.verify_refit:
                 engine.verify(source)
+        self.extra |= {"refit/gib": sent / 2**30, "refit/gib_per_s": sent / 2**30 / seconds}
+
+    def sample(
+        self,
+        step: int,
+        problems: list[Problem],
+        prompts: list[list[int]],
+        refine_prompt: RefinePrompt | None,
+    ) -> list[Trajectory]:
+        """A step's trajectories. An engine that dies is rebuilt once, and the step's seeds give the same tokens."""
+        try:
+            return self.sampler.sample(step, problems, prompts, refine_prompt)
+        except EngineDied as death:
+            self.note(f"step {step}: a sampler's engine died ({death}); rebuilding it from the present weights")
+        self.sampler.restart()
+        self.refit()
+        try:
+            return self.sampler.sample(step, problems, prompts, refine_prompt)
+        except EngineDied as death:
+            raise UserError(f"a sampler's engine died twice in step {step}: {death}") from None
 
     def shares(self, samples: list[Sample]) -> list[list[int]]:
         """Sample indices of each student replica, balanced by length."""
@@ -97,7 +114,7 @@ class Run:
 
     def log(self, step: int, trajectories: list[Trajectory], samples: list[Sample], result: StepResult | None) -> None:
         """Write a finished step's metrics and samples (rank 0)."""
-        phases, self.phases = self.phases, {}
+        seconds, measured, self.extra = self.phases.seconds, self.phases.metrics() | self.extra, {}
         if self._writers is None:
             return
         metrics: dict[str, Any] = self.builder.metrics(trajectories, samples)
@@ -110,23 +127,26 @@ class Run:
                 "drift/mean": result.drift_mean,
                 "drift/max": result.drift_max,
             }
-        metrics |= {f"time/{name}": seconds for name, seconds in phases.items()}
+        metrics |= measured | self.sampler.stats
         sampled = sum(
             len(trajectory.rollout.tokens) + (len(trajectory.refinement.tokens) if trajectory.refinement else 0)
             for trajectory in trajectories
         )
-        metrics["throughput/sample"] = sampled / max(phases.get("sample", 0.0), 1e-9)
+        metrics["throughput/sample"] = sampled / max(seconds.get("sample", 0.0), 1e-9)
         for phase in ("teacher", "train"):
-            metrics[f"throughput/{phase}"] = metrics["tokens/trained"] / max(phases.get(phase, 0.0), 1e-9)
-        metrics |= platform.current().memory_gib()
+            metrics[f"throughput/{phase}"] = metrics["tokens/trained"] / max(seconds.get(phase, 0.0), 1e-9)
         pairs = [self.builder.pair(trajectory) for trajectory in trajectories[: self.config.log.samples_per_step]]
         self._writers.write(step, metrics, pairs)
 
     def save(self, steps_done: int) -> None:
         """Write a checkpoint after `steps_done` steps. Collective."""
         path = checkpoint.save(self.config.run_dir, steps_done, self.student, self.teacher, self.config.checkpoint.keep)
+        self.note(f"saved {path}")
+
+    def note(self, text: str) -> None:
+        """A line for whoever watches the run."""
         if self._writers is not None:
-            self._writers.progress.note(f"saved {path}")
+            self._writers.progress.note(text)
 
     def close(self) -> None:
         """Flush the writers and leave the process group."""

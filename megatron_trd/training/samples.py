@@ -15,7 +15,8 @@ from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import Sample, normalize
 from megatron_trd.data.problems import Problem
 from megatron_trd.data.prompts import Context, PromptBuilder
-from megatron_trd.engines.sampler import Completion, Trajectory
+from megatron_trd.engines.engine import Completion
+from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.evaluation.grading import is_correct
 from megatron_trd.methods import METHODS
 from megatron_trd.training.checks import prompt_limit

@@ -18,15 +18,19 @@ class StopRequest:
     """Remembers that a stop signal came, and lets all ranks agree on it between steps."""
 
     def __init__(self) -> None:
-        self._received: signal.Signals | None = None
+        self._received = False
         for number in _SIGNALS:
             signal.signal(number, self._handle)
+        # SLURM sends the warning to every process of a job's step, and it would kill those that this one starts: a
+        # blocked signal stays blocked in them. Here another thread gets it, or it stays pending.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self._received = True
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
-        flag = torch.tensor([self._received is not None], dtype=torch.int32, device=platform.current().device)
+        received = self._received or signal.SIGUSR1 in signal.sigpending()
+        flag = torch.tensor([received], dtype=torch.int32, device=platform.current().device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

@@ -1,26 +1,64 @@
-"""One rank of a training job: `python -m megatron_trd.training.worker CONFIG.yaml [--resume]` under torchrun."""
+"""One rank of a training job, started by torchrun: `python -m megatron_trd.training.worker RECIPE [key=value ...]`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from megatron_trd import config as configuration
-from megatron_trd.launch import run_rank
+import torch.distributed as dist
+
+from megatron_trd import platform
+from megatron_trd.config import TrainConfig, apply_overrides
+from megatron_trd.errors import UserError
+from megatron_trd.launch import RefusedElsewhere, run_rank
+from megatron_trd.training.command import check_start
+from megatron_trd.training.run_folder import claim
+from megatron_trd.training.run_lock import release_lock
+from recipes.common import find_recipe
 
 
 def main() -> None:
-    """Train what the configuration says."""
+    """Train a recipe: every rank resolves the same configuration, rank 0 owns the run folder."""
     from megatron_trd.training.loop import train
     from megatron_trd.training.run import Run
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--resume", action="store_true")
-    arguments = parser.parse_args()
-    run = Run(configuration.load(arguments.config), resume=arguments.resume)
+    parser.add_argument("recipe", help="a recipe of recipes/, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    arguments = parser.parse_intermixed_args()
+    current = platform.current()
+    current.set_up()
+    dist.init_process_group(current.backend)
+    config, first = _begin(arguments), dist.get_rank() == 0
+    run = Run(config, resume=arguments.resume)
     train(run)
     run.close()
+    if first:
+        release_lock(Path(config.run_dir))
+
+
+def _begin(arguments: argparse.Namespace) -> TrainConfig:
+    """The configuration, once rank 0 has checked it and owns the run folder; if it cannot, all end. Collective."""
+
+    def configuration() -> TrainConfig:
+        return apply_overrides(find_recipe(arguments.recipe), arguments.overrides)
+
+    if dist.get_rank() > 0:
+        refusal: list[str | None] = [None]
+        dist.broadcast_object_list(refusal, device=platform.current().device)
+        if refusal[0] is not None:
+            raise RefusedElsewhere(refusal[0])
+        return configuration()
+    try:
+        config = configuration()
+        check_start(config, ranks=dist.get_world_size(), resume=arguments.resume)
+        claim(config, resume=arguments.resume)
+    except UserError as error:
+        dist.broadcast_object_list([str(error)], device=platform.current().device)
+        raise
+    dist.broadcast_object_list([None], device=platform.current().device)
+    return config
 
 
 if __name__ == "__main__":

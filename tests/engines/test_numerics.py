@@ -56,7 +56,6 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
     from megatron_trd import platform
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.engines.teacher import TeacherEngine
-    from megatron_trd.models import loading
     from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
 
@@ -80,16 +79,22 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
             for parameter in student.model.parameters():
                 parameter.saved = parameter.data.clone()
                 parameter.data.copy_(parameter.main_grad)
-            gradients = dict(loading.named_tensors(student.arch, student.source()))
+            gradients = full_tensors(student)
             for parameter in student.model.parameters():
                 parameter.data.copy_(parameter.saved)
         result = student.train_step(samples, share, hidden, teacher.head)
-        after = dict(loading.named_tensors(student.arch, student.source()))
+        after = full_tensors(student)
         results.append(
             {"loss": loss, "grad": gradients, "norm": result.grad_norm, "after": after} if rank == 0 else None
         )
         parallel_state.destroy_model_parallel()
     return results
+
+
+def full_tensors(student: Any) -> dict[str, Tensor]:
+    from megatron_trd.models import loading
+
+    return {name: full.clone() for name, full in loading.named_tensors(student.arch, student.source())}
 
 
 def expected(

@@ -39,7 +39,8 @@ def sample_ranks(
     """Rank function: greedy trajectories from the folder's weights, then from another model's after refit."""
     from megatron_trd import platform
     from megatron_trd.engines import refit
-    from megatron_trd.engines.sampler import Engine, Sampler
+    from megatron_trd.engines.engine import Engine
+    from megatron_trd.engines.sampler import Sampler
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.models import loading
     from megatron_trd.models.model import open_model

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_trd.config import TrainConfig, from_dict, save
 from megatron_trd.models.folder import ModelFolder
-from megatron_trd.training.checks import Inputs, check, check_run_folder
+from megatron_trd.training.checks import Inputs, check
+from megatron_trd.training.run_folder import check_run_folder
 from tests.data.errors import user_error
 from tests.models import VOCAB, write_model
 

@@ -10,7 +10,8 @@ import pytest
 from megatron_trd.config import from_dict
 from megatron_trd.data.problems import Problem
 from megatron_trd.data.prompts import PromptBuilder
-from megatron_trd.engines.sampler import Completion, Trajectory
+from megatron_trd.engines.engine import Completion
+from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.training.checks import prompt_limit
 from megatron_trd.training.samples import SampleBuilder
 from tests.data.tokenizers import END, ids_of, tokenizer

@@ -1,0 +1,55 @@
+"""Are the packages here those that pyproject.toml asks for; nothing is imported to know it."""
+
+from __future__ import annotations
+
+import platform as python
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from megatron_trd.doctor.rows import Row
+
+_PROJECT = "megatron-trd"
+_ALWAYS_SHOWN = ("torch", "megatron-core")  # besides the engines of this machine's extra
+
+
+def version_rows(extra: str) -> list[Row]:
+    """Python, torch and each engine on a row of its own, every other dependency on one.
+
+    extra: the optional dependencies of pyproject.toml that this machine needs.
+    """
+    try:
+        project = metadata.distribution(_PROJECT)
+    except metadata.PackageNotFoundError:
+        says = f"{_PROJECT} is not installed, so what it needs is not known: pip install --no-deps -e . in its folder"
+        return [Row(_PROJECT, "not installed", "installed", "warning", says)]
+    engines: set[str] = set(_ALWAYS_SHOWN)
+    needed: dict[str, SpecifierSet] = {}
+    for requirement in map(Requirement, project.requires or []):
+        general = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if general or (requirement.marker and requirement.marker.evaluate({"extra": extra})):
+            needed[requirement.name] = needed.get(requirement.name, SpecifierSet()) & requirement.specifier
+            if not general:
+                engines.add(requirement.name)
+    interpreter = _row("python", python.python_version(), SpecifierSet(project.metadata["Requires-Python"] or ""))
+    packages = {name: _row(name, _version(name), specifier) for name, specifier in needed.items()}
+    shown = [row for name, row in packages.items() if name in engines or row.verdict != "ok"]
+    others = len(packages) - len(shown)
+    return [interpreter, *shown, Row("other packages", f"{others} in range", "pyproject.toml", value=others)]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _row(name: str, version: str | None, needed: SpecifierSet) -> Row:
+    wish = str(needed) or "any"
+    if version is not None and needed.contains(version, prereleases=True):  # NVIDIA's images have 2.9.0a0+…
+        return Row(name, version, wish, alike=True)
+    cure = "use another interpreter" if name == "python" else f"pip install '{name}{needed}'"
+    found = version or "not installed"
+    return Row(name, found, wish, "fails", f"{name} is {found}, pyproject.toml asks for {wish}: {cure}")

@@ -1,0 +1,140 @@
+"""A vLLM engine in this rank's process: token ids in, token ids out, weights by refit.
+
+vLLM runs under `external_launcher`: consecutive ranks form its tensor-parallel groups.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_trd import platform
+from megatron_trd.config import SamplerConfig, TrainConfig
+from megatron_trd.engines import refit
+from megatron_trd.engines.work import Task
+from megatron_trd.errors import UserError
+from megatron_trd.models import loading
+from megatron_trd.models.model import Model
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the sampler gave for one prompt."""
+
+    tokens: tuple[int, ...]  # end-of-sequence included where it was sampled
+    log_probs: tuple[float, ...]  # of each token at temperature 1
+    truncated: bool  # hit the length limit
+
+
+@functools.cache
+def _job_name() -> str:
+    """A name for this job that all its ranks agree on and no other job has. Collective when first asked."""
+    name = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, device=platform.current().device)
+    return name[0]
+
+
+class Engine:
+    """One vLLM engine of this process. It begins without weights: `refit` brings them, from wherever they are."""
+
+    def __init__(self, model: Model, config: TrainConfig, max_length: int) -> None:
+        self.model, self.config, self.max_length = model, config, max_length
+        self.empty = True  # no weights yet
+        self.llm: Any = self._start()
+
+    def _start(self) -> Any:
+        current, config = platform.current(), self.config
+        arguments = current.sampler_arguments(config.sampler, self.max_length)
+        os.environ.update(current.sampler_environment())
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
+        from vllm import LLM
+
+        with current.starting_sampler(_job_name()):
+            return LLM(
+                model=str(self.model.folder.path),
+                load_format="dummy",
+                dtype=str(current.dtype).removeprefix("torch."),
+                tensor_parallel_size=config.sampler.tp,
+                distributed_executor_backend="external_launcher",
+                max_model_len=self.max_length,
+                max_num_seqs=config.sampler.max_sequences,
+                seed=config.seed,
+                enable_prefix_caching=True,
+                disable_log_stats=False,  # `pre_emptions` are read off them
+                trust_remote_code=False,
+                **arguments,
+            )
+
+    def restart(self) -> None:
+        """A new engine, without weights, in place of one that died. Collective."""
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm, self.empty = None, True
+        gc.collect()
+        self.llm = self._start()
+
+    def add(self, task: Task, seed: int, settings: SamplerConfig) -> None:
+        """Queue a request."""
+        prompt = {"prompt_token_ids": list(task.prompt)}
+        self.llm.llm_engine.add_request(task.name, prompt, _parameters(settings, task.limit, seed))
+
+    def abort(self, names: Iterable[str]) -> None:
+        """Drop requests, wherever they are."""
+        self.llm.llm_engine.abort_request(list(names))
+
+    @property
+    def busy(self) -> bool:
+        return self.llm.llm_engine.has_unfinished_requests()
+
+    def step(self) -> Iterator[tuple[str, Completion]]:
+        """Advance every running request by a token; yields those that finished, by their task's name."""
+        for output in self.llm.llm_engine.step():
+            if output.finished:
+                result = output.outputs[0]
+                tokens = tuple(result.token_ids)
+                log_probs = tuple(entry[token].logprob for token, entry in zip(tokens, result.logprobs, strict=True))
+                yield output.request_id, Completion(tokens, log_probs, result.finish_reason == "length")
+
+    def forget(self) -> None:
+        """Drop cached prefixes: they are of earlier weights, and a step's tokens must not depend on earlier steps."""
+        self.llm.reset_prefix_cache()
+
+    def refit(self, source: loading.Source) -> int:
+        """Take over the weights of `source`; returns their bytes. Collective."""
+        self.empty = False
+        return refit.refit(self.llm, self.model.arch, source)
+
+    def verify(self, source: loading.Source) -> None:
+        """Raise `UserError` if a tensor in the engine is not the one in `source`. Collective."""
+        different = refit.verify(self.llm, self.model.arch, source)
+        if different:
+            raise UserError(
+                f"refit check: {len(different)} tensors in the sampler differ from the trainer's, first {different[0]}"
+            )
+
+
+def pre_emptions(engine: Engine) -> int:
+    """Requests put back for want of KV cache so far, in all engines of this process."""
+    found = {metric.name: metric for metric in engine.llm.get_metrics()}
+    return int(getattr(found.get("vllm:num_preemptions"), "value", 0))
+
+
+def _parameters(settings: SamplerConfig, max_tokens: int, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        logprobs=0,  # of the sampled token alone
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

@@ -1,0 +1,88 @@
+"""Which sampler group runs which request: the same decision on every rank, from what all of them know.
+
+Groups meet after a fixed number of engine steps, not after a time. So which requests share a batch, and with it every
+bit of what is sampled, is a function of the run's seed and weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Literal
+
+Kind = Literal["rollout", "refinement"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One request to a sampler: a rollout of the step's list, or a refinement of one."""
+
+    kind: Kind
+    index: int  # of the rollout in the step's list
+    number: int  # which refinement of it
+    prompt: tuple[int, ...]
+    limit: int  # tokens that may be sampled
+    length: int | None = None  # tokens expected, where something is known about them
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}/{self.index}/{self.number}"
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens that it can hold in the KV cache."""
+        return len(self.prompt) + self.limit
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a group has taken and not finished."""
+
+    requests: int = 0
+    tokens: int = 0  # that they can come to hold
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a group may take at most."""
+
+    requests: int
+    tokens: int | None
+
+    def admits(self, load: Load, task: Task) -> bool:
+        """Whether a group so loaded may take one more; a task too large for any group is taken by an empty one."""
+        if load.requests == 0:
+            return True
+        return load.requests < self.requests and (self.tokens is None or load.tokens + task.tokens <= self.tokens)
+
+
+@dataclass
+class Expectation:
+    """How long a task will keep a group busy, from the rollouts that have ended in this step."""
+
+    refinements: int  # of each rollout
+    lengths: list[int] = field(default_factory=list)
+
+    def __call__(self, task: Task) -> float:
+        """Tokens expected of a task and of what comes of it: a refinement is about as long as its rollout."""
+        length = task.length or (fmean(self.lengths) if self.lengths else task.limit)
+        return length * (2 if task.kind == "rollout" and self.refinements else 1)
+
+
+def assign(
+    waiting: Sequence[Task], loads: Sequence[Load], capacity: Capacity, expected: Expectation
+) -> list[list[Task]]:
+    """Which of the waiting tasks each group is to begin.
+
+    The longest first, each to the group with the fewest requests that has room for it.
+    """
+    given: list[list[Task]] = [[] for _ in loads]
+    now = list(loads)
+    for task in sorted(waiting, key=lambda task: (-expected(task), task.index, task.number)):
+        room = [group for group, load in enumerate(now) if capacity.admits(load, task)]
+        if room:
+            group = min(room, key=lambda group: (now[group].requests, now[group].tokens, group))
+            given[group].append(task)
+            now[group] = Load(now[group].requests + 1, now[group].tokens + task.tokens)
+    return given

@@ -1,0 +1,99 @@
+"""A recipe on a cluster: everything a forecast is a function of."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_trd.config import TrainConfig
+from megatron_trd.engines.teacher import check_teacher
+from megatron_trd.errors import UserError
+from megatron_trd.methods import METHODS
+from megatron_trd.models.architecture import Architecture
+from megatron_trd.parallel.grid import Layout
+from megatron_trd.planning.devices import Cluster, Device, Stack
+from megatron_trd.planning.shapes import find_architecture
+from megatron_trd.planning.workload import Lengths, Workload, workload
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration, the shapes of its models, and what it runs on."""
+
+    config: TrainConfig
+    cluster: Cluster
+    student: Architecture
+    teacher: Architecture
+    work: Workload
+
+    @property
+    def device(self) -> Device:
+        return self.cluster.device
+
+    @property
+    def stack(self) -> Stack:
+        return self.cluster.device.stack
+
+    @property
+    def student_layout(self) -> Layout:
+        own = self.config.student
+        return Layout(own.tp, own.pp, self.cluster.world, own.ep)
+
+    @property
+    def teacher_layout(self) -> Layout:
+        own = self.config.teacher
+        return self.student_layout if self.live else Layout(own.tp, own.pp, self.cluster.world, own.ep)
+
+    @property
+    def live(self) -> bool:
+        """Whether the student itself is the teacher: no second copy of its weights."""
+        return self.config.teacher.model is None and self.config.teacher.weights == "live"
+
+    @property
+    def averaged(self) -> bool:
+        return self.config.teacher.model is None and self.config.teacher.weights == "ema"
+
+    @property
+    def refines(self) -> bool:
+        return METHODS[self.config.method].refines
+
+    @property
+    def engines(self) -> list[Architecture]:
+        """Models of a rank's vLLM engines: the teacher's too where it refines with weights of its own."""
+        return [self.student] if self.live or not self.refines else [self.student, self.teacher]
+
+    @property
+    def places(self) -> set[tuple[int, int]]:
+        """(student's stage, teacher's stage) pairs that ranks have."""
+        student, teacher = self.student_layout, self.teacher_layout
+        return {(student.coordinates(rank)[1], teacher.coordinates(rank)[1]) for rank in range(self.cluster.world)}
+
+    def with_layout(self, config: TrainConfig) -> Case:
+        """The same run in another layout. Raises `UserError` for one that does not divide the models or the ranks."""
+        case = dataclasses.replace(self, config=config)
+        case.student.check_layout(config.student.tp, config.student.pp, "student", config.student.ep)
+        case.teacher.check_layout(config.teacher.tp, config.teacher.pp, "teacher", config.teacher.ep)
+        for arch in case.engines:
+            arch.check_layout(config.sampler.tp, 1, "sampler")
+        _ = case.student_layout, case.teacher_layout  # which raise if they do not divide the ranks
+        if self.cluster.world % config.sampler.tp:
+            raise UserError(
+                f"world size {self.cluster.world} does not fit sampler.tp={config.sampler.tp}: use a divisor of it"
+            )
+        return case
+
+
+def make_case(config: TrainConfig, cluster: Cluster, mean: Lengths) -> Case:
+    """Find the models' shapes and check the recipe's own layout. Raises `UserError`."""
+    student = find_architecture(config.model, "model")
+    teacher = find_architecture(config.teacher.model, "teacher.model") if config.teacher.model else student
+    check_teacher(student, teacher)
+    work = workload(config, mean)
+    for key, arch in (("model", student), ("teacher.model", teacher)):
+        if work.context > arch.max_positions:
+            raise UserError(
+                f"the longest prompt and response are {work.context} tokens, the context of {key} is "
+                f"{arch.max_positions}: lower data.max_prompt_tokens or sampler.max_rollout_tokens"
+            )
+    config = dataclasses.replace(config, world_size=cluster.world)
+    return Case(config, cluster, student, teacher, work).with_layout(config)

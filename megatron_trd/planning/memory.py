@@ -1,0 +1,245 @@
+"""Memory of a rank by phase and part, and what of it does not fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_trd.losses.head import CHUNK_BYTES
+from megatron_trd.methods import METHODS
+from megatron_trd.models.architecture import Architecture
+from megatron_trd.parallel.grid import Layout
+from megatron_trd.planning import sizes
+from megatron_trd.planning.case import Case
+from megatron_trd.reporting.progress import PHASES
+
+GIB = 2**30
+
+Parts = dict[str, float]  # bytes by what they are for
+
+# Chunks of float32 logits that the loss has at its peak (benchmarks/results/loss_cpu.md: 1.9 to 2.8; `jsd` one more).
+_CHUNKS, _CHUNKS_JSD = 2.5, 3.5
+_STEP = 0.05  # of a memory fraction that is proposed
+_GRADIENT_BYTES = 4  # gradients are summed in float32
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """One reason why a layout does not fit."""
+
+    phase: str
+    over: float  # bytes too many
+    why: str
+
+
+def by_phase(case: Case) -> dict[str, Parts]:
+    """Phase -> parts of the rank that is fullest in it, of those with different stages of student and teacher."""
+    ranks = [_of_rank(case, *place) for place in sorted(case.places)]
+    return {phase: max((rank[phase] for rank in ranks), key=lambda parts: sum(parts.values())) for phase in PHASES}
+
+
+def shortfalls(case: Case, memory: dict[str, Parts]) -> list[Shortfall]:
+    """Why the case does not fit; nothing if it does."""
+    limit = case.device.memory
+    found = []
+    for phase, parts in memory.items():
+        over = sum(parts.values()) - limit
+        if over > 0:
+            largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+            why = ", ".join(f"{name} {value / GIB:.1f}" for name, value in largest)
+            found.append(Shortfall(phase, over, f"{why} GiB"))
+    for arch in case.engines:
+        need, has = sizes.kv_bytes(arch, case.work.context, case.config.sampler.tp, case.stack), kv_cache(case, arch)
+        if has < need:
+            why = (
+                f"an engine has {max(0.0, has) / GIB:.1f} GiB for keys and values, one sequence of "
+                f"{case.work.context:,} tokens takes {need / GIB:.1f}"
+            )
+            found.append(Shortfall("sample", need - has, why))
+    return found
+
+
+def largest_fraction(case: Case) -> float:
+    """The largest `sampler.memory_fraction`, in steps of 0.05, that leaves room for all else; 0 if there is none."""
+    device = case.device
+    others = max(sum(_resident(case, *place).values()) for place in case.places)
+    free = (device.memory - others) / len(case.engines) / device.memory
+    return max(0.0, round(math.floor(min(free, 0.9) / _STEP + 1e-9) * _STEP, 2))
+
+
+def useful_fraction(case: Case) -> float:
+    """The `sampler.memory_fraction` with which no request waits, however long all are; steps of 0.05, at most 0.9."""
+    engines = case.cluster.world // case.config.sampler.tp
+    requests = -(-case.work.rollouts // engines) * max(1, case.work.refinements)
+    requests = min(requests, case.config.sampler.max_sequences)
+    needs = [
+        _engine_taken(case, arch)
+        + requests * sizes.kv_bytes(arch, case.work.context, case.config.sampler.tp, case.stack)
+        for arch in case.engines
+    ]
+    return min(0.9, round(math.ceil(max(needs) / case.device.memory / _STEP) * _STEP, 2))
+
+
+def kv_cache(case: Case, arch: Architecture) -> float:
+    """Bytes of keys and values that an engine has on a rank; below zero if not even the weights have room."""
+    settings, device = case.config.sampler, case.device
+    if not device.stack.engine_sleeps:
+        return settings.host_kv_cache_gib * GIB
+    return settings.memory_fraction * device.memory - _engine_taken(case, arch)
+
+
+def _of_rank(case: Case, student_stage: int, teacher_stage: int) -> dict[str, Parts]:
+    resident = _resident(case, student_stage, teacher_stage)
+    weights = sum(_engine_weights(case, arch) for arch in case.engines)
+    cache = sum(max(0.0, kv_cache(case, arch)) for arch in case.engines)
+    work = sum(_engine_work(case, arch) for arch in case.engines)
+    graphs = len(case.engines) * _graphs(case)
+    awake = {"engine weights": weights, "KV cache": cache}
+    asleep = {"engine graphs": graphs} if case.stack.engine_sleeps else awake
+    before = {"engine weights": weights, "engine graphs": graphs} if case.stack.engine_sleeps else awake
+    received = _received(case, student_stage)
+    return {
+        "refit": resident | before | {"refit buckets": _refit_buckets(case)},
+        "sample": resident | awake | {"engine graphs": graphs, "engine activations": work},
+        "teacher": resident | asleep | _teacher_parts(case, teacher_stage, received),
+        "train": resident | asleep | {"teacher's hidden states": received} | _train_parts(case, student_stage),
+    }
+
+
+def _resident(case: Case, student_stage: int, teacher_stage: int) -> Parts:
+    """What is there in every phase."""
+    stack, layout = case.stack, case.student_layout
+    own = sizes.of_rank(case.student, layout, student_stage, with_head=True)
+    return {
+        "student weights": own.total * stack.weight_bytes,
+        "gradients": own.total * _GRADIENT_BYTES,
+        "optimizer": optimizer_values(case, own) * stack.optimizer_bytes,
+        "teacher weights": _teacher_values(case, student_stage, teacher_stage) * stack.weight_bytes,
+        "process": case.device.efficiency.context_gib * GIB,
+    }
+
+
+def optimizer_values(case: Case, own: sizes.Parameters) -> float:
+    """Parameters whose optimizer state a rank has: its shard over the replicas of each, or all it holds."""
+    if not case.config.student.distributed_optimizer:
+        return own.total
+    layout = case.student_layout
+    return own.shared / layout.dp + own.experts * layout.ep / (layout.tp * layout.dp)
+
+
+def _teacher_values(case: Case, student_stage: int, teacher_stage: int) -> float:
+    """Values of the teacher's body, and of its head on the student's last stage."""
+    if case.live:
+        return 0.0
+    body = sizes.of_rank(case.teacher, case.teacher_layout, teacher_stage, with_head=False).total
+    last = student_stage == case.student_layout.pp - 1
+    return body + (sizes.head_shard(case.teacher, case.student_layout.tp) if last else 0)
+
+
+def _train_parts(case: Case, stage: int) -> Parts:
+    """Activations kept over a step's pipeline, and the loss on the last stage."""
+    settings, layout, work = case.config.student, case.student_layout, case.work
+    stack, hidden = case.stack, case.student.hidden_size
+    sequences = work.of_replica(layout.dp)
+    batch = min(settings.micro_batch_size, sequences)
+    tokens = batch * work.longest.student
+    in_flight = min(-(-sequences // batch), layout.pp - stage)
+    split = layout.tp if settings.sequence_parallel else 1
+    layer = sizes.kept_by_layer(
+        case.student, layout, int(work.longest.student), stack, sequence_parallel=settings.sequence_parallel
+    )
+    kept = hidden / split * stack.weight_bytes if settings.recompute else layer
+    layers = in_flight * case.student.layers // layout.pp * kept * tokens
+    # Backward works on one layer: its gradients, and what it kept where that is computed again.
+    working = (2 if settings.recompute else 1) * layer * tokens
+    loss = 0.0
+    if stage == layout.pp - 1:
+        # Final norm, gathered sequence and its gradient.
+        layers += (2 * hidden / split + 2 * hidden) * stack.weight_bytes * tokens
+        loss = _loss(case, int(batch * work.longest.response))
+    return {"activations": layers + max(0.0, working - loss), "loss": loss}
+
+
+def _loss(case: Case, tokens: int) -> float:
+    """Chunks of logits, both sides' selected hidden states, and the gradients of hidden states and head."""
+    narrow, tp, settings = case.stack.weight_bytes, case.student_layout.tp, case.config
+    head = (4 + narrow) * sizes.head_shard(case.student, tp)
+    hidden = tokens * ((4 + 2 * narrow) * case.student.hidden_size + narrow * case.teacher.hidden_size)
+    jsd = METHODS[settings.method].divergence.kind == "jsd"
+    width = case.student.padded_vocab(tp) // tp
+    return loss_chunks(tokens, width, settings.loss.chunk_tokens, jsd=jsd) + head + hidden
+
+
+def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, *, jsd: bool) -> float:
+    """Bytes of logits in chunks, both sides of `tokens` tokens by `width` columns of float32."""
+    at_once = chunk_tokens or max(1, CHUNK_BYTES // (4 * width))
+    return (_CHUNKS_JSD if jsd else _CHUNKS) * min(tokens, at_once) * 4 * width
+
+
+def _teacher_parts(case: Case, stage: int, received: float) -> Parts:
+    """One layer's work, and on the last stage the hidden states of whole sequences and of their responses."""
+    layout, work, stack = case.teacher_layout, case.work, case.stack
+    sequences = work.of_replica(layout.dp)
+    tokens = min(case.config.teacher.micro_batch_size, sequences) * work.longest.teacher
+    split = case.live and case.config.student.sequence_parallel
+    layer = sizes.kept_by_layer(case.teacher, layout, int(work.longest.teacher), stack, sequence_parallel=split)
+    last = stage == layout.pp - 1
+    made = sequences * (work.longest.teacher + work.longest.response) * _hidden_bytes(case) if last else 0.0
+    return {"activations": layer * tokens, "teacher's hidden states": made + received}
+
+
+def _received(case: Case, student_stage: int) -> float:
+    """The teacher's hidden states of all responses of a replica, on the student's last stage."""
+    if student_stage != case.student_layout.pp - 1:
+        return 0.0
+    return case.work.of_replica(case.student_layout.dp) * case.work.longest.response * _hidden_bytes(case)
+
+
+def _hidden_bytes(case: Case) -> int:
+    return case.teacher.hidden_size * case.stack.weight_bytes
+
+
+def _refit_buckets(case: Case) -> float:
+    """A bucket of shards from every rank of a copy of the model, the rank's own, and one parameter put together."""
+    sources = {(case.student, case.student_layout), (case.teacher, case.teacher_layout)}
+    return max(_bucket(case, arch, layout) for arch, layout in sources if arch in case.engines)
+
+
+def _bucket(case: Case, arch: Architecture, layout: Layout) -> float:
+    stack = case.stack
+    values = [slot.whole for slot in sizes.one_layer(arch)]
+    largest = max(torch.Size(shape).numel() for shape in values) * stack.weight_bytes
+    experts = sizes.whole(arch).experts // arch.layers * stack.weight_bytes  # a layer's stay together
+    bucket = max(case.config.sampler.refit_bucket_mib * 2**20, largest, experts)
+    bucket = min(bucket, sizes.whole(arch).total * stack.weight_bytes)
+    ranks, holders = copy_ranks(layout), layout.ep if arch.experts else layout.tp
+    return largest if ranks == 1 else largest + bucket * (ranks + 1) / holders
+
+
+def copy_ranks(layout: Layout) -> int:
+    """Ranks that hold a whole model between them."""
+    return len(layout.copies[0])
+
+
+def _engine_taken(case: Case, arch: Architecture) -> float:
+    """Of an engine's share of the memory, what is not for keys and values."""
+    return _engine_weights(case, arch) + _engine_work(case, arch) + _graphs(case)
+
+
+def _engine_weights(case: Case, arch: Architecture) -> float:
+    return sizes.engine_parameters(arch, case.config.sampler.tp) * case.stack.weight_bytes
+
+
+def _engine_work(case: Case, arch: Architecture) -> float:
+    """Activations of the largest pass of an engine, and the logits of its sequences, twice in float32."""
+    size, tp = arch.sizes(), case.config.sampler.tp
+    wide = arch.experts_per_token * size["expert_ffn"] if arch.experts else size["ffn"]
+    token = (3 * size["hidden"] + 3 * wide / tp) * case.stack.weight_bytes
+    logits = case.config.sampler.max_sequences * arch.vocab_size * 8
+    return case.device.efficiency.engine_tokens * token + logits
+
+
+def _graphs(case: Case) -> float:
+    return 0.0 if case.config.sampler.enforce_eager else case.device.efficiency.graphs_gib * GIB

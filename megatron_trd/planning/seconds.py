@@ -1,0 +1,208 @@
+"""Time of a step by phase and part. What does not depend on layouts is left out: grading, logs, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_trd.config import TrainConfig
+from megatron_trd.models.architecture import Architecture
+from megatron_trd.parallel.grid import Layout
+from megatron_trd.planning import memory, sizes
+from megatron_trd.planning.case import Case
+from megatron_trd.planning.workload import longest_of
+from megatron_trd.reporting.progress import PHASES
+
+Parts = dict[str, float]  # seconds by what they are spent on
+
+# A gradient is read and reset; master weights and two moments in float32 are read and written; the weight is written.
+_OPTIMIZER_BYTES = 4 + 4 + 2 * 12 + 2
+
+
+def by_phase(case: Case) -> dict[str, Parts]:
+    """Phase -> parts, seconds a step."""
+    return dict(zip(PHASES, (_refit(case), _sample(case), _teacher(case), _train(case)), strict=True))
+
+
+def _refit(case: Case) -> Parts:
+    """The student's engine, and a teacher's whose weights sleep has dropped or an average has moved."""
+    sources = [(case.student, case.student_layout)]
+    if len(case.engines) > 1 and (case.averaged or case.stack.engine_sleeps):
+        sources.append((case.teacher, case.teacher_layout))
+    parts: Parts = {"exchange": 0.0, "loading": 0.0}
+    for arch, layout in sources:
+        exchange, loading = _gathered(case, arch, layout)
+        parts["exchange"] += exchange
+        parts["loading"] += loading
+    return parts
+
+
+def _gathered(case: Case, arch: Architecture, layout: Layout) -> tuple[float, float]:
+    """Seconds to gather a whole model on every rank, and to write it into the engine: read, put together, written."""
+    efficiency = case.device.efficiency
+    size = sizes.whole(arch).total * case.stack.weight_bytes
+    ranks, holders = memory.copy_ranks(layout), layout.ep if arch.experts else layout.tp
+    # Every rank of a copy sends as much as the one that has most of a bucket.
+    sent = size * ranks / holders * (1 - 1 / ranks)
+    stage = layout.tp * layout.dp
+    link = case.cluster.link(stage, layout.pp) if layout.pp > 1 else case.cluster.link(1, ranks)
+    tensors = sum(len(slot.hf) for slot in sizes.one_layer(arch)) * arch.layers
+    copied = 3 * size / (case.device.bandwidth * efficiency.copying)
+    return sent / link, copied + tensors * efficiency.tensor_seconds
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """What an engine is asked for, for each rollout."""
+
+    count: int
+    prompt: float  # tokens, mean
+    response: float  # tokens, mean
+
+
+def _sample(case: Case) -> Parts:
+    """Both samplings. Two engines of a process take turns, so their times add; one engine does both together."""
+    mean, longest = case.work.mean, case.work.longest
+    rollout = _Requests(1, mean.prompt, mean.rollout)
+    if not case.refines:
+        return _engine(case, case.student, [rollout], longest.rollout)
+    refinements = _Requests(case.work.refinements, mean.teacher_prompt, mean.response)
+    if len(case.engines) == 1:
+        return _engine(case, case.student, [rollout, refinements], longest.rollout + longest.response)
+    student = _engine(case, case.student, [rollout], longest.rollout)
+    teacher = _engine(case, case.teacher, [refinements], longest.response)
+    return {name: student[name] + teacher[name] for name in student}
+
+
+def _engine(case: Case, arch: Architecture, requests: list[_Requests], longest: float) -> Parts:
+    """Seconds of one engine for its share of the step's rollouts. Of each, `requests` follow one another; together
+    their responses have at most `longest` tokens."""
+    tp, device, efficiency = case.config.sampler.tp, case.device, case.device.efficiency
+    rollouts = -(-case.work.rollouts // (case.cluster.world // tp))
+    chain = sum(each.response for each in requests)
+    tokens = rollouts * sum(each.count * each.response for each in requests)
+    running = min(rollouts * max(each.count for each in requests), _running(case, arch, requests))
+    steps = max(longest_of(case.work.rollouts, chain, longest), tokens / running)
+    read = _weights_read(arch, tokens / steps) * device.stack.weight_bytes / tp
+    contexts = rollouts * sum(
+        each.count * each.response * sizes.kv_bytes(arch, each.prompt + each.response / 2, tp, device.stack)
+        for each in requests
+    )
+    products = 2 * (sizes.products_per_token(arch).total + sizes.head_shard(arch, 1)) * tokens / tp
+    prompts = sum(each.count * sizes.forward_flops(arch, each.prompt, device.stack, tp=tp) for each in requests)
+    peak, bandwidth = device.flops * efficiency.forward, device.bandwidth * efficiency.decoding
+    collectives = 2 * arch.layers * efficiency.collective_seconds if tp > 1 else 0.0
+    return {
+        "prompts": rollouts * prompts / peak,
+        "reading weights": max(steps * read / bandwidth, products / peak),
+        "reading KV cache": contexts / bandwidth,
+        "engine steps": steps * (efficiency.engine_seconds + collectives),
+    }
+
+
+def _running(case: Case, arch: Architecture, requests: list[_Requests]) -> int:
+    """Requests of an engine at once: as many as have room, at their mean length, and are allowed."""
+    tp, settings = case.config.sampler.tp, case.config.sampler
+    one = max(sizes.kv_bytes(arch, each.prompt + each.response, tp, case.stack) for each in requests)
+    running = min(settings.max_sequences, int(memory.kv_cache(case, arch) / one))
+    if settings.max_running_tokens is not None:
+        running = min(running, settings.max_running_tokens // case.work.context)
+    return max(1, running)
+
+
+def _weights_read(arch: Architecture, active: float) -> float:
+    """Parameters that a step of `active` sequences reads: all, but for experts that no token is sent to."""
+    parameters = sizes.whole(arch)
+    embedding = 0 if arch.tied else sizes.head_shard(arch, 1)
+    if not arch.experts:
+        return parameters.total - embedding
+    missed = (1 - arch.experts_per_token / arch.experts) ** active
+    return parameters.shared - embedding + parameters.experts * (1 - missed)
+
+
+def _teacher(case: Case) -> Parts:
+    """Forward passes over whole sequences; hidden states to the student's last stages."""
+    config, layout, work = case.config, case.teacher_layout, case.work
+    share = work.busiest_share(work.mean.teacher, work.longest.teacher, layout.dp)
+    split = case.live and config.student.sequence_parallel
+    micro = config.teacher.micro_batch_size
+    parts = _passes(case, case.teacher, layout, share, work.mean.teacher, micro, passes=1, split=split)
+    sent = work.of_replica(case.student_layout.dp) * work.mean.response * case.teacher.hidden_size
+    sent *= case.stack.weight_bytes * config.student.tp  # each tensor-parallel rank of the stage gets them
+    parts["hidden states"] = sent / case.cluster.link(1, case.cluster.world)
+    return parts
+
+
+def _train(case: Case) -> Parts:
+    """Forward, backward as two of it, recomputation as one; the loss; gradients over replicas; the optimizer."""
+    config, layout, work = case.config, case.student_layout, case.work
+    device, efficiency = case.device, case.device.efficiency
+    share = work.busiest_share(work.mean.student, work.longest.student, layout.dp)
+    passes = 4 if config.student.recompute else 3
+    settings = config.student
+    parts = _passes(
+        case, case.student, layout, share, work.mean.student, settings.micro_batch_size,
+        passes=passes, split=settings.sequence_parallel,
+    )  # fmt: skip
+    # Logits of both sides, and the student's two gradients.
+    head = 6 * sizes.head_shard(case.student, layout.tp) + 2 * sizes.head_shard(case.teacher, layout.tp)
+    tokens = share * work.mean.response
+    parts["loss"] = tokens * head / (device.flops * efficiency.head)
+    own = sizes.of_rank(case.student, layout, 0, with_head=True)
+    parts["gradients over replicas"] = _reduction(case, own, layout, config)
+    state = memory.optimizer_values(case, own) * _OPTIMIZER_BYTES
+    parts["optimizer"] = state / (device.bandwidth * efficiency.copying)
+    if case.averaged:
+        parts["teacher's average"] = sum(_gathered(case, case.student, layout))
+    return parts
+
+
+def _passes(
+    case: Case,
+    arch: Architecture,
+    layout: Layout,
+    share: float,
+    length: float,
+    micro_batch: int,
+    *,
+    passes: int,
+    split: bool,
+) -> Parts:
+    """Seconds of `passes` forward passes' worth of work for `share` sequences on each pipeline of a layout."""
+    device, efficiency = case.device, case.device.efficiency
+    reached = efficiency.forward if passes == 1 else efficiency.training
+    batches = max(1.0, share / micro_batch)
+    layers = arch.layers / layout.pp
+    flops = sizes.forward_flops(arch, length, device.stack, tp=layout.tp, sequence_parallel=split)
+    products = passes * share * flops / layout.pp / (device.flops * reached)
+    communication = passes * layers * share * _layer_communication(case, arch, layout, length, split=split)
+    host = passes * batches * layers * efficiency.layer_seconds
+    parts = {"layers": products + host, "communication": communication}
+    if layout.pp > 1:  # the pipeline fills and drains
+        parts["pipeline fill"] = (products + communication + host) * (layout.pp - 1) / batches
+    return parts
+
+
+def _layer_communication(case: Case, arch: Architecture, layout: Layout, length: float, *, split: bool) -> float:
+    """Seconds of one sequence in one layer: two sums over TP (or a gather and a scatter), two exchanges over EP."""
+    size = length * arch.hidden_size * case.stack.weight_bytes
+    seconds = 0.0
+    if layout.tp > 1:
+        sums = 1 if arch.experts else 2
+        seconds += sums * 2 * size * (layout.tp - 1) / layout.tp / case.cluster.link(1, layout.tp)
+        seconds += sums * case.device.efficiency.collective_seconds
+    if layout.ep > 1:
+        sent = size * arch.experts_per_token / (layout.tp if split else 1)
+        seconds += 2 * sent * (layout.ep - 1) / layout.ep / case.cluster.link(1, layout.ep)
+        seconds += 2 * case.device.efficiency.collective_seconds
+    return seconds
+
+
+def _reduction(case: Case, own: sizes.Parameters, layout: Layout, config: TrainConfig) -> float:
+    """Gradients scattered in float32 and weights gathered, or gradients summed whole; nothing is overlapped."""
+    weight = case.stack.weight_bytes if config.student.distributed_optimizer else 4
+    experts = layout.tp * layout.dp // layout.ep
+    seconds = 0.0
+    for values, replicas, stride in ((own.shared, layout.dp, layout.tp), (own.experts, experts, layout.ep)):
+        if replicas > 1:
+            seconds += values * (4 + weight) * (replicas - 1) / replicas / case.cluster.link(stride, replicas)
+    return seconds

@@ -1,0 +1,196 @@
+"""A forecast in tables and sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from pathlib import Path
+
+from rich.table import Table
+
+from megatron_trd import config as configuration
+from megatron_trd.parallel.grid import Layout
+from megatron_trd.planning import memory, sizes
+from megatron_trd.planning.case import Case
+from megatron_trd.planning.devices import CPU
+from megatron_trd.planning.forecast import Forecast
+from megatron_trd.planning.search import Found
+from megatron_trd.reporting.progress import PHASES
+
+GIB = memory.GIB
+_SHOWN, _SHOWN_TOO_LARGE = 5, 4
+
+
+def headline(name: str, case: Case) -> Iterator[str]:
+    """What is forecast, on what, and how far it can be trusted."""
+    cluster, config, work = case.cluster, case.config, case.work
+    device = cluster.device
+    yield (
+        f"{name}: {config.method}, {cluster.nodes} x {cluster.gpus_per_node} {device.name} of "
+        f"{device.memory / GIB:.1f} GiB, {config.steps} steps of {work.samples} samples"
+    )
+    student = f"student {_model(config.model)} of {sizes.whole(case.student).total / 1e9:.4g} G parameters"
+    if config.teacher.model:
+        teacher = f"{_model(config.teacher.model)} of {sizes.whole(case.teacher).total / 1e9:.4g} G"
+    else:
+        teacher = f"the student, {config.teacher.weights}"
+    yield (
+        f"{student}, teacher {teacher}; sequences of up to {work.context:,} tokens, responses of "
+        f"{work.mean.response:,.0f} tokens on average of at most {work.longest.response:,.0f}"
+    )
+    if device.name == CPU:
+        yield f"measured now, a rank: {device.flops / 1e9:.0f} GFLOP/s and {device.bandwidth / 1e9:.1f} GB/s"
+    else:
+        yield "a forecast by arithmetic: nothing here has been measured on a GPU; docs/scaling.md says what is assumed"
+
+
+def memory_table(forecast: Forecast) -> Table:
+    """Parts by phase, of the rank that is fullest in it."""
+    table = _table("memory a GPU, GiB", *PHASES)
+    parts = list(dict.fromkeys(part for phase in PHASES for part in forecast.memory[phase]))
+    for part in parts:
+        table.add_row(part, *(_gib(forecast.memory[phase].get(part, 0.0)) for phase in PHASES))
+    table.add_row("all", *(_gib(sum(forecast.memory[phase].values())) for phase in PHASES))
+    return table
+
+
+def verdict(forecast: Forecast) -> str:
+    """Whether the recipe fits, and if not what is too much."""
+    phase, peak = forecast.peak
+    device = forecast.case.device
+    if forecast.fits:
+        return f"It fits: {peak / GIB:.1f} of {device.memory / GIB:.1f} GiB in the fullest phase, {phase}."
+    return f"It does not fit. {_reasons(forecast)}."
+
+
+def time_table(forecast: Forecast) -> Table:
+    """Seconds of a step by phase and part."""
+    table = _table("time a step, s", "phase", "part", "share", left=2)
+    for phase, parts in forecast.seconds.items():
+        table.add_row(phase, "", _seconds(sum(parts.values())), f"{sum(parts.values()) / forecast.step:.0%}")
+        for part, value in parts.items():
+            if value >= forecast.step / 1000:
+                table.add_row("", part, _seconds(value), f"{value / forecast.step:.0%}")
+    table.add_row("all", "", _seconds(forecast.step), "")
+    return table
+
+
+def throughput(forecast: Forecast) -> str:
+    """Tokens a second, and what the recipe takes as a whole."""
+    step = forecast.step
+    return (
+        f"{forecast.sampled_tokens / step:,.0f} tokens/s sampled and {forecast.trained_tokens / step:,.0f} trained on, "
+        f"over a whole step; {forecast.case.config.steps:,} steps take {forecast.hours:,.1f} hours, "
+        f"{forecast.gpu_hours:,.0f} GPU-hours, start and checkpoints not counted."
+    )
+
+
+def layouts_table(recipe: Forecast, found: Found) -> Table:
+    """The recipe and the quickest layouts that fit."""
+    table = _table(
+        "layouts that fit", "student", "teacher", "sampler", "peak, GiB", "s a step", "tokens/s trained", "GPU-hours",
+        left=4,
+    )  # fmt: skip
+    best = _distinct(found.fitting, lambda each: (_student(each.case), _sampler(each.case)), _SHOWN)
+    rows = [("the recipe" if recipe.fits else "the recipe (does not fit)", recipe)]
+    rows += [(str(place), each) for place, each in enumerate(best, 1)]
+    for name, each in rows:
+        table.add_row(
+            name,
+            *_layout(each.case),
+            _gib(each.peak[1]),
+            _seconds(each.step),
+            f"{each.trained_tokens / each.step:,.0f}",
+            f"{each.gpu_hours:,.0f}",
+        )
+    return table
+
+
+def advice(recipe: Forecast, found: Found) -> str:
+    """The best layout as overrides, where it is not the recipe's own."""
+    if not found.fitting:
+        return (
+            "No layout fits: take more nodes or GPUs with more memory, or lower data.max_prompt_tokens, "
+            "data.max_reference_tokens, sampler.max_rollout_tokens or sampler.max_refinement_tokens."
+        )
+    changed = overrides(recipe, found.fitting[0])
+    return f"Layout 1 as overrides: {' '.join(changed)}" if changed else "The recipe's own layout is the quickest."
+
+
+def overrides(recipe: Forecast, other: Forecast) -> list[str]:
+    """`key=value` of every setting in which a layout differs from the recipe."""
+    before, after = configuration.flatten(recipe.case.config), configuration.flatten(other.case.config)
+    return [f"{key}={_value(value)}" for key, value in after.items() if value != before[key]]
+
+
+def too_large_table(found: Found) -> Table:
+    """Layouts that would be quicker than all that fit, those first to which the least is missing, and what."""
+    table = _table("layouts that do not fit", "student", "teacher", "sampler", "s a step", "why", left=4)
+    table.columns[-1].justify = "left"
+    limit = found.fitting[0].step if found.fitting else math.inf
+    quicker = [each for each in found.too_large if each.step < limit] or found.too_large
+    nearest = sorted(quicker, key=lambda each: each.worst.over)
+    for each in _distinct(nearest, lambda each: _student(each.case), _SHOWN_TOO_LARGE):
+        table.add_row("", *_layout(each.case), _seconds(each.step), _reasons(each))
+    return table
+
+
+def _reasons(forecast: Forecast) -> str:
+    """The largest shortfall, and which other phases have one."""
+    worst = forecast.worst
+    others = [each.phase for each in forecast.shortfalls if each.phase != worst.phase]
+    also = f"; too much also in {', '.join(dict.fromkeys(others))}" if others else ""
+    return f"{worst.phase}: {worst.over / GIB:.1f} GiB too much ({worst.why}){also}"
+
+
+def _layout(case: Case) -> tuple[str, str, str]:
+    return _student(case), "the student" if case.live else _grid(case.teacher_layout), _sampler(case)
+
+
+def _student(case: Case) -> str:
+    settings = case.config.student
+    extras = [name for name, on in (("SP", settings.sequence_parallel), ("recompute", settings.recompute)) if on]
+    return " ".join([_grid(case.student_layout), *extras])
+
+
+def _sampler(case: Case) -> str:
+    settings = case.config.sampler
+    share = f" of {settings.memory_fraction:.0%}" if case.stack.engine_sleeps else ""
+    return f"{len(case.engines)} x TP{settings.tp}{share}"
+
+
+def _grid(layout: Layout) -> str:
+    experts = f" EP{layout.ep}" if layout.ep > 1 else ""
+    return f"TP{layout.tp} PP{layout.pp} DP{layout.dp}{experts}"
+
+
+def _distinct(forecasts: Iterable[Forecast], key: Callable[[Forecast], Hashable], count: int) -> list[Forecast]:
+    """The first of each kind, at most `count` of them."""
+    first: dict[Hashable, Forecast] = {}
+    for each in forecasts:
+        first.setdefault(key(each), each)
+    return list(first.values())[:count]
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table whose first `left` columns are text and whose others are numbers."""
+    table = Table(title)
+    for place, column in enumerate(columns, 1):
+        table.add_column(column, justify="left" if place < left else "right")
+    return table
+
+
+def _model(path: str) -> str:
+    return Path(path).name
+
+
+def _gib(value: float) -> str:
+    return f"{value / GIB:.1f}" if value >= 0.05 * GIB or value == 0 else f"{value / GIB:.2g}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
+
+
+def _value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,45 @@
+"""What the phases of a step cost: seconds, and the peak of memory in each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_trd import platform
+
+
+class Phases:
+    """Clock and memory gauge of this rank."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}  # of the step so far, by phase
+        self._peaks: dict[str, float] = {}  # GiB of the step so far, by metric
+        self._largest: dict[str, float] = {}  # GiB of the run so far, by kind of memory
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """A part of the step; those of one name add up. The memory of a phase within counts for the inner one only."""
+        current = platform.current()
+        current.synchronize()
+        self._gauge(None)
+        begin = time.perf_counter()
+        yield
+        current.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        self._gauge(name)
+
+    def _gauge(self, name: str | None) -> None:
+        """Take the peaks since the last time, and count them for a phase."""
+        for kind, gib in platform.current().peak_memory_gib().items():
+            self._largest[kind] = max(self._largest.get(kind, 0.0), gib)
+            if name is not None:
+                key = f"memory/{name}/{kind}_gib"
+                self._peaks[key] = max(self._peaks.get(key, 0.0), gib)
+
+    def metrics(self) -> dict[str, float]:
+        """The step's metrics; the next begins."""
+        values = {f"time/{name}": seconds for name, seconds in self.seconds.items()} | self._peaks
+        values |= {f"memory/{kind}_gib": gib for kind, gib in self._largest.items()}
+        self.seconds, self._peaks = {}, {}
+        return values

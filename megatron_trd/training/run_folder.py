@@ -1,0 +1,70 @@
+"""The folder of a run: that it can be written, that no other run is in it, and what it was begun with."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from megatron_trd import config as configuration
+from megatron_trd.config import TrainConfig
+from megatron_trd.errors import UserError
+from megatron_trd.training.run_lock import check_lock, release_lock, take_lock
+
+_MAY_CHANGE = ("log.", "checkpoint.", "run_dir")  # settings that a resumed run may have otherwise
+_PROBE_BYTES = 1 << 20
+
+
+def claim(config: TrainConfig, *, resume: bool) -> None:
+    """Make this process the owner of the run folder and write the run's configuration into it.
+
+    Raises `UserError` as `check_run_folder` does; nothing of a run that is there is changed then.
+    """
+    folder = Path(config.run_dir)
+    make_folder(folder)
+    take_lock(folder)
+    try:
+        _check_begun(config, folder, resume)
+        fresh = folder / "config.yaml.new"
+        configuration.save(config, fresh)
+        fresh.replace(folder / "config.yaml")  # whole or not at all, whenever this process is killed
+    except BaseException:
+        release_lock(folder)
+        raise
+
+
+def check_run_folder(config: TrainConfig, resume: bool) -> None:
+    """Raise `UserError` if the run folder cannot be written, is in use, or holds a run that would be overwritten."""
+    folder = Path(config.run_dir)
+    make_folder(folder)  # first: one cannot even look into a folder that is closed, or whose name is too long
+    check_lock(folder)
+    _check_begun(config, folder, resume)
+
+
+def _check_begun(config: TrainConfig, folder: Path, resume: bool) -> None:
+    begun = folder / "config.yaml"
+    if not begun.exists():
+        return
+    if not resume:
+        raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
+    _check_unchanged(configuration.load(begun), config, folder)
+
+
+def _check_unchanged(begun: TrainConfig, config: TrainConfig, folder: Path) -> None:
+    """A run goes on as it began, or its checkpoints, its data order and its learning rates do not belong together."""
+    before, now = configuration.flatten(begun), configuration.flatten(config)
+    for key, value in now.items():
+        if value != before[key] and not key.startswith(_MAY_CHANGE):
+            raise UserError(
+                f"run folder '{folder}' was begun with {key}={before[key]}, not {value}: "
+                "resume with the same settings, or set another run_dir="
+            )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that can be written and is not full. Raises `UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise UserError(f"run folder '{folder}' cannot be written: {error.strerror}; set another one") from None

@@ -1,0 +1,25 @@
+"""TRD-OPD of Qwen3-1.7B on DeepScaleR with Qwen3-8B as the teacher, as in the paper. One 8×80 GB node."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_trd.config import TeacherConfig, TrainConfig
+from recipes import opsd_qwen3_1_7b
+from recipes.common import run_as_program
+
+
+def recipe() -> TrainConfig:
+    """As `opsd_qwen3_1_7b`, with a teacher that sees no reference; TP 4 for all that has its 8 G parameters."""
+    base = opsd_qwen3_1_7b.recipe()
+    return dataclasses.replace(
+        base,
+        method="trd-opd",
+        run_dir="runs/opd_qwen3_1_7b",
+        teacher=TeacherConfig(model="models/Qwen3-8B", tp=4),
+        sampler=dataclasses.replace(base.sampler, tp=4),
+    )
+
+
+if __name__ == "__main__":
+    run_as_program(__file__)

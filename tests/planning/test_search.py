@@ -1,0 +1,73 @@
+"""Layouts that are proposed: the best there is, and one that a user can type."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+from megatron_trd.config import apply_overrides
+from megatron_trd.errors import UserError
+from megatron_trd.planning import search
+from megatron_trd.planning.case import make_case
+from megatron_trd.planning.forecast import forecast
+from megatron_trd.planning.tables import overrides
+from megatron_trd.planning.workload import mean_lengths
+from tests.planning.cases import make
+
+MIXTURE = {
+    "model": "models/Qwen3-30B-A3B",
+    "student": {"tp": 4, "ep": 8, "sequence_parallel": True},
+    "teacher": {"tp": 4, "ep": 8},
+    "sampler": {"tp": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes"),
+    [({}, 1), ({"method": "trd-opd", "teacher": {"model": "models/Qwen3-32B", "tp": 4}}, 2), (MIXTURE, 2)],
+)
+def test_the_best_layout_is_that_of_all_combinations(settings: dict[str, Any], nodes: int) -> None:
+    """What is left out beforehand was not the best: all students with all teachers and samplers, tried one by one."""
+    case = make(settings, nodes=nodes, gpus_per_node=4)
+    found = search.alternatives(case)
+    everything = []
+    for parts in product(search._students(case), search._teachers(case), search._samplers(case)):
+        student, teacher, sampler = parts
+        try:
+            made = case.with_layout(replace(case.config, student=student, teacher=teacher, sampler=sampler))
+        except UserError:
+            continue
+        everything.append(forecast(search._with_fraction(made)))
+    fitting = [each for each in everything if each.fits]
+    assert len(everything) > len(found.fitting) + len(found.too_large)
+    assert bool(fitting) == bool(found.fitting)
+    if fitting:
+        assert found.fitting[0].step == pytest.approx(min(each.step for each in fitting), rel=0.01)
+
+
+def test_layouts_are_sorted_and_sorted_apart() -> None:
+    found = search.alternatives(make({}))
+    steps = [each.step for each in found.fitting]
+    assert steps == sorted(steps)
+    assert all(each.fits for each in found.fitting)
+    assert found.too_large
+    assert not any(each.fits for each in found.too_large)
+
+
+def test_a_layout_typed_as_overrides_is_the_layout() -> None:
+    case = make({})
+    best = search.alternatives(case).fitting[0]
+    typed = overrides(forecast(case), best)
+    assert typed
+    config = apply_overrides(case.config, typed)
+    again = forecast(make_case(config, case.cluster, mean_lengths(config)))
+    assert again.fits
+    assert again.step == pytest.approx(best.step)
+
+
+def test_a_live_teacher_has_the_student_s_grid() -> None:
+    found = search.alternatives(make({"teacher": {"weights": "live"}}))
+    assert {each.case.teacher_layout == each.case.student_layout for each in found.fitting} == {True}

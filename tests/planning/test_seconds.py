@@ -1,0 +1,119 @@
+"""Time: each term against arithmetic done by hand, and what must make it shorter or longer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_trd.planning import seconds
+from megatron_trd.planning.devices import DEVICES, GPU_EFFICIENCY
+from megatron_trd.planning.shapes import PUBLISHED
+from megatron_trd.planning.workload import longest_of, mean_lengths
+from tests.planning.cases import make
+
+H100, SHARE = DEVICES["h100"], GPU_EFFICIENCY
+
+
+def test_longest_of_evenly_spread_lengths() -> None:
+    assert longest_of(1, 50, 100) == 50
+    assert longest_of(3, 50, 100) == 75
+    assert longest_of(10**6, 30, 100) == pytest.approx(60, rel=1e-5)  # as far above the mean as zero is below
+    assert longest_of(10**6, 80, 100) == pytest.approx(100, rel=1e-5)
+    assert longest_of(5, 100, 100) == 100
+
+
+def test_decoding_reads_the_weights_once_a_step_and_keys_and_values_once_a_token() -> None:
+    """One raw-rollout problem on one GPU: 8,192 tokens, the mean, one after the other."""
+    case = make({"method": "opd-forward-kl", "batch_size": 1}, gpus_per_node=1)
+    sample = seconds.by_phase(case)["sample"]
+    weights = (8_190_735_360 - 151_936 * 4096) * 2  # not the embedding, of which a row is read
+    assert sample["reading weights"] == pytest.approx(8192 * weights / (3.35e12 * SHARE.decoding), rel=1e-3)
+    token = 36 * 2 * 8 * 128 * 2
+    context = 2048 * 0.1 + 8192 / 2
+    cache = 8192 * token * context / (3.35e12 * SHARE.decoding)
+    assert sample["reading KV cache"] == pytest.approx(cache, rel=0.01)
+    assert sample["engine steps"] == pytest.approx(8192 * SHARE.engine_seconds)
+
+
+def test_two_engines_take_turns_and_one_does_both_at_once() -> None:
+    frozen = seconds.by_phase(make({}))["sample"]
+    live = seconds.by_phase(make({"teacher": {"weights": "live"}}))["sample"]
+    assert live["engine steps"] == pytest.approx(frozen["engine steps"], rel=0.01)  # one after the other either way
+    raw = seconds.by_phase(make({"method": "opsd-forward-kl"}))["sample"]
+    assert sum(raw.values()) < 0.6 * sum(frozen.values())
+
+
+def test_requests_that_have_no_room_wait() -> None:
+    """4,096 rollouts and as many refinements on one engine each, 64 at once: a step of the engine for 64 tokens."""
+    sampler = {"tp": 8, "max_sequences": 64, "memory_fraction": 0.4}
+    found = seconds.by_phase(make({"batch_size": 4096, "sampler": sampler}))["sample"]["engine steps"]
+    step = SHARE.engine_seconds + 2 * 36 * SHARE.collective_seconds
+    assert found == pytest.approx(2 * 4096 * 8192 / 64 * step)
+
+
+def test_teacher_and_training_are_their_flops() -> None:
+    settings = {"method": "opd-forward-kl", "batch_size": 64}
+    parts = seconds.by_phase(make(settings, gpus_per_node=8))
+    length = 2048 * 0.1 + 8192
+    weights = 36 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
+    forward = 8 * (2 * weights * length + 36 * 2 * 4096 * length**2)  # of the 8 samples of a replica
+    host = 8 * 36 * SHARE.layer_seconds
+    assert parts["teacher"]["layers"] == pytest.approx(forward / (989e12 * SHARE.forward) + host, rel=1e-3)
+    assert parts["train"]["layers"] == pytest.approx(3 * forward / (989e12 * SHARE.training) + 3 * host, rel=1e-3)
+    head = 8 * 8192 * 8 * 4096 * 151_936  # six products' worth of the student's, two of the teacher's
+    assert parts["train"]["loss"] == pytest.approx(head / (989e12 * SHARE.head), rel=1e-3)
+    again = seconds.by_phase(make(settings | {"student": {"recompute": True}}))
+    assert again["train"]["layers"] == pytest.approx(parts["train"]["layers"] * 4 / 3)
+
+
+def test_a_step_is_not_shorter_than_its_longest_sequence() -> None:
+    """16 samples over 16 replicas: the busiest has the longest one, not a mean one."""
+    settings = {"method": "opd-forward-kl"}
+    half = seconds.by_phase(make(settings, nodes=1))["train"]["layers"]
+    full = seconds.by_phase(make(settings, nodes=2))["train"]["layers"]
+    assert full == pytest.approx(half * longest_of(16, 8397, 18432) / (2 * 8397), rel=0.01)
+
+
+def test_pipelines_fill() -> None:
+    settings: dict[str, Any] = {"method": "opd-forward-kl", "batch_size": 8, "student": {"pp": 4}}
+    parts = seconds.by_phase(make(settings, gpus_per_node=4))["train"]
+    assert parts["pipeline fill"] == pytest.approx((parts["layers"] + parts["communication"]) * 3 / 8)
+
+
+def test_gradients_of_one_node_do_not_cross_the_network() -> None:
+    settings = {"method": "opd-forward-kl", "student": {"tp": 8, "sequence_parallel": True}, "sampler": {"tp": 8}}
+    one, two = (seconds.by_phase(make(settings, nodes=nodes))["train"]["gradients over replicas"] for nodes in (1, 2))
+    assert one == 0
+    shard = (8_190_735_360 + 128 * 4096) / 8  # padding of the vocabulary is small
+    assert two == pytest.approx(shard * 6 / 2 / (50e9 * SHARE.link), rel=0.01)
+
+
+def test_refit_gathers_the_model_and_a_sleeping_teacher_s() -> None:
+    settings: dict[str, Any] = {"student": {"tp": 8, "sequence_parallel": True}, "sampler": {"tp": 8}}
+    live = seconds.by_phase(make(settings | {"teacher": {"weights": "live"}}))["refit"]
+    assert live["exchange"] == pytest.approx(8.19e9 * 2 * 7 / 8 / (450e9 * SHARE.link), rel=0.01)
+    frozen = seconds.by_phase(make(settings | {"teacher": {"tp": 8}}))["refit"]
+    assert frozen["exchange"] == pytest.approx(2 * live["exchange"])
+    alone = seconds.by_phase(make({"teacher": {"weights": "live"}}))["refit"]
+    assert alone["exchange"] == 0  # TP 1: every rank has the whole model
+
+
+def test_mixtures_read_the_experts_that_are_asked_for() -> None:
+    """One sequence: 8 of 128 experts a layer; many: all of them."""
+    arch = PUBLISHED["Qwen3-30B-A3B"]
+    experts, vocabulary = 48 * 128 * 3 * 2048 * 768, 151_936 * 2048
+    others = 30_532_122_624 - experts - vocabulary
+    for active, share in ((1, 8 / 128), (4096, 1.0)):
+        read = seconds._weights_read(arch, active)
+        assert read == pytest.approx(others + share * experts, rel=0.05)
+
+
+def test_mean_lengths_follow_the_contexts() -> None:
+    config = make({}).config
+    mean = mean_lengths(config, 1000)
+    assert (mean.rollout, mean.response) == (1000, 1000)
+    assert mean.teacher_prompt == pytest.approx(mean.prompt + 409.6 + 1000)
+    raw = mean_lengths(replace(config, method="opd-forward-kl"), 1000)
+    assert raw.teacher_prompt == raw.prompt
