@@ -166,6 +166,7 @@ class TrainConfig:
     batch_size: Positive = 16  # problems a step (paper)
     rollouts_per_problem: Positive = 1
     refinements_per_rollout: Positive = 1
+    epochs_per_batch: Positive = 1  # optimizer steps on the same samples; all but the first are off-policy
     world_size: Positive | None = None  # ranks; None: the fewest that hold every layout
     seed: NonNegative = 0
     student: StudentConfig = Field(default_factory=StudentConfig)

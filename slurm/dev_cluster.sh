@@ -6,6 +6,7 @@
 #   eval "$(slurm/dev_cluster.sh env)"   talk to the one that is running
 #   slurm/dev_cluster.sh down            cancel its jobs, stop it, delete the folder
 #
+# Exit code 3: a program of SLURM is not installed.
 # Every node is this machine under another name (n1, n2, ...) and believes to have TRD_CLUSTER_GPUS GPUs.
 set -euo pipefail
 
@@ -17,9 +18,9 @@ port=${TRD_CLUSTER_PORT:-$((20000 + $(cksum <<<"$dir" | cut -d ' ' -f 1) % 400 *
 
 PATH=$PATH:/usr/sbin:/sbin # where the daemons are, which an ordinary user's path leaves out
 
-fail() {
+fail() { # MESSAGE [EXIT CODE]
   echo "dev_cluster.sh: $1" >&2
-  exit 3
+  exit "${2:-1}"
 }
 
 alive() { # the process of a pid file
@@ -69,7 +70,7 @@ devices() { # files that stand for the GPUs: slurmd only looks whether they are 
   echo "AutoDetect=off"
   for ((i = 0; i < gpus; i++)); do
     ln -sfn /dev/null "$dir/gpu$i"
-    echo "Name=gpu File=$dir/gpu$i"
+    echo "Name=gpu Flags=no_gpu_env File=$dir/gpu$i"
   done
 }
 
@@ -81,7 +82,7 @@ up() {
   local program i
   for program in munged slurmctld slurmd sinfo; do
     command -v "$program" >/dev/null ||
-      fail "$program not found (apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge)"
+      fail "$program not found: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge" 3
   done
   umask 022
   mkdir -p "$dir"/{state,spool,log,munge}
@@ -135,5 +136,5 @@ case ${1:-} in
   up) up ;;
   env) env_lines ;;
   down) down ;;
-  *) fail "usage: slurm/dev_cluster.sh up|down|env" ;;
+  *) fail "usage: slurm/dev_cluster.sh up|down|env" 2 ;;
 esac

@@ -26,3 +26,36 @@ load_site() {
     [[ -v ${BASH_REMATCH[1]} ]] || export "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
   done <"$file"
 }
+
+# Take `[sbatch options] RECIPE [key=value ...]` apart into `options`, `recipe`, `script` and `overrides`.
+split_arguments() {
+  options=()
+  while [[ ${1:-} == -* ]]; do
+    options+=("$1")
+    shift
+  done
+  recipe=${1:-}
+  script=$project/slurm/$recipe.sh
+  grep -qs " train $recipe " "$script" ||
+    fail "no job script for recipe '$recipe': $(sed -n 's/^exec .* train \([^ ]*\) .*/\1/p' "$project"/slurm/*.sh | xargs)"
+  overrides=("${@:2}")
+}
+
+# What can be known before nodes are taken: stop with one line if the job of `recipe` with `overrides` cannot start.
+check_here() {
+  local option nodes gpus ranks=()
+  local python=${TRD_VENV:-$project/.venv}/bin/python
+  [[ -z ${TRD_CONTAINER_IMAGE:-} && -x $python ]] || return 0 # the job checks the same once it has its nodes
+  nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
+  gpus=$(sed -n 's/^#SBATCH --gpus-per-node=//p' "$script")
+  for option in "${options[@]}"; do
+    case $option in
+      --nodes=*) nodes=${option#*=} ;;
+      --gpus-per-node=*) gpus=${option##*[=:]} ;;
+      -N* | -G* | --gpus* | --gres*) nodes='' ;; # how many ranks there will be is SLURM's to say
+    esac
+  done
+  gpus=${TRD_RANKS_PER_NODE:-$gpus}
+  [[ ! $nodes =~ ^[0-9]+$ ]] || ranks=(--ranks="$((nodes * gpus))")
+  PYTHONPATH=$project "$python" -m megatron_trd.cli check "$recipe" "${overrides[@]}" "${ranks[@]}" --resume >&2 || exit
+}

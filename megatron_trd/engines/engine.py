@@ -74,8 +74,10 @@ class Engine:
 
     def restart(self) -> None:
         """A new engine, without weights, in place of one that died. Collective."""
-        self.llm.llm_engine.engine_core.shutdown()
+        # Not the engine core's own shutdown: that destroys torch's process groups, which are Megatron's too.
+        self.llm.llm_engine.model_executor.shutdown()
         self.llm, self.empty = None, True
+        gc.unfreeze()  # vLLM froze what it made
         gc.collect()
         self.llm = self._start()
 

@@ -134,7 +134,7 @@ class StudentEngine:
     def _build_scheduler(self) -> Any:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-        settings, steps = self.config.optimizer, self.config.steps
+        settings, steps = self.config.optimizer, self.config.steps * self.config.epochs_per_batch
         scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,

@@ -29,6 +29,7 @@ class TeacherEngine:
         own = config.teacher.model is None
         self.live = own and config.teacher.weights == "live"
         self.averaged = own and config.teacher.weights == "ema"
+        self.frozen = not self.live and not self.averaged
         self.grid: Grid = student.grid
         self.arch, self.folder = model.arch, model.folder
         self.model: torch.nn.Module = student.model

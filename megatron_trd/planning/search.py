@@ -20,7 +20,7 @@ Option = TypeVar("Option", StudentConfig, TeacherConfig)
 
 @dataclass(frozen=True)
 class Found:
-    """Layouts by forecast time of a step, quickest first."""
+    """Layouts by forecast time of a step, quickest first; where that is the same to a percent, by memory."""
 
     fitting: list[Forecast]
     too_large: list[Forecast]
@@ -40,7 +40,8 @@ def alternatives(case: Case) -> Found:
         made = _laid_out(case, replace(config, student=student, teacher=teacher, sampler=sampler))
         if made is not None:
             found.append(forecast(_with_fraction(made)))
-    found.sort(key=lambda each: (each.step, each.peak[1]))
+    quickest = min((each.step for each in found), default=1.0)
+    found.sort(key=lambda each: (round(each.step / quickest, 2), each.peak[1]))
     return Found([each for each in found if each.fits], [each for each in found if not each.fits])
 
 

@@ -19,6 +19,7 @@ from megatron_trd.reporting.progress import PHASES
 
 GIB = memory.GIB
 _SHOWN, _SHOWN_TOO_LARGE = 5, 4
+_NOTABLE = 0.95  # of the recipe's time; a forecast cannot tell less apart
 
 
 def headline(name: str, case: Case) -> Iterator[str]:
@@ -46,7 +47,7 @@ def headline(name: str, case: Case) -> Iterator[str]:
 
 def memory_table(forecast: Forecast) -> Table:
     """Parts by phase, of the rank that is fullest in it."""
-    table = _table("memory a GPU, GiB", *PHASES)
+    table = _table(f"memory a {_unit(forecast.case)}, GiB", *PHASES)
     parts = list(dict.fromkeys(part for phase in PHASES for part in forecast.memory[phase]))
     for part in parts:
         table.add_row(part, *(_gib(forecast.memory[phase].get(part, 0.0)) for phase in PHASES))
@@ -80,28 +81,30 @@ def throughput(forecast: Forecast) -> str:
     step = forecast.step
     return (
         f"{forecast.sampled_tokens / step:,.0f} tokens/s sampled and {forecast.trained_tokens / step:,.0f} trained on, "
-        f"over a whole step; {forecast.case.config.steps:,} steps take {forecast.hours:,.1f} hours, "
-        f"{forecast.gpu_hours:,.0f} GPU-hours, start and checkpoints not counted."
+        f"over a whole step; {forecast.case.config.steps:,} steps take {_large(forecast.hours)} hours, "
+        f"{_large(forecast.gpu_hours)} {_unit(forecast.case)}-hours, start and checkpoints not counted."
     )
 
 
 def layouts_table(recipe: Forecast, found: Found) -> Table:
     """The recipe and the quickest layouts that fit."""
     table = _table(
-        "layouts that fit", "student", "teacher", "sampler", "peak, GiB", "s a step", "tokens/s trained", "GPU-hours",
+        "layouts that fit", "student", "teacher", "sampler", "peak, GiB", "s a step", "tokens/s trained",
+        f"{_unit(recipe.case)}-hours",
         left=4,
     )  # fmt: skip
-    best = _distinct(found.fitting, lambda each: (_student(each.case), _sampler(each.case)), _SHOWN)
+    others = [each for each in found.fitting if overrides(recipe, each)]
+    best = _distinct(others, lambda each: (_student(each.case), _sampler(each.case)), _SHOWN)
     rows = [("the recipe" if recipe.fits else "the recipe (does not fit)", recipe)]
     rows += [(str(place), each) for place, each in enumerate(best, 1)]
     for name, each in rows:
         table.add_row(
             name,
-            *_layout(each.case),
+            *layout_cells(each.case),
             _gib(each.peak[1]),
             _seconds(each.step),
             f"{each.trained_tokens / each.step:,.0f}",
-            f"{each.gpu_hours:,.0f}",
+            _large(each.gpu_hours),
         )
     return table
 
@@ -113,8 +116,10 @@ def advice(recipe: Forecast, found: Found) -> str:
             "No layout fits: take more nodes or GPUs with more memory, or lower data.max_prompt_tokens, "
             "data.max_reference_tokens, sampler.max_rollout_tokens or sampler.max_refinement_tokens."
         )
-    changed = overrides(recipe, found.fitting[0])
-    return f"Layout 1 as overrides: {' '.join(changed)}" if changed else "The recipe's own layout is the quickest."
+    best = found.fitting[0]
+    if recipe.fits and best.step > _NOTABLE * recipe.step:
+        return "No layout that fits is forecast to be quicker than the recipe's own by more than 5 %."
+    return f"Layout 1 as overrides: {' '.join(overrides(recipe, best))}"
 
 
 def overrides(recipe: Forecast, other: Forecast) -> list[str]:
@@ -131,7 +136,7 @@ def too_large_table(found: Found) -> Table:
     quicker = [each for each in found.too_large if each.step < limit] or found.too_large
     nearest = sorted(quicker, key=lambda each: each.worst.over)
     for each in _distinct(nearest, lambda each: _student(each.case), _SHOWN_TOO_LARGE):
-        table.add_row("", *_layout(each.case), _seconds(each.step), _reasons(each))
+        table.add_row("", *layout_cells(each.case), _seconds(each.step), _reasons(each))
     return table
 
 
@@ -143,7 +148,8 @@ def _reasons(forecast: Forecast) -> str:
     return f"{worst.phase}: {worst.over / GIB:.1f} GiB too much ({worst.why}){also}"
 
 
-def _layout(case: Case) -> tuple[str, str, str]:
+def layout_cells(case: Case) -> tuple[str, str, str]:
+    """Layouts of student, teacher and sampler, in a few letters each."""
     return _student(case), "the student" if case.live else _grid(case.teacher_layout), _sampler(case)
 
 
@@ -190,6 +196,15 @@ def _gib(value: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
+
+
+def _large(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _unit(case: Case) -> str:
+    """What a rank runs on: a GPU, or a share of this machine."""
+    return "rank" if case.device.name == CPU else "GPU"
 
 
 def _value(value: object) -> str:

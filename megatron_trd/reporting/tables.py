@@ -40,6 +40,7 @@ class Use:
 
     device_gib: float | None
     host_gib: float | None
+    phase_gib: list[float | None]  # peak in each of `PARTS`: of the device if there is one, else of the host
     sample: float | None
     train: float | None
     tokens: int  # response tokens trained on
@@ -82,9 +83,11 @@ def times(rows: Rows) -> Times:
 
 def use(rows: Rows) -> Use:
     """Memory and throughput of a run."""
+    kind = "device" if column(rows, "memory/device_gib") else "host"
     return Use(
         device_gib=max(column(rows, "memory/device_gib"), default=None),
         host_gib=max(column(rows, "memory/host_gib"), default=None),
+        phase_gib=[max(column(rows, f"memory/{part}/{kind}_gib"), default=None) for part in PARTS],
         sample=_median(rows, "throughput/sample"),
         train=_median(rows, "throughput/train"),
         tokens=int(sum(column(rows, "tokens/trained"))),

@@ -23,19 +23,20 @@ def train(run: Run) -> None:
             samples = run.builder.samples(trajectories)
             shares = run.shares(samples)
 
-            result = None
-            if samples:
+            results = []
+            for epoch in range(config.epochs_per_batch if samples else 0):
                 # stopgrad teacher(. | x, y_o, y_r<t), as hidden states of response positions
-                with run.phases.measure("teacher"):
-                    hidden = run.teacher.hidden(samples, shares)
+                if epoch == 0 or not run.teacher.frozen:
+                    with run.phases.measure("teacher"):
+                        hidden = run.teacher.hidden(samples, shares)
 
                 # mean over t of KL( teacher(. | x, y_o, y_r<t) || student(. | x, y_r<t) ), and one optimizer step
                 with run.phases.measure("train"):
                     share = shares[run.student.grid.dp_rank]
-                    result = run.student.train_step(samples, share, hidden, run.teacher.head)
+                    results.append(run.student.train_step(samples, share, hidden, run.teacher.head))
                     run.teacher.update()
 
-        run.log(step, trajectories, samples, result)
+        run.log(step, trajectories, samples, results)
 
         done, stop = step + 1, run.stop.agreed()
         if stop or done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):

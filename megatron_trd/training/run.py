@@ -112,13 +112,16 @@ class Run:
         """Sample indices of each student replica, balanced by length."""
         return deal(samples, self.student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
 
-    def log(self, step: int, trajectories: list[Trajectory], samples: list[Sample], result: StepResult | None) -> None:
-        """Write a finished step's metrics and samples (rank 0)."""
+    def log(
+        self, step: int, trajectories: list[Trajectory], samples: list[Sample], results: list[StepResult]
+    ) -> None:
+        """Write a finished step's metrics and samples (rank 0); `results`: of each epoch over them."""
         seconds, measured, self.extra = self.phases.seconds, self.phases.metrics() | self.extra, {}
         if self._writers is None:
             return
         metrics: dict[str, Any] = self.builder.metrics(trajectories, samples)
-        if result is not None:
+        if results:
+            result = results[0]  # before the samples had been trained on
             metrics |= {
                 "loss": result.loss,
                 "divergence/mean": result.divergence,
@@ -127,6 +130,8 @@ class Run:
                 "drift/mean": result.drift_mean,
                 "drift/max": result.drift_max,
             }
+        if len(results) > 1:
+            metrics["loss/last_epoch"] = results[-1].loss
         metrics |= measured | self.sampler.stats
         sampled = sum(
             len(trajectory.rollout.tokens) + (len(trajectory.refinement.tokens) if trajectory.refinement else 0)

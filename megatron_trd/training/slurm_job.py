@@ -64,7 +64,7 @@ def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
     if count > allowed:
         say(f"{why}; not started again: {count - 1} restarts brought no new checkpoint")
         return str(status or 1)
-    say(f"{why}; starting again, restart {count} of {allowed} without a new checkpoint")
+    say(f"{why}; starting again, at most {allowed} times in a row without a new checkpoint, now {count}")
     return "requeue"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -19,19 +19,23 @@ from tests.planning.cases import make
 
 MIXTURE = {
     "model": "models/Qwen3-30B-A3B",
-    "student": {"tp": 4, "ep": 8, "sequence_parallel": True},
-    "teacher": {"tp": 4, "ep": 8},
+    "student": {"tp": 4, "ep": 4, "sequence_parallel": True},
+    "teacher": {"weights": "live"},
     "sampler": {"tp": 4},
 }
 
 
 @pytest.mark.parametrize(
-    ("settings", "nodes"),
-    [({}, 1), ({"method": "trd-opd", "teacher": {"model": "models/Qwen3-32B", "tp": 4}}, 2), (MIXTURE, 2)],
+    ("settings", "gpu", "nodes"),
+    [
+        ({}, "h100", 1),
+        ({"method": "trd-opd", "teacher": {"model": "models/Qwen3-32B", "tp": 4}}, "h100", 2),
+        (MIXTURE, "b200", 1),
+    ],
 )
-def test_the_best_layout_is_that_of_all_combinations(settings: dict[str, Any], nodes: int) -> None:
+def test_the_best_layout_is_that_of_all_combinations(settings: dict[str, Any], gpu: str, nodes: int) -> None:
     """What is left out beforehand was not the best: all students with all teachers and samplers, tried one by one."""
-    case = make(settings, nodes=nodes, gpus_per_node=4)
+    case = make(settings, gpu=gpu, nodes=nodes, gpus_per_node=4)
     found = search.alternatives(case)
     everything = []
     for parts in product(search._students(case), search._teachers(case), search._samplers(case)):
@@ -43,15 +47,14 @@ def test_the_best_layout_is_that_of_all_combinations(settings: dict[str, Any], n
         everything.append(forecast(search._with_fraction(made)))
     fitting = [each for each in everything if each.fits]
     assert len(everything) > len(found.fitting) + len(found.too_large)
-    assert bool(fitting) == bool(found.fitting)
-    if fitting:
-        assert found.fitting[0].step == pytest.approx(min(each.step for each in fitting), rel=0.01)
+    assert found.fitting[0].step == pytest.approx(min(each.step for each in fitting), rel=0.01)
 
 
 def test_layouts_are_sorted_and_sorted_apart() -> None:
     found = search.alternatives(make({}))
-    steps = [each.step for each in found.fitting]
-    assert steps == sorted(steps)
+    for quicker, slower in pairwise(found.fitting):
+        assert quicker.step < 1.01 * slower.step
+        assert quicker.step < slower.step or quicker.peak[1] < slower.peak[1]  # where times are the same, by memory
     assert all(each.fits for each in found.fitting)
     assert found.too_large
     assert not any(each.fits for each in found.too_large)

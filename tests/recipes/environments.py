@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
+Run = Callable[..., tuple[int, str, str]]  # a program's arguments -> exit code, output and errors
 PROJECT = Path(__file__).parents[2]
 
 

@@ -79,6 +79,7 @@ def metrics(step: int, *, refines: bool = True) -> dict[str, Any]:
         "throughput/sample": 1500.0,
         "throughput/train": 900.0,
         "memory/host_gib": 1.0 + step,
+        "memory/sample/host_gib": 0.5 + step,
     }
     return values | ({"right/refinement": 0.9, "length/refinement": 58.0} if refines else {})
 
@@ -240,7 +241,8 @@ def test_times_sum_to_the_step_and_memory_is_the_peak(tmp_path: Path) -> None:
         *("a", "0.10 s", "5.0 %", "0.50 s", "25.0 %", "0.20 s", "10.0 %", "0.70 s", "35.0 %", "0.50 s", "25.0 %"),
         "2.00 s",
     ]
-    assert cells[cells.index("2.00 s") + 1 :] == ["a", "–", "3.00", "1,500", "900", "1,500", "3", "0.1"]
+    peaks = ["–", "3.00", "–", "2.50", "–", "–"]  # device, host, and in each part of a step
+    assert cells[cells.index("2.00 s") + 1 :] == ["a", *peaks, "1,500", "900", "1,500", "3", "0.1"]
 
 
 def test_a_diverged_run_of_one_step_still_has_a_report(tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+"""Bandwidth and memory of a refit: Megatron shards into running vLLM engines, beside a plain copy of the same bytes.
+
+    python -m benchmarks.refit --write benchmarks/results/refit_cpu.md
+
+A student of random weights lies over four ranks at TP 2 x PP 2; every rank has an engine, or two ranks share one. Each
+row is done by all ranks at once, `--repeats` times after one to warm up, and counts until the last has ended; GB/s are
+those of one rank, of the bytes that its engine ends up with.
+
+- *plain copy*: as many bytes, from touched memory to touched memory;
+- *exchange*: full tensors of every bucket in every rank's hands, vLLM left out;
+- *vLLM's loading*: `reload_weights` from tensors that are there already, the exchange left out;
+- *refit*: both, as in training.
+
+Memory is the peak of a rank (`VmHWM`) above what it held before its first refit; the shared bucket counts in full for
+each of the ranks that see it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform as machine
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.memory import kernel_bytes
+from tests.distributed import run_ranks
+from tests.models import write_model
+
+RANKS, TP, PP = 4, 2, 2
+COPY, LOADING = "plain copy", "vLLM's loading"
+# 0.52 billion parameters, with the vocabulary of Qwen3
+SHAPE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+
+
+def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, bucket_mib: int) -> dict[str, Any]:
+    """Rank function: seconds of each row, and bytes."""
+    from megatron_trd import platform
+    from megatron_trd.config import from_dict
+    from megatron_trd.engines import refit
+    from megatron_trd.engines.engine import Engine
+    from megatron_trd.models import loading
+    from megatron_trd.models.architecture import build_model, transformer_config
+    from megatron_trd.models.gathering import GatheredSource
+    from megatron_trd.models.model import open_model
+    from megatron_trd.parallel.grid import student_grid
+
+    current = platform.current()
+    current.set_up()
+    opened = open_model(folder)
+    arch, grid = opened.arch, student_grid(TP, PP, seed=0)
+    with current.megatron():
+        student = build_model(arch, grid, transformer_config(arch, grid), with_head=True)
+    loading.load(student, arch, grid, opened.source)
+    engine = Engine(opened, from_dict({"model": folder, "sampler": {"tp": sampler_tp}}, "benchmark"), max_length=64)
+    named = loading.local_parameters(student, arch, grid)
+
+    def source() -> GatheredSource:
+        return GatheredSource(named, arch, grid, bucket_mib * 2**20)
+
+    sent = 0
+
+    def exchange() -> None:
+        for _ in loading.named_tensors(arch, source()):
+            pass
+
+    def whole() -> None:
+        nonlocal sent
+        sent = engine.refit(source())
+
+    shapes: dict[torch.Size, Tensor] = {}
+
+    def present(slot: Any) -> list[Tensor]:
+        return [shapes.setdefault(torch.Size(shape), torch.ones(shape)) for shape in slot.shapes]
+
+    before = kernel_bytes("VmRSS")
+    memory = {}
+    for name, step in (("exchange", exchange), ("refit", whole)):
+        Path("/proc/self/clear_refs").write_text("5")
+        step()
+        memory[name] = kernel_bytes("VmHWM") - before
+    copied = sent // sampler_tp
+    seconds = {
+        COPY: _copy(copied, repeats),
+        "exchange": _timed(exchange, repeats),
+        LOADING: _timed(lambda: refit.refit(engine.llm, arch, present), repeats),
+        "refit": _timed(whole, repeats),
+    }
+    return {"seconds": seconds, "bytes": copied, "memory": memory, "different": len(_check(engine, source))}
+
+
+def _copy(size: int, repeats: int) -> float:
+    here, there = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+    return _timed(lambda: there.copy_(here), repeats)
+
+
+def _check(engine: Any, source: Callable[[], Any]) -> list[str]:
+    from megatron_trd.engines import refit
+
+    return refit.verify(engine.llm, engine.model.arch, source())
+
+
+def _timed(step: Callable[[], Any], repeats: int) -> float:
+    """Median seconds until the slowest rank is done."""
+    step()
+    times = []
+    for _ in range(repeats):
+        dist.barrier()
+        begin = time.perf_counter()
+        step()
+        slowest = torch.tensor(time.perf_counter() - begin)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        times.append(slowest.item())
+    return median(times)
+
+
+def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:
+    for sampler_tp in (1, 2):
+        arguments = (folder, sampler_tp, options.repeats, options.bucket_mib)
+        [first, *_] = ranks = run_ranks(measure, RANKS, *arguments, timeout=1800)
+        if any(found["different"] for found in ranks):
+            raise SystemExit("the refit check found other weights in an engine")
+        seconds, copied = first["seconds"], first["bytes"]
+        for name, value in seconds.items():
+            extra = max(found["memory"].get(name, 0) for found in ranks)
+            memory = f"{extra / 2**20:,.0f}" if extra else ""
+            yield (
+                f"| {sampler_tp} | {name} | {value:.2f} | {copied / 1e9 / value:.2f} | "
+                f"{seconds[COPY] / value:.2f} | {seconds[LOADING] / value:.2f} | {memory} |"
+            )
+
+
+def main() -> None:
+    """Measure, print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bucket-mib", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="refit-") as folder:
+        write_model(Path(folder), **SHAPE | {"num_hidden_layers": options.layers})
+        parameters = Path(folder, "model.safetensors").stat().st_size / 4 / 1e9
+        rows = list(_rows(folder, options))
+    text = "\n".join(
+        [
+            "# Refit on a CPU\n\n```",
+            f"python -m benchmarks.refit {shlex.join(sys.argv[1:])}\n```\n",
+            f"{machine.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32, {parameters:.2f} billion "
+            f"parameters, {RANKS} ranks at TP {TP} x PP {PP}; median of {options.repeats}. Every tensor of every "
+            "engine was compared with the student's by checksum after the last refit.\n",
+            "| sampler TP | | s | GB/s a rank | of a plain copy | of vLLM's loading | memory, MiB |",
+            "|---:|---|---:|---:|---:|---:|---:|",
+            *rows,
+        ]
+    )
+    print(text)
+    if options.write:
+        options.write.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

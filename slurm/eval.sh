@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Score a model or a run's newest checkpoint: sbatch slurm/eval.sh RUN_DIR|MODEL DATA [key=value ...]; see docs/slurm.md.
+#SBATCH --job-name=eval
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=8:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+set -euo pipefail
+: "${SLURM_JOB_ID:?is not set: start this script with sbatch}"
+# sbatch runs a copy of this file; the shared part is where it was submitted from, or in TRD_PROJECT.
+read -r script < <(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+exec bash "${TRD_PROJECT:-${script%/slurm/*}}/slurm/common.sh" eval "$@"

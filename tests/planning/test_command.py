@@ -1,0 +1,94 @@
+"""`megatron-trd plan`: what it prints, its exit codes, and bad input in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_trd import cli
+from megatron_trd.reporting.progress import PHASES
+
+DEMO = ["plan", "opsd_demo", "--gpus-per-node", "2"]
+EIGHT = ["model=models/Qwen3-8B", "sampler.max_rollout_tokens=16384", "sampler.max_refinement_tokens=16384"]
+
+
+def run(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `megatron-trd ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["megatron-trd", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out, captured.err
+
+
+def test_a_recipe_that_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(DEMO, monkeypatch, capsys)
+    assert code == 0
+    for text in ("It fits", "optimizer", "KV cache", "the recipe", "tokens/s", "GPU-hours", "nothing here", *PHASES):
+        assert text in out
+    tables = [line for line in out.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)  # Markdown, nothing folded
+    assert not set(out) & set("━│┃─┏")
+
+
+def test_a_recipe_that_does_not_fit_says_why_and_what_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(["plan", "opsd_demo", *EIGHT, "--gpus-per-node", "8"], monkeypatch, capsys)
+    assert code == 1
+    assert "It does not fit. train:" in out
+    assert "GiB too much (activations" in out
+    assert "Layout 1 as overrides: student." in out
+
+
+def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "opsd_demo", *EIGHT, "student.tp=1", "--gpus-per-node", "1"]
+    code, out, _ = run(arguments, monkeypatch, capsys)
+    assert code == 1
+    assert "No layout fits" in out
+
+
+def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run([*DEMO, "--gpu", "cpu", "--mean-response", "52"], monkeypatch, capsys)
+    assert code == 0
+    assert "measured now, a rank:" in out
+    assert "responses of 52 tokens on average of at most 80" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "opsd_dmo"], ["opsd_dmo", "opsd_demo"]),
+        ([*DEMO, "--gpu", "h1000"], ["h1000", "h100, h200", "cpu"]),
+        ([*DEMO, "--nodes", "0"], ["--nodes 0"]),
+        ([*DEMO, "--gpu", "cpu", "--nodes", "2"], ["--nodes must be 1"]),
+        ([*DEMO, "--mean-response", "81"], ["--mean-response 81", "80"]),
+        ([*DEMO, "student.tp=4"], ["student.tp=4", "heads"]),
+        ([*DEMO, "student.pp=2"], ["world size 2", "tp=2 x pp=2"]),
+        (["plan", "opsd_demo", "--gpus-per-node", "3"], ["world size 3", "tp=2"]),
+        ([*DEMO, "model=models/Qwen9-8B"], ["Qwen9-8B", "no such folder", "Qwen3-8B"]),
+        ([*DEMO, "model=''"], ["model is not set"]),
+        ([*DEMO, "teacher.model=models/Qwen3-32B"], ["vocabulary"]),
+        ([*DEMO, "data.max_prompt_tokens=2000"], ["context of model is 1024"]),
+        ([*DEMO, "student.tpp=1"], ["student.tpp", "did you mean"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], says: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = run(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    for part in says:
+        assert part in error
+
+
+def test_planning_loads_neither_engine() -> None:
+    """So that it works on a laptop, at once."""
+    code = "import sys, megatron_trd.planning.command; print(set(sys.modules) & {'vllm', 'megatron.core'})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

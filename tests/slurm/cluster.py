@@ -1,0 +1,115 @@
+"""A real SLURM of a few nodes on this machine, and jobs on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+SCRIPTS = PROJECT / "slurm"
+SECONDS = 300  # a job may take on a busy machine; a hang is far longer
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+class Cluster:
+    """SLURM's commands, run in `folder`, where the jobs' output goes too."""
+
+    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+        self.environment, self.folder = environment, folder
+
+    def run(self, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Any program that may talk to the cluster."""
+        return subprocess.run(
+            list(map(str, command)),
+            env=self.environment | variables,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+
+    def submit(self, *arguments: object, **variables: str) -> str:
+        """`sbatch ARGUMENTS`; returns the number of the job."""
+        done = self.run("sbatch", "--parsable", *arguments, **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def field(self, job: str, name: str) -> str:
+        """What SLURM says of a job, e.g. its JobState."""
+        line = self.run("scontrol", "show", "job", "--oneliner", job).stdout
+        found = re.search(rf"(?:^| ){name}=(\S*)", line)
+        assert found, f"{name} in {line}"
+        return found[1]
+
+    def output(self, job: str) -> str:
+        """What a job has printed so far."""
+        [*paths] = self.folder.glob(f"slurm-*-{job}.out")
+        return paths[0].read_text() if paths else ""
+
+    def wait_for(self, job: str, text: str, times: int = 1) -> None:
+        """Wait until a job has printed `text` so often."""
+        deadline = time.monotonic() + SECONDS
+        while self.output(job).count(text) < times:
+            assert time.monotonic() < deadline, self.output(job)
+            assert self.field(job, "JobState") not in _ENDED, self.output(job)
+            time.sleep(0.1)
+
+    def start_again(self, job: str) -> None:
+        """Start a job now that was requeued: SLURM would let it wait for minutes."""
+        deadline = time.monotonic() + SECONDS
+        while self.field(job, "JobState") != "PENDING":
+            assert time.monotonic() < deadline, self.output(job)
+            time.sleep(0.2)
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+    def finish(self, job: str) -> tuple[str, str]:
+        """Wait for a job's end, however often it is requeued; its exit code and what it printed."""
+        deadline = time.monotonic() + SECONDS
+        while (state := self.field(job, "JobState")) not in _ENDED:
+            assert time.monotonic() < deadline, self.output(job)
+            if state == "PENDING" and self.field(job, "Reason") == "BeginTime":
+                self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            time.sleep(0.2)
+        return self.field(job, "ExitCode").partition(":")[0], self.output(job)
+
+
+@contextlib.contextmanager
+def dev_cluster(nodes: int) -> Iterator[dict[str, str]]:
+    """Environment variables with which SLURM's commands talk to a cluster made for the purpose."""
+    script = str(SCRIPTS / "dev_cluster.sh")
+    settings = {"TRD_CLUSTER_DIR": f"/tmp/trd-test-{os.getpid()}", "TRD_CLUSTER_NODES": str(nodes)}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRD_", "SLURM_", "SBATCH_"))}
+    environment |= settings
+    started = subprocess.run([script, "up"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if started.returncode == 3:
+        pytest.skip(started.stderr.strip())
+    assert started.returncode == 0, started.stderr
+    exports = [word.partition("=") for word in shlex.split(started.stdout) if "=" in word]
+    try:
+        yield environment | {name: value for name, _, value in exports}
+    finally:
+        subprocess.run([script, "down"], env=environment, check=True)
+
+
+def ranks(job: str) -> list[int]:
+    """Process ids of a job's ranks, in the order of their ranks."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if path.name.isdecimal() and b"training.worker\0" in (path / "cmdline").read_bytes():
+                variables = dict(
+                    entry.split("=", 1)
+                    for entry in (path / "environ").read_bytes().decode().split("\0")
+                    if "=" in entry
+                )
+                if variables.get("SLURM_JOB_ID") == job and "RANK" in variables:
+                    found[int(variables["RANK"])] = int(path.name)
+    return [found[rank] for rank in sorted(found)]
