@@ -54,6 +54,11 @@ class Case:
         return self.config.teacher.model is None and self.config.teacher.weights == "ema"
 
     @property
+    def frozen(self) -> bool:
+        """Whether the teacher's hidden states outlast an optimizer step."""
+        return not (self.live or self.averaged)
+
+    @property
     def refines(self) -> bool:
         return METHODS[self.config.method].refines
 

@@ -126,7 +126,7 @@ def optimizer_values(case: Case, own: sizes.Parameters) -> float:
     if not case.config.student.distributed_optimizer:
         return own.total
     layout = case.student_layout
-    return own.shared / layout.dp + own.experts / layout.dp
+    return own.shared / layout.dp + own.experts * layout.ep / (layout.tp * layout.dp)
 
 
 def _teacher_values(case: Case, student_stage: int, teacher_stage: int) -> float:

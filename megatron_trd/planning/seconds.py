@@ -20,7 +20,13 @@ _OPTIMIZER_BYTES = 4 + 4 + 2 * 12 + 2
 
 def by_phase(case: Case) -> dict[str, Parts]:
     """Phase -> parts, seconds a step."""
-    return dict(zip(PHASES, (_refit(case), _sample(case), _teacher(case), _train(case)), strict=True))
+    epochs = case.config.epochs_per_batch
+    teacher = _times(1 if case.frozen else epochs, _teacher(case))
+    return dict(zip(PHASES, (_refit(case), _sample(case), teacher, _times(epochs, _train(case))), strict=True))
+
+
+def _times(count: int, parts: Parts) -> Parts:
+    return {name: count * seconds for name, seconds in parts.items()}
 
 
 def _refit(case: Case) -> Parts:

@@ -68,6 +68,7 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ([*DEMO, "--gpu", "cpu", "--nodes", "2"], ["--nodes must be 1"]),
         ([*DEMO, "--mean-response", "81"], ["--mean-response 81", "80"]),
         ([*DEMO, "student.tp=4"], ["student.tp=4", "heads"]),
+        (["plan", "opsd_demo", "--gpus-per-node", "4", "sampler.tp=4"], ["sampler.tp=4", "key/value heads"]),
         ([*DEMO, "student.pp=2"], ["world size 2", "tp=2 x pp=2"]),
         (["plan", "opsd_demo", "--gpus-per-node", "3"], ["world size 3", "tp=2"]),
         ([*DEMO, "model=models/Qwen9-8B"], ["Qwen9-8B", "no such folder", "Qwen3-8B"]),

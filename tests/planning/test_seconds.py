@@ -82,6 +82,32 @@ def test_pipelines_fill() -> None:
     assert parts["pipeline fill"] == pytest.approx((parts["layers"] + parts["communication"]) * 3 / 8)
 
 
+def test_further_epochs_train_again_and_ask_a_frozen_teacher_once() -> None:
+    once, twice = (seconds.by_phase(make({"epochs_per_batch": count})) for count in (1, 2))
+    assert twice["train"]["layers"] == pytest.approx(2 * once["train"]["layers"])
+    assert twice["teacher"] == once["teacher"]
+    live: dict[str, Any] = {"teacher": {"weights": "live"}}
+    once, twice = (seconds.by_phase(make(live | {"epochs_per_batch": count})) for count in (1, 2))
+    assert twice["teacher"]["layers"] == pytest.approx(2 * once["teacher"]["layers"])
+
+
+def test_tensor_parallelism_sums_twice_a_layer_over_its_link() -> None:
+    """One sample: 36 layers, two sums of [length, hidden] in bf16 each, of which a rank sends and gets 7/8 twice."""
+    settings: dict[str, Any] = {"method": "opd-forward-kl", "batch_size": 1, "student": {"tp": 8}}
+    size = (2048 * 0.1 + 8192) * 4096 * 2
+    expected = 3 * 36 * 2 * (2 * size * 7 / 8 / (450e9 * SHARE.link) + SHARE.collective_seconds)
+    found = seconds.by_phase(make(settings))["train"]["communication"]
+    assert found == pytest.approx(expected)
+
+
+def test_experts_exchange_tokens_over_the_network_where_they_leave_a_node() -> None:
+    settings: dict[str, Any] = {"model": "models/Qwen3-30B-A3B", "sampler": {"tp": 4}}
+    inside, across = (
+        seconds.by_phase(make(settings | {"student": {"ep": ep}}, nodes=2))["train"]["communication"] for ep in (8, 16)
+    )
+    assert across == pytest.approx(inside * 9 * (15 / 16) / (7 / 8), rel=0.2)  # 450 GB/s and 50 GB/s
+
+
 def test_gradients_of_one_node_do_not_cross_the_network() -> None:
     settings = {"method": "opd-forward-kl", "student": {"tp": 8, "sequence_parallel": True}, "sampler": {"tp": 8}}
     one, two = (seconds.by_phase(make(settings, nodes=nodes))["train"]["gradients over replicas"] for nodes in (1, 2))
@@ -96,6 +122,11 @@ def test_refit_gathers_the_model_and_a_sleeping_teacher_s() -> None:
     assert live["exchange"] == pytest.approx(8.19e9 * 2 * 7 / 8 / (450e9 * SHARE.link), rel=0.01)
     frozen = seconds.by_phase(make(settings | {"teacher": {"tp": 8}}))["refit"]
     assert frozen["exchange"] == pytest.approx(2 * live["exchange"])
+    far, near = (
+        seconds.by_phase(make({"student": {"pp": 2}, "teacher": {"weights": "live"}}, nodes=nodes))["refit"]
+        for nodes in (2, 1)
+    )
+    assert far["exchange"] == pytest.approx(9 * near["exchange"])  # stages are on other nodes, where there are any
     alone = seconds.by_phase(make({"teacher": {"weights": "live"}}))["refit"]
     assert alone["exchange"] == 0  # TP 1: every rank has the whole model
 

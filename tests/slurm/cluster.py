@@ -88,7 +88,7 @@ def dev_cluster(nodes: int) -> Iterator[dict[str, str]]:
     settings = {"TRD_CLUSTER_DIR": f"/tmp/trd-test-{os.getpid()}", "TRD_CLUSTER_NODES": str(nodes)}
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRD_", "SLURM_", "SBATCH_"))}
     environment |= settings
-    started = subprocess.run([script, "up"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.run([script, "up"], env=environment, capture_output=True, text=True)
     if started.returncode == 3:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stderr

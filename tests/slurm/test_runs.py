@@ -40,7 +40,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     worker = ["-m", "megatron_trd.training.worker", "opsd_demo", *SETTINGS, f"run_dir={folder / 'run'}"]
     nodes = [
-        subprocess.Popen([*command, f"--node-rank={rank}", *worker], stdout=subprocess.DEVNULL, cwd=PROJECT)
+        subprocess.Popen(
+            [*command, f"--node-rank={rank}", *worker],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=PROJECT,
+        )
         for rank in range(2)
     ]
     try:

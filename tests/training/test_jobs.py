@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from megatron_trd.errors import UserError
 from megatron_trd.launch import JobFailed, launch
 from tests.checkpoint_tools.folders import tensors
 from tests.distributed import run_ranks
@@ -137,7 +139,8 @@ def test_a_killed_rank_ends_the_job_and_resume_gives_the_same_bits(
 
 def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_with_its_own_engine(tmp_path: Path) -> None:
     student, teacher = {"tp": 1, "micro_batch_size": 2}, {"weights": "frozen", "tp": 2}
-    job = jobs.write_job(tmp_path, student=student, teacher=teacher, world_size=2)
+    several = {"refinements_per_rollout": 2, "epochs_per_batch": 2}
+    job = jobs.write_job(tmp_path, student=student, teacher=teacher, world_size=2, **several)
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
     jobs.finish(jobs.start("train", job, f"run_dir={unbroken}"))
     process = jobs.start("train", job, f"run_dir={run}")
@@ -146,6 +149,57 @@ def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_with_its_
     jobs.finish(process, code=1)
     jobs.finish(jobs.start("train", job, f"run_dir={run}", "--resume"))
     assert_same_run(run, unbroken)
+    for row in jobs.metrics(unbroken):
+        assert row["samples/trained"] == 3 * 2
+        assert row["loss/last_epoch"] != row["loss"], "the second step is taken where the first one led"
+
+
+def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> list[str]:
+    """Rank function: a job in which rank 1's engine dies in step 1, and after it a step in which every engine does."""
+    from megatron_trd.config import apply_overrides, load
+    from megatron_trd.engines.engine import Engine
+    from megatron_trd.training.loop import train
+    from megatron_trd.training.run import Run
+
+    run = Run(apply_overrides(load(Path(job)), [f"run_dir={run_dir}"]))
+    step, steps = Engine.step, {"left": 5}
+
+    def failing(engine: Engine) -> Any:
+        if run.phases.seconds.get("refit") and len(jobs.metrics(Path(run_dir))) == 1:
+            steps["left"] -= 1
+            if rank == 1 and steps["left"] == 0:
+                raise RuntimeError("out of luck")
+        return step(engine)
+
+    said: list[str] = []
+    with mock.patch.object(Engine, "step", failing), mock.patch.object(Run, "note", lambda _, text: said.append(text)):
+        train(run)
+    prompts = run.builder.begin(run.problems(0))
+    with mock.patch.object(Engine, "step", mock.Mock(side_effect=RuntimeError("always"))):
+        try:
+            run.sample(0, *prompts, None)
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_engine_that_dies_is_rebuilt_and_changes_nothing(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
+    job, expected, _ = unbroken
+    run = tmp_path / "run"
+    run.mkdir()
+    for said in run_ranks(train_with_failures, 2, str(job), str(run), timeout=jobs.STARTUP_SECONDS):
+        died = [text for text in said if "died" in text]
+        assert len(died) == 3, said
+        assert "step 1: a sampler's engine died (RuntimeError: out of luck)" in died[0]
+        assert died[2] == "a sampler's engine died twice in step 0: RuntimeError: always"
+    assert_same_run(run, expected)
+
+
+def test_a_drift_above_its_bound_stops_the_run(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
+    job, run = unbroken[0], tmp_path / "run"
+    output = jobs.finish(jobs.start("train", job, f"run_dir={run}", "--verify-logprobs", "1e-9"), code=1)
+    assert "log.max_drift is 1e-09" in output
+    assert not (run / "checkpoints").exists()
 
 
 def test_a_stopped_job_saves_and_resume_gives_the_same_bits(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
