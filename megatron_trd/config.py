@@ -83,6 +83,7 @@ class SamplerConfig:
     # Of a GPU's memory, for weights and KV cache of one engine; a teacher with weights of its own has a second one.
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     host_kv_cache_gib: Positive = 1  # KV cache of an engine that runs from host memory
+    sleep: bool = True  # leave a GPU's memory to training between samplings; two engines of a rank cannot
     refit_bucket_mib: Positive = 512  # weights exchanged at once on their way from Megatron to vLLM
     enforce_eager: bool = False  # no graph capture: slower steps, faster start
 

@@ -59,7 +59,7 @@ class Platform(ABC):
         """Environment variables vLLM reads at import and at start."""
 
     @abstractmethod
-    def sampler_arguments(self, config: SamplerConfig, max_length: int) -> dict[str, Any]:
+    def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool) -> dict[str, Any]:
         """Arguments of `vllm.LLM` for memory, sleep, graph capture and batching of sequences of `max_length` tokens."""
 
     def starting_sampler(self, job: str) -> contextlib.AbstractContextManager[Any]:
@@ -89,6 +89,9 @@ class Platform(ABC):
 
     def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
         """Bring a fresh Megatron optimizer into the state in which a checkpoint can be loaded into it."""
+
+    def release_memory(self) -> None:
+        """Give memory that torch keeps for later back to others on the device."""
 
     def synchronize(self) -> None:
         """Wait for queued device work, so that a clock read after it measures that work."""
@@ -144,16 +147,20 @@ class CudaPlatform(Platform):
     def sampler_environment(self) -> dict[str, str]:
         return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
-    def sampler_arguments(self, config: SamplerConfig, max_length: int) -> dict[str, Any]:
+    def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool) -> dict[str, Any]:
         return {
             "gpu_memory_utilization": config.memory_fraction,
             "enforce_eager": config.enforce_eager,
+            "enable_sleep_mode": sleeps,
         }
 
     def peak_memory_gib(self) -> dict[str, float]:
         peak = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
         return super().peak_memory_gib() | {"device": peak}
+
+    def release_memory(self) -> None:
+        torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -241,7 +248,7 @@ class CpuPlatform(Platform):
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
 
-    def sampler_arguments(self, config: SamplerConfig, max_length: int) -> dict[str, Any]:
+    def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool) -> dict[str, Any]:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.host_kv_cache_gib)  # GiB, read when the engine starts
         return {
             "enforce_eager": True,  # graph capture compiles for minutes on a CPU

@@ -11,7 +11,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -42,16 +42,20 @@ def _job_name() -> str:
 
 
 class Engine:
-    """One vLLM engine of this process. It begins without weights: `refit` brings them, from wherever they are."""
+    """One vLLM engine of this process. It begins without weights: `refit` brings them, from wherever they are.
 
-    def __init__(self, model: Model, config: TrainConfig, max_length: int) -> None:
-        self.model, self.config, self.max_length = model, config, max_length
+    With `sleeps`, it gives its memory to training between samplings, its weights too; vLLM can do so with one engine of
+    a process. The order is vLLM's: wake for weights, refit, wake for sampling, sample, sleep.
+    """
+
+    def __init__(self, model: Model, config: TrainConfig, max_length: int, *, sleeps: bool = False) -> None:
+        self.model, self.config, self.max_length, self.sleeps = model, config, max_length, sleeps
         self.empty = True  # no weights yet
         self.llm: Any = self._start()
 
     def _start(self) -> Any:
         current, config = platform.current(), self.config
-        arguments = current.sampler_arguments(config.sampler, self.max_length)
+        arguments = current.sampler_arguments(config.sampler, self.max_length, sleeps=self.sleeps)
         os.environ.update(current.sampler_environment())
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
         from vllm import LLM
@@ -80,6 +84,17 @@ class Engine:
         gc.unfreeze()  # vLLM froze what it made
         gc.collect()
         self.llm = self._start()
+
+    def sleep(self) -> None:
+        """Give up weights and KV cache."""
+        if self.sleeps:
+            self.llm.sleep(level=2)
+            self.empty = True
+
+    def wake(self, memory: Literal["weights", "kv_cache"]) -> None:
+        """Take memory back."""
+        if self.sleeps and self.llm.llm_engine.is_sleeping():
+            self.llm.wake_up(tags=[memory])
 
     def add(self, task: Task, seed: int, settings: SamplerConfig) -> None:
         """Queue a request."""

@@ -31,7 +31,7 @@ def run_plan(
     printer.table(tables.time_table(recipe))
     printer.text(tables.throughput(recipe))
     printer.table(tables.layouts_table(recipe, found))
-    printer.text(tables.advice(recipe, found))
+    printer.text(tables.advice(config, recipe, found))
     if found.too_large:
         printer.table(tables.too_large_table(found))
     return recipe.fits

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megatron_trd import config as configuration
+from megatron_trd.config import TrainConfig
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning import memory, sizes
 from megatron_trd.planning.case import Case
@@ -93,7 +94,7 @@ def layouts_table(recipe: Forecast, found: Found) -> Table:
         f"{_unit(recipe.case)}-hours",
         left=4,
     )  # fmt: skip
-    others = [each for each in found.fitting if overrides(recipe, each)]
+    others = [each for each in found.fitting if each.case.config != recipe.case.config]
     best = _distinct(others, lambda each: (_student(each.case), _sampler(each.case)), _SHOWN)
     rows = [("the recipe" if recipe.fits else "the recipe (does not fit)", recipe)]
     rows += [(str(place), each) for place, each in enumerate(best, 1)]
@@ -109,23 +110,29 @@ def layouts_table(recipe: Forecast, found: Found) -> Table:
     return table
 
 
-def advice(recipe: Forecast, found: Found) -> str:
-    """The best layout as overrides, where it is not the recipe's own."""
+def advice(config: TrainConfig, recipe: Forecast, found: Found) -> str:
+    """What to set to run it: the best layout where that is notably quicker than the recipe's own, `config`."""
     if not found.fitting:
         return (
             "No layout fits: take more nodes or GPUs with more memory, or lower data.max_prompt_tokens, "
             "data.max_reference_tokens, sampler.max_rollout_tokens or sampler.max_refinement_tokens."
         )
+    if config.world_size is None:  # who starts the ranks says how many
+        config = recipe.case.config
     best = found.fitting[0]
-    if recipe.fits and best.step > _NOTABLE * recipe.step:
-        return "No layout that fits is forecast to be quicker than the recipe's own by more than 5 %."
-    return f"Layout 1 as overrides: {' '.join(overrides(recipe, best))}"
+    if not recipe.fits or best.step < _NOTABLE * recipe.step:
+        return f"Layout 1 as overrides: {' '.join(overrides(config, best.case.config))}"
+    typed = "".join(f" {override}" for override in overrides(config, recipe.case.config))
+    return (
+        "No layout that fits is forecast to be quicker than the recipe's own by more than 5 %."
+        f"{' Overrides for these GPUs:' + typed if typed else ''}"
+    )
 
 
-def overrides(recipe: Forecast, other: Forecast) -> list[str]:
-    """`key=value` of every setting in which a layout differs from the recipe."""
-    before, after = configuration.flatten(recipe.case.config), configuration.flatten(other.case.config)
-    return [f"{key}={_value(value)}" for key, value in after.items() if value != before[key]]
+def overrides(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """`key=value` of every setting in which two configurations differ."""
+    old, new = configuration.flatten(before), configuration.flatten(after)
+    return [f"{key}={_value(value)}" for key, value in new.items() if value != old[key]]
 
 
 def too_large_table(found: Found) -> Table:

@@ -61,10 +61,11 @@ class Run:
     def _sampler(self) -> Sampler:
         """One vLLM engine, and a second one for a teacher whose weights are not the student's."""
         config, inputs = self.config, self.inputs
-        student = Engine(inputs.student, config, inputs.max_length)
         if self.teacher.live or not self.method.refines:
-            return Sampler(config, student, student)
-        return Sampler(config, student, Engine(inputs.teacher, config, inputs.max_length))
+            engine = Engine(inputs.student, config, inputs.max_length, sleeps=config.sampler.sleep)
+            return Sampler(config, engine, engine)
+        models = inputs.student, inputs.teacher
+        return Sampler(config, *(Engine(model, config, inputs.max_length) for model in models))
 
     def problems(self, step: int) -> list[Problem]:
         """Problems of a step (from 0), each as often as it is to be rolled out."""
@@ -81,12 +82,16 @@ class Run:
             elif self.sampler.teacher.empty:  # a frozen teacher's weights come once
                 engines.append((self.sampler.teacher, self.inputs.teacher.source))
         sent, seconds = 0, 0.0
+        platform.current().release_memory()  # what training leaves in torch's cache
         for engine, source in engines:
+            engine.wake("weights")
             begin = time.perf_counter()
             sent += engine.refit(source)
             seconds += time.perf_counter() - begin
             if self.config.log.verify_refit:
                 engine.verify(source)
+        platform.current().release_memory()  # the buckets
+        self.sampler.student.wake("kv_cache")
         self.extra |= {"refit/gib": sent / 2**30, "refit/gib_per_s": sent / 2**30 / seconds}
 
     def sample(
@@ -97,16 +102,18 @@ class Run:
         refine_prompt: RefinePrompt | None,
     ) -> list[Trajectory]:
         """A step's trajectories. An engine that dies is rebuilt once, and the step's seeds give the same tokens."""
-        try:
-            return self.sampler.sample(step, problems, prompts, refine_prompt)
-        except EngineDied as death:
-            self.note(f"step {step}: a sampler's engine died ({death}); rebuilding it from the present weights")
-        self.sampler.restart()
-        self.refit()
-        try:
-            return self.sampler.sample(step, problems, prompts, refine_prompt)
-        except EngineDied as death:
-            raise UserError(f"a sampler's engine died twice in step {step}: {death}") from None
+        for last in (False, True):
+            try:
+                trajectories = self.sampler.sample(step, problems, prompts, refine_prompt)
+                break
+            except EngineDied as death:
+                if last:
+                    raise UserError(f"a sampler's engine died twice in step {step}: {death}") from None
+                self.note(f"step {step}: a sampler's engine died ({death}); rebuilding it from the present weights")
+            self.sampler.restart()
+            self.refit()
+        self.sampler.student.sleep()
+        return trajectories
 
     def shares(self, samples: list[Sample]) -> list[list[int]]:
         """Sample indices of each student replica, balanced by length."""

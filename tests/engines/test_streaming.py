@@ -28,7 +28,7 @@ def stream_ranks(rank: int, world: int, model: str) -> dict[str, Any]:
     values = {"model": model, "sampler": {"max_rollout_tokens": 40, "max_refinement_tokens": 40}}
     config = from_dict(values, "test")
     opened = open_model(model)
-    engine = Engine(opened, config, max_length=128)
+    engine = Engine(opened, config, max_length=128, sleeps=True)
     engine.refit(opened.source)
     problems = [Problem(index, "", None, None) for index in range(PROBLEMS)]
     prompts = [[5, 6 + index, 7 + index] for index in range(PROBLEMS)]
@@ -53,6 +53,15 @@ def stream_ranks(rank: int, world: int, model: str) -> dict[str, Any]:
         "several": sample(refinements=3),
         "overdue": None,
     }
+    # Asleep while others train. On a CPU vLLM keeps the memory, all else is as on a GPU.
+    engine.sleep()
+    assert engine.empty
+    assert engine.llm.llm_engine.is_sleeping()
+    engine.wake("weights")
+    engine.refit(opened.source)
+    engine.wake("kv_cache")
+    assert not engine.llm.llm_engine.is_sleeping()
+    found["slept"] = sample()
     # An engine that fails on one rank, in the middle of the step: known to all, and made good by new engines.
     step, calls = engine.llm.llm_engine.step, 0
 
@@ -94,7 +103,7 @@ def test_the_same_tokens_however_they_are_sampled(tmp_path: Path) -> None:
     streamed = tokens(found["streamed"][0])
     assert [index for index, *_ in streamed] == list(range(PROBLEMS))
     assert len({len(rollout) for _, rollout, *_ in streamed}) > 1, "rollouts end at different times"
-    for way in ("two phases", "few at once", "few tokens", "restarted"):
+    for way in ("two phases", "few at once", "few tokens", "slept", "restarted"):
         assert tokens(found[way][0]) == streamed, way
     several = tokens(found["several"][0])
     assert len(several) == 3 * PROBLEMS - 2, "but for the one without a refinement prompt"

@@ -45,6 +45,17 @@ def test_a_recipe_that_does_not_fit_says_why_and_what_does(
     assert "Layout 1 as overrides: student." in out
 
 
+def test_overrides_are_for_the_gpus_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe that says how many ranks it is for refuses to run on others."""
+    arguments = ["plan", "opsd_qwen3_1_7b", "--nodes", "2"]
+    _, open_, _ = run(arguments, monkeypatch, capsys)
+    assert "world_size" not in open_
+    _, fixed, _ = run([*arguments, "world_size=8"], monkeypatch, capsys)
+    assert "world_size=16" in fixed
+
+
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "opsd_demo", *EIGHT, "student.tp=1", "--gpus-per-node", "1"]
     code, out, _ = run(arguments, monkeypatch, capsys)

@@ -63,7 +63,7 @@ def test_layouts_are_sorted_and_sorted_apart() -> None:
 def test_a_layout_typed_as_overrides_is_the_layout() -> None:
     case = make({})
     best = search.alternatives(case).fitting[0]
-    typed = overrides(forecast(case), best)
+    typed = overrides(case.config, best.case.config)
     assert typed
     config = apply_overrides(case.config, typed)
     again = forecast(make_case(config, case.cluster, mean_lengths(config)))

@@ -80,7 +80,8 @@ def test_a_job_on_two_nodes_trains_as_the_local_executor_does(command: Command, 
     assert recipe(command, "opsd_demo", *shared, "run_dir=here").returncode == 0
     here, there = steps(tmp_path / "here"), steps(tmp_path / "on slurm")
     assert len(here) == 2
-    assert [step["loss"] for step in there] == [step["loss"] for step in here]
+    # A rank has a node, and the threads of its cores, to itself: sums are not to the same bits.
+    assert [step["loss"] for step in there] == pytest.approx([step["loss"] for step in here], rel=1e-5)
 
 
 @pytest.mark.parametrize(

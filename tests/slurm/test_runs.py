@@ -64,12 +64,16 @@ def test_a_job_is_as_plain_torchrun_and_has_its_run_folder_for_itself(
     script, run = SCRIPTS / "opsd_demo.sh", tmp_path / "run"
     job = cluster.submit(*NODES, script, *SETTINGS, f"run_dir={run}")
     cluster.wait_for(job, "step 1/6")
+    for pid in ranks(job):  # for as long as the second job takes to come
+        os.kill(pid, signal.SIGSTOP)
     begun = (run / "config.yaml").read_bytes()
     second = cluster.submit("--nodes=1", script, *SETTINGS, "log.samples_per_step=0", f"run_dir={run}")
     code, output = cluster.finish(second)
     assert code == "2"
     assert f"run folder '{run}' is in use by SLURM job {job}" in output
     assert (run / "config.yaml").read_bytes() == begun
+    for pid in ranks(job):
+        os.kill(pid, signal.SIGCONT)
     code, output = cluster.finish(job)
     assert code == "0", output
     assert rows(run) == expected
