@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from megatron_trd.losses import torch_kernels
 from megatron_trd.losses.objective import Objective
 
 
@@ -35,21 +34,10 @@ class Kernels(ABC):
         factor e^x (x - y + other); `jsd`, after `mixture`, factor s (log s - log m + other)."""
 
 
-class TorchKernels(Kernels):
-    """In place: each pass leaves in the logits what the next one needs."""
-
-    def statistics(self) -> Tensor:
-        return torch_kernels.statistics_(self.student, self.teacher, self.objective)
-
-    def mixture(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        return torch_kernels.mixture_(self.student, self.teacher, log_s, log_t, self.objective)
-
-    def gradient(self, factor: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch_kernels.gradient_(self.student, self.teacher, factor, other, self.objective)
-
-
 def kernels_for(student: Tensor, teacher: Tensor, objective: Objective) -> Kernels:
     """Triton's for float32 logits on a GPU with columns to read, torch's otherwise."""
+    from megatron_trd.losses.torch_kernels import TorchKernels
+
     if student.is_cuda and student.dtype == torch.float32 and student.shape[1] > 0:
         from megatron_trd.losses.triton_kernels import TritonKernels
 

@@ -1,7 +1,7 @@
-"""What the losses compute over the columns of some rows, in torch operations, block by block.
+"""The passes over the columns of a chunk of rows in torch operations, block by block.
 
 Rows are worked on in blocks whose scratch stays in the cache of a CPU core (2.4 x the speed of whole chunks, measured
-on a 441 x 151,936 chunk). `triton_kernels.py` has the same three functions for a GPU.
+on a 441 x 151,936 chunk). `triton_kernels.py` has the same three passes for a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_trd.losses.objective import Objective
+from megatron_trd.losses.kernels import Kernels
 
 # A logit no real one reaches, for a masked column or the maximum of a shard that has none. Finite, because it meets
 # factors that are exactly 0 and 0 * inf is NaN; below float32's largest by enough to be added, doubled and scaled.
@@ -43,65 +43,63 @@ def _blocks_of(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor
         yield rows_here, student[rows_here], teacher[rows_here]
 
 
-def statistics_(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:
-    """This rank's `[5, rows]`: maximum and sum of the student, of the teacher, and its share of a KL (`jsd`: 0).
+class TorchKernels(Kernels):
+    """In place: each pass leaves in the logits what the next one needs."""
 
-    Leaves in (student, teacher), shifted logits written x and y: `forward_kl` (e^x, e^y); `reverse_kl` (e^x, x - y);
-    `jsd` (x, y).
-    """
-    if objective.temperature != 1:
-        student.div_(objective.temperature)
-        teacher.div_(objective.temperature)
-    sums = student.new_zeros(5, student.shape[0])
-    for rows, x, y in _blocks_of(student, teacher):
-        x_max, x_sum, y_max, y_sum, share = sums[:, rows].unbind()
-        x_max.copy_(shift_(x))
-        y_max.copy_(shift_(y))
-        if objective.divergence == "forward_kl":
+    def statistics(self) -> Tensor:
+        # Leaves in (student, teacher): `forward_kl` (e^x, e^y); `reverse_kl` (e^x, x - y); `jsd` (x, y).
+        if self.objective.temperature != 1:
+            self.student.div_(self.objective.temperature)
+            self.teacher.div_(self.objective.temperature)
+        sums = self.student.new_zeros(5, self.student.shape[0])
+        for rows, x, y in _blocks_of(self.student, self.teacher):
+            x_max, x_sum, y_max, y_sum, share = sums[:, rows].unbind()
+            x_max.copy_(shift_(x))
+            y_max.copy_(shift_(y))
+            if self.objective.divergence == "forward_kl":
+                difference = y - x
+                torch.sum(x.exp_(), dim=1, out=x_sum)
+                torch.sum(y.exp_(), dim=1, out=y_sum)
+                torch.sum(difference.mul_(y), dim=1, out=share)
+            elif self.objective.divergence == "reverse_kl":
+                scratch = y.exp()
+                torch.sum(scratch, dim=1, out=y_sum)
+                torch.sub(x, y, out=y)
+                torch.sum(x.exp_(), dim=1, out=x_sum)
+                torch.sum(torch.mul(x, y, out=scratch), dim=1, out=share)
+            else:
+                scratch = x.exp()
+                torch.sum(scratch, dim=1, out=x_sum)
+                torch.sum(torch.exp(y, out=scratch), dim=1, out=y_sum)
+        return sums
+
+    def mixture(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        # Turns (x, y) into (s, log s - log m).
+        beta = self.objective.beta
+        weights = self.student.new_tensor([1 - beta, beta])
+        kls = self.student.new_zeros(2, self.student.shape[0])
+        for rows, x, y in _blocks_of(self.student, self.teacher):
+            x.add_(log_s[rows, None])
+            if beta in (0, 1):  # the mixture is one of the sides
+                x.exp_()
+                y.zero_()
+                continue
+            y.add_(log_t[rows, None])
             difference = y - x
-            torch.sum(x.exp_(), dim=1, out=x_sum)
-            torch.sum(y.exp_(), dim=1, out=y_sum)
-            torch.sum(difference.mul_(y), dim=1, out=share)
-        elif objective.divergence == "reverse_kl":
-            scratch = y.exp()
-            torch.sum(scratch, dim=1, out=y_sum)
-            torch.sub(x, y, out=y)
-            torch.sum(x.exp_(), dim=1, out=x_sum)
-            torch.sum(torch.mul(x, y, out=scratch), dim=1, out=share)
-        else:
-            scratch = x.exp()
-            torch.sum(scratch, dim=1, out=x_sum)
-            torch.sum(torch.exp(y, out=scratch), dim=1, out=y_sum)
-    return sums
+            # With d = log t - log s, the larger side's log-ratio to the mixture is -log(1 + c (e^-|d| - 1)), c the
+            # weight of the smaller one, and the smaller side's is |d| less. Nothing cancels, whatever d.
+            larger = difference.abs().neg_().expm1_()
+            larger.mul_(weights[0] if beta == 0.5 else torch.where(difference >= 0, weights[0], weights[1])).log1p_().neg_()
+            t_over_m = y.exp_().mul_(torch.clamp(difference, max=0).add_(larger))
+            torch.sum(t_over_m, dim=1, out=kls[0, rows])
+            torch.sub(larger, difference.clamp_(min=0), out=y)
+            torch.sum(torch.mul(x.exp_(), y, out=larger), dim=1, out=kls[1, rows])
+        return kls
 
-
-def mixture_(student: Tensor, teacher: Tensor, log_s: Tensor, log_t: Tensor, objective: Objective) -> Tensor:
-    """This rank's `[2, rows]` shares of KL(t || m) and KL(s || m); turns (x, y) into (s, log s - log m)."""
-    log_beta = student.new_tensor(objective.beta).log()
-    log_rest = student.new_tensor(1 - objective.beta).log()
-    kls = student.new_zeros(2, student.shape[0])
-    for rows, x, y in _blocks_of(student, teacher):
-        x.add_(log_s[rows, None])
-        y.add_(log_t[rows, None])
-        difference = y - x
-        # Both log-ratios to the mixture come from the difference of logs by their own logaddexp: one minus the
-        # other would cancel where the difference is large.
-        s_over_m = torch.logaddexp(difference + log_beta, log_rest).neg_()
-        t_over_m = torch.logaddexp(torch.sub(log_rest, difference, out=difference), log_beta, out=difference).neg_()
-        torch.sum(t_over_m.mul_(y.exp_()), dim=1, out=kls[0, rows])
-        y.copy_(s_over_m)
-        torch.sum(s_over_m.mul_(x.exp_()), dim=1, out=kls[1, rows])
-    return kls
-
-
-def gradient_(student: Tensor, teacher: Tensor, factor: Tensor, other: Tensor, objective: Objective) -> Tensor:
-    """Turn what `statistics_` or `mixture_` left into the gradient of the student's logits, in their buffer.
-
-    `factor`, `other`, `[rows]`: `forward_kl` factor e^x - other e^y; the other two factor s (log-ratio + other).
-    """
-    for rows, x, y in _blocks_of(student, teacher):
-        if objective.divergence == "forward_kl":
-            x.mul_(factor[rows, None]).addcmul_(y, other[rows, None], value=-1)
-        else:
-            x.mul_(y.add_(other[rows, None])).mul_(factor[rows, None])
-    return student
+    def gradient(self, factor: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+        for rows, x, y in _blocks_of(self.student, self.teacher):
+            if self.objective.divergence == "forward_kl":
+                x.mul_(factor[rows, None]).addcmul_(y, other[rows, None], value=-1)
+            else:
+                x.mul_(y.add_(other[rows, None])).mul_(factor[rows, None])
+        return self.student

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_trd.losses.kernels import Kernels, TorchKernels
+from megatron_trd.losses.kernels import Kernels
 from megatron_trd.losses.objective import Objective
-from megatron_trd.losses.torch_kernels import NO_LOGIT
+from megatron_trd.losses.torch_kernels import NO_LOGIT, TorchKernels
 from tests.distributed import run_ranks
 
 ROWS = 3
