@@ -14,13 +14,28 @@ dir=${TRD_CLUSTER_DIR:-${TMPDIR:-/tmp}/trd-cluster-$(id -u)} # short: the path o
 nodes=${TRD_CLUSTER_NODES:-2}
 gpus=${TRD_CLUSTER_GPUS:-8}
 cpus=64 # a node; far more than there are, so that no test waits for another's
-port=${TRD_CLUSTER_PORT:-$((20000 + $(cksum <<<"$dir" | cut -d ' ' -f 1) % 400 * 20))} # and one more for each node
 
 PATH=$PATH:/usr/sbin:/sbin # where the daemons are, which an ordinary user's path leaves out
 
 fail() { # MESSAGE [EXIT CODE]
   echo "dev_cluster.sh: $1" >&2
   exit "${2:-1}"
+}
+
+# The first of the ports, one more for each node: those of the cluster that is there, or else some that are free.
+choose_port() {
+  local i
+  if [[ -f $dir/slurm.conf ]]; then
+    port=$(sed -n 's/^SlurmctldPort=//p' "$dir/slurm.conf")
+    return
+  fi
+  for ((port = 20000; port < 28000; port += nodes + 1)); do
+    for ((i = 0; i <= nodes; i++)); do
+      ! (: <"/dev/tcp/127.0.0.1/$((port + i))") 2>/dev/null || continue 2
+    done
+    return
+  done
+  fail "no free ports"
 }
 
 alive() { # the process of a pid file
@@ -84,6 +99,7 @@ up() {
     command -v "$program" >/dev/null ||
       fail "$program not found: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge" 3
   done
+  choose_port
   umask 022
   mkdir -p "$dir"/{state,spool,log,munge}
   chmod 700 "$dir/munge"

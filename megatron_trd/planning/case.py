@@ -68,6 +68,11 @@ class Case:
         return [self.student] if self.live or not self.refines else [self.student, self.teacher]
 
     @property
+    def sleeps(self) -> bool:
+        """Whether the engine gives up its memory while Megatron works: vLLM can do so with one engine of a process."""
+        return self.stack.engine_shares and self.config.sampler.sleep and len(self.engines) == 1
+
+    @property
     def places(self) -> set[tuple[int, int]]:
         """(student's stage, teacher's stage) pairs that ranks have."""
         student, teacher = self.student_layout, self.teacher_layout

@@ -19,8 +19,12 @@ GIB = 2**30
 
 Parts = dict[str, float]  # bytes by what they are for
 
-# Chunks of float32 logits that the loss has at its peak (benchmarks/results/loss_cpu.md: 1.9 to 2.8; `jsd` one more).
-_CHUNKS, _CHUNKS_JSD = 2.5, 3.5
+# Parts that an engine takes; on a GPU they are its `memory_fraction` while it samples.
+_ENGINE = _WEIGHTS, _CACHE, _WORK, _GRAPHS = "engine weights", "KV cache", "engine activations", "engine graphs"
+
+# Chunks of float32 logits that the loss has at its peak: what `fused_linear_divergence` promises, and
+# benchmarks/results/loss_cpu*.md measured (1.9 to 2.8).
+_CHUNKS, _CHUNKS_JSD = 2.5, 3.0
 _STEP = 0.05  # of a memory fraction that is proposed
 _GRADIENT_BYTES = 4  # gradients are summed in float32
 
@@ -63,9 +67,10 @@ def shortfalls(case: Case, memory: dict[str, Parts]) -> list[Shortfall]:
 
 def largest_fraction(case: Case) -> float:
     """The largest `sampler.memory_fraction`, in steps of 0.05, that leaves room for all else; 0 if there is none."""
-    device = case.device
-    others = max(sum(_resident(case, *place).values()) for place in case.places)
-    free = (device.memory - others) / len(case.engines) / device.memory
+    phases = ["sample"] if case.sleeps else PHASES
+    found = by_phase(case)
+    others = max(sum(value for part, value in found[phase].items() if part not in _ENGINE) for phase in phases)
+    free = (case.device.memory - others) / len(case.engines) / case.device.memory
     return max(0.0, round(math.floor(min(free, 0.9) / _STEP + 1e-9) * _STEP, 2))
 
 
@@ -85,7 +90,7 @@ def useful_fraction(case: Case) -> float:
 def kv_cache(case: Case, arch: Architecture) -> float:
     """Bytes of keys and values that an engine has on a rank; below zero if not even the weights have room."""
     settings, device = case.config.sampler, case.device
-    if not device.stack.engine_sleeps:
+    if not device.stack.engine_shares:
         return settings.host_kv_cache_gib * GIB
     return settings.memory_fraction * device.memory - _engine_taken(case, arch)
 
@@ -94,17 +99,16 @@ def _of_rank(case: Case, student_stage: int, teacher_stage: int) -> dict[str, Pa
     resident = _resident(case, student_stage, teacher_stage)
     weights = sum(_engine_weights(case, arch) for arch in case.engines)
     cache = sum(max(0.0, kv_cache(case, arch)) for arch in case.engines)
-    work = sum(_engine_work(case, arch) for arch in case.engines)
-    graphs = len(case.engines) * _graphs(case)
-    awake = {"engine weights": weights, "KV cache": cache}
-    asleep = {"engine graphs": graphs} if case.stack.engine_sleeps else awake
-    before = {"engine weights": weights, "engine graphs": graphs} if case.stack.engine_sleeps else awake
+    graphs = resident | {_GRAPHS: len(case.engines) * _graphs(case)}
+    sampling = graphs | {_WEIGHTS: weights, _CACHE: cache}
+    refitting = graphs | {_WEIGHTS: weights} if case.sleeps else sampling
+    training = graphs if case.sleeps else sampling
     received = _received(case, student_stage)
     return {
-        "refit": resident | before | {"refit buckets": _refit_buckets(case)},
-        "sample": resident | awake | {"engine graphs": graphs, "engine activations": work},
-        "teacher": resident | asleep | _teacher_parts(case, teacher_stage, received),
-        "train": resident | asleep | {"teacher's hidden states": received} | _train_parts(case, student_stage),
+        "refit": refitting | {"refit buckets": _refit_buckets(case)},
+        "sample": sampling | {_WORK: sum(_engine_work(case, arch) for arch in case.engines)},
+        "teacher": training | _teacher_parts(case, teacher_stage, received),
+        "train": training | {"teacher's hidden states": received} | _train_parts(case, student_stage),
     }
 
 

@@ -106,7 +106,7 @@ def _divisors(number: int) -> list[int]:
 
 def _with_fraction(case: Case) -> Case:
     """The case with as much memory for its engines as they can use, if there is so much."""
-    if not case.stack.engine_sleeps:
+    if not case.stack.engine_shares:
         return case
     fraction = min(memory.useful_fraction(case), memory.largest_fraction(case))
     sampler = case.config.sampler

@@ -30,9 +30,9 @@ def _times(count: int, parts: Parts) -> Parts:
 
 
 def _refit(case: Case) -> Parts:
-    """The student's engine, and a teacher's whose weights sleep has dropped or an average has moved."""
+    """The student's engine, and that of a teacher which has moved; a frozen one's weights come once."""
     sources = [(case.student, case.student_layout)]
-    if len(case.engines) > 1 and (case.averaged or case.stack.engine_sleeps):
+    if len(case.engines) > 1 and case.averaged:
         sources.append((case.teacher, case.teacher_layout))
     parts: Parts = {"exchange": 0.0, "loading": 0.0}
     for arch, layout in sources:

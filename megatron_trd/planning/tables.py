@@ -168,7 +168,7 @@ def _student(case: Case) -> str:
 
 def _sampler(case: Case) -> str:
     settings = case.config.sampler
-    share = f" of {settings.memory_fraction:.0%}" if case.stack.engine_sleeps else ""
+    share = f" of {settings.memory_fraction:.0%}" if case.stack.engine_shares else ""
     return f"{len(case.engines)} x TP{settings.tp}{share}"
 
 

@@ -131,10 +131,14 @@ def test_each_phase_shows_its_fullest_rank() -> None:
     assert large["loss"] > 2 * 16384 * 151936 * 4
 
 
-def test_a_sleeping_engine_leaves_its_memory_to_training() -> None:
-    found = memory.by_phase(make({"student": {"tp": 4}, "sampler": {"tp": 4}}))
-    assert "KV cache" not in found["train"]
-    assert found["sample"]["KV cache"] > 0
+def test_one_engine_leaves_its_memory_to_training_and_two_do_not() -> None:
+    live: dict[str, Any] = {"teacher": {"weights": "live"}}
+    asleep = memory.by_phase(make(live))
+    assert "KV cache" not in asleep["train"]
+    assert asleep["sample"]["KV cache"] > 0
+    for awake in (make({}), make(live | {"sampler": {"sleep": False}})):
+        found = memory.by_phase(awake)
+        assert found["train"]["KV cache"] == found["sample"]["KV cache"] > 0
     on_cpu = memory.by_phase(make({"sampler": {"host_kv_cache_gib": 2}}, gpu="cpu", gpus_per_node=1))
     assert on_cpu["train"]["KV cache"] == 2 * 2 * GIB  # two engines, awake
 
@@ -165,11 +169,10 @@ def test_an_engine_without_room_for_the_longest_sequence_does_not_fit() -> None:
     assert forecast(make(settings | {"sampler": {"tp": 2, "memory_fraction": 0.25}})).fits
 
 
-def test_the_largest_fraction_fits_and_the_next_does_not() -> None:
+@pytest.mark.parametrize("teacher", [{"tp": 4}, {"weights": "live"}])
+def test_the_largest_fraction_fits_and_the_next_does_not(teacher: dict[str, Any]) -> None:
     student = {"tp": 4, "sequence_parallel": True, "recompute": True}
-    case = make({"student": student, "teacher": {"tp": 4}, "sampler": {"tp": 4}})
-    fraction = memory.largest_fraction(case)
+    fraction = memory.largest_fraction(make({"student": student, "teacher": teacher, "sampler": {"tp": 4}}))
     for step, fits in ((0.0, True), (0.05, False)):
-        settings = {"tp": 4, "memory_fraction": fraction + step}
-        again = make({"student": student, "teacher": {"tp": 4}, "sampler": settings})
-        assert forecast(again).fits is fits
+        sampler = {"tp": 4, "memory_fraction": fraction + step}
+        assert forecast(make({"student": student, "teacher": teacher, "sampler": sampler})).fits is fits

@@ -29,7 +29,7 @@ MIXTURE = {
     ("settings", "gpu", "nodes"),
     [
         ({}, "h100", 1),
-        ({"method": "trd-opd", "teacher": {"model": "models/Qwen3-32B", "tp": 4}}, "h100", 2),
+        ({"method": "trd-opd", "teacher": {"model": "models/Qwen3-32B", "tp": 4}}, "h200", 2),
         (MIXTURE, "b200", 1),
     ],
 )

@@ -116,12 +116,16 @@ def test_gradients_of_one_node_do_not_cross_the_network() -> None:
     assert two == pytest.approx(shard * 6 / 2 / (50e9 * SHARE.link), rel=0.01)
 
 
-def test_refit_gathers_the_model_and_a_sleeping_teacher_s() -> None:
+def test_refit_gathers_the_model_and_a_moving_teacher_s() -> None:
     settings: dict[str, Any] = {"student": {"tp": 8, "sequence_parallel": True}, "sampler": {"tp": 8}}
     live = seconds.by_phase(make(settings | {"teacher": {"weights": "live"}}))["refit"]
     assert live["exchange"] == pytest.approx(8.19e9 * 2 * 7 / 8 / (450e9 * SHARE.link), rel=0.01)
-    frozen = seconds.by_phase(make(settings | {"teacher": {"tp": 8}}))["refit"]
-    assert frozen["exchange"] == pytest.approx(2 * live["exchange"])
+    moving, frozen = (
+        seconds.by_phase(make(settings | {"teacher": {"tp": 8, "weights": weights}}))["refit"]
+        for weights in ("ema", "frozen")
+    )
+    assert moving["exchange"] == pytest.approx(2 * live["exchange"])
+    assert frozen["exchange"] == live["exchange"]
     far, near = (
         seconds.by_phase(make({"student": {"pp": 2}, "teacher": {"weights": "live"}}, nodes=nodes))["refit"]
         for nodes in (2, 1)

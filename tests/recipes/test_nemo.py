@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -119,59 +120,30 @@ def test_ranks_start_in_this_folder(run: Run, tmp_path: Path) -> None:
     assert last == f"--chdir={tmp_path}"
 
 
-SITE = """
-import nemo_run as run
-
-from recipes.nemo import slurm
-
-
-def site():
-    executor = slurm()
-    executor.account = "account"
-    executor.gpus_per_node = 4
-    return executor
-
-
-def container():
-    executor = site()
-    executor.container_image = "/images/trd.sqsh"
-    return executor
-
-
-def far():
-    executor = site()
-    executor.setup_lines = "source /venv/bin/activate"
-    executor.tunnel = run.Config(run.SSHTunnel, host="login", user="me", job_dir="/jobs")
-    return executor
-
-
-for factory in (site, container, far):
-    run.cli.factory(factory, target=run.SlurmExecutor)
-"""
-
-
-def test_executors_of_a_site(tmp_path: Path) -> None:
-    (tmp_path / "workspace.py").write_text(SITE)
+def test_the_pages_executors_of_a_site(tmp_path: Path) -> None:
+    [example] = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "recipes.md").read_text(), re.DOTALL)
+    (tmp_path / "workspace.py").write_text(example)
     environment = without(tmp_path, "nothing")
 
     def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return python(environment, tmp_path, "-m", "recipes.opsd_demo", *arguments, "--dryrun")
 
-    local = dry_run("executor=site", "executor.nodes=2").stdout
-    assert "#SBATCH --account=account\n" in local
-    assert "#SBATCH --gpus-per-node=4\n" in local
-    assert "--nproc-per-node 4 " in batch_script(local)
-    for executor in ("container", "far"):
-        refused = dry_run(f"executor={executor}")
+    here = dry_run("executor=here", "executor.nodes=2", "executor.gpus_per_node=4")
+    assert (here.returncode, here.stderr.count("recipes.opsd_demo: ")) == (0, 0)
+    for line in ("account=me", "gpus-per-node=4", "nodes=2", "time=12:00:00"):
+        assert f"#SBATCH --{line}\n" in here.stdout
+    assert "--nproc-per-node 4 " in batch_script(here.stdout)
+    for arguments in (["executor=in_container"], ["executor=far_away", "executor.srun_args=[]"]):
+        refused = dry_run(*arguments)
         assert refused.returncode == 2
         assert "run_dir 'runs/opsd_demo' is relative" in refused.stderr.splitlines()[-1]
-    container = dry_run("executor=container", "run_dir=/runs/demo")
+    container = dry_run("executor=in_container", "run_dir=/shared/run")
     assert container.returncode == 0
-    assert "--container-image /images/trd.sqsh" in batch_script(container.stdout)
-    far = dry_run("executor=far", "executor.srun_args=['--chdir=/work']")
+    assert "--container-image /images/megatron-trd.sqsh" in batch_script(container.stdout)
+    far = dry_run("executor=far_away")
     assert far.returncode == 0
-    assert "source /venv/bin/activate\n" in far.stdout
-    assert " --chdir=/work torchrun " in batch_script(far.stdout)
+    assert "source /shared/me/venv/bin/activate\n" in far.stdout
+    assert " --chdir=/shared/me/work torchrun " in batch_script(far.stdout)
 
 
 def test_a_login_node_has_no_torch(tmp_path: Path) -> None:

@@ -65,18 +65,26 @@ class Cluster:
     def start_again(self, job: str) -> None:
         """Start a job now that was requeued: SLURM would let it wait for minutes."""
         deadline = time.monotonic() + SECONDS
-        while self.field(job, "JobState") != "PENDING":
+        while not self._release(job):
             assert time.monotonic() < deadline, self.output(job)
             time.sleep(0.2)
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+    def _release(self, job: str) -> bool:
+        """Whether a job waited for its time after a requeue; if so, it starts now.
+
+        Not before its last start is cleaned up: SLURM would take the end of that for the end of the new one.
+        """
+        waits = (self.field(job, "JobState"), self.field(job, "Reason")) == ("PENDING", "BeginTime")
+        if not waits or self.run("sinfo", "--noheader", "--Node", "--states=completing").stdout:
+            return False
+        return self.run("scontrol", "update", f"jobid={job}", "StartTime=now").returncode == 0
 
     def finish(self, job: str) -> tuple[str, str]:
         """Wait for a job's end, however often it is requeued; its exit code and what it printed."""
         deadline = time.monotonic() + SECONDS
-        while (state := self.field(job, "JobState")) not in _ENDED:
+        while self.field(job, "JobState") not in _ENDED:
             assert time.monotonic() < deadline, self.output(job)
-            if state == "PENDING" and self.field(job, "Reason") == "BeginTime":
-                self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            self._release(job)
             time.sleep(0.2)
         return self.field(job, "ExitCode").partition(":")[0], self.output(job)
 
@@ -91,9 +99,9 @@ def dev_cluster(nodes: int) -> Iterator[dict[str, str]]:
     started = subprocess.run([script, "up"], env=environment, capture_output=True, text=True)
     if started.returncode == 3:
         pytest.skip(started.stderr.strip())
-    assert started.returncode == 0, started.stderr
-    exports = [word.partition("=") for word in shlex.split(started.stdout) if "=" in word]
     try:
+        assert started.returncode == 0, started.stderr
+        exports = [word.partition("=") for word in shlex.split(started.stdout) if "=" in word]
         yield environment | {name: value for name, _, value in exports}
     finally:
         subprocess.run([script, "down"], env=environment, check=True)

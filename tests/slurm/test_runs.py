@@ -88,7 +88,7 @@ def test_a_run_that_is_stopped_killed_and_requeued_is_as_an_unbroken_one(
 ) -> None:
     run = tmp_path / "run"
     arguments = [*NODES, SCRIPTS / "opsd_demo.sh", *SETTINGS, "checkpoint.every=2", f"run_dir={run}"]
-    job = cluster.submit(*arguments, TRD_DOCTOR="skip", TRD_MAX_RESTARTS="1")
+    job = cluster.submit(*arguments, TRD_DOCTOR="skip", TRD_MAX_RESTARTS="2")
 
     cluster.wait_for(job, "step 1/6")
     cluster.run("scancel", "--signal=USR1", job)
