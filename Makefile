@@ -23,6 +23,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	if command -v shellcheck >/dev/null; then shellcheck --external-sources slurm/*.sh .ci/run; fi
 
 setup: $(VENV)/installed
 

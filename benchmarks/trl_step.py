@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def _recorder(trainer: Any, folder: Path) -> Any:
         def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, Any] | None = None, **___: Any) -> None:
             if logs and "loss" in logs:
                 metrics = {f"time/{name}": value for name, value in self.times.items()}
-                metrics |= {"tokens/trained": sum(sampled), "throughput/sample": sum(sampled) / self.times["sample"]}
+                metrics |= {"tokens/trained": sum(sampled), "length/rollout": fmean(sampled)}
                 writer.write(state.global_step - 1, metrics | {"loss": float(logs["loss"])})
 
     writer = MetricsWriter(folder, tensorboard=False, resume_from=0)

@@ -11,7 +11,13 @@ from megatron_trd import cli
 from megatron_trd.reporting.progress import PHASES
 
 DEMO = ["plan", "opsd_demo", "--gpus-per-node", "2"]
-EIGHT = ["model=models/Qwen3-8B", "sampler.max_rollout_tokens=16384", "sampler.max_refinement_tokens=16384"]
+EIGHT = [
+    "model=models/Qwen3-8B",
+    "student.micro_batch_size=1",
+    "teacher.micro_batch_size=1",
+    "sampler.max_rollout_tokens=16384",
+    "sampler.max_refinement_tokens=16384",
+]
 
 
 def run(

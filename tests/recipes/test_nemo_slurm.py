@@ -28,7 +28,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def command(cluster: dict[str, str], tmp_path: Path) -> Command:
     """Run a program that talks to the cluster, in this test's folder."""
-    environment = cluster | {"PYTHONPATH": str(PROJECT)}
+    # The nodes share this machine's cores: ranks that have a node each would take all of them each.
+    environment = cluster | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
 
     def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
