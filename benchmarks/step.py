@@ -258,7 +258,9 @@ def _resident(pid: int) -> dict[int, int]:
     """Peak resident bytes so far of a process and all its descendants."""
     try:
         found = {pid: kernel_bytes("VmHWM", f"/proc/{pid}/status")}
-        children = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+        children = [
+            int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()
+        ]
     except (OSError, ValueError):  # it ended meanwhile
         return {}
     for child in children:

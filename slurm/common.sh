@@ -96,8 +96,6 @@ train() {
     --restarts="${TRD_MAX_RESTARTS:-3}" "$recipe" "${overrides[@]}") || exit
   [[ $verdict == requeue ]] || exit "$verdict"
   scontrol requeue "$job" || fail "job $job cannot be requeued: submit it again, it goes on from its newest checkpoint"
-  trap - TERM
-  exec sleep 300 # until SLURM ends this: an end of its own can be taken for the end of the next start
 }
 
 evaluate() {

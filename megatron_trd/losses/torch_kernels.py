@@ -89,7 +89,9 @@ class TorchKernels(Kernels):
             # With d = log t - log s, the larger side's log-ratio to the mixture is -log(1 + c (e^-|d| - 1)), c the
             # weight of the smaller one, and the smaller side's is |d| less. Nothing cancels, whatever d.
             larger = difference.abs().neg_().expm1_()
-            larger.mul_(weights[0] if beta == 0.5 else torch.where(difference >= 0, weights[0], weights[1])).log1p_().neg_()
+            larger.mul_(
+                weights[0] if beta == 0.5 else torch.where(difference >= 0, weights[0], weights[1])
+            ).log1p_().neg_()
             t_over_m = y.exp_().mul_(torch.clamp(difference, max=0).add_(larger))
             torch.sum(t_over_m, dim=1, out=kls[0, rows])
             torch.sub(larger, difference.clamp_(min=0), out=y)

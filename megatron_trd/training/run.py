@@ -119,9 +119,7 @@ class Run:
         """Sample indices of each student replica, balanced by length."""
         return deal(samples, self.student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
 
-    def log(
-        self, step: int, trajectories: list[Trajectory], samples: list[Sample], results: list[StepResult]
-    ) -> None:
+    def log(self, step: int, trajectories: list[Trajectory], samples: list[Sample], results: list[StepResult]) -> None:
         """Write a finished step's metrics and samples (rank 0); `results`: of each epoch over them."""
         seconds, measured, self.extra = self.phases.seconds, self.phases.metrics() | self.extra, {}
         if self._writers is None:

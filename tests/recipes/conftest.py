@@ -1,40 +1,21 @@
-"""A SLURM of two nodes on this machine, and a home for what nemo-run writes."""
-
 from __future__ import annotations
 
 import io
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.recipes.environments import PROJECT, Run
+from tests.recipes.environments import Run
+from tests.slurm.cluster import PROJECT, Cluster, dev_cluster
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nemo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NEMORUN_HOME of this process and its children; nemo-run reads it when it is imported."""
-    folder = tmp_path_factory.mktemp("nemo")
-    os.environ["NEMORUN_HOME"] = str(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[dict[str, str]]:
-    """Environment variables with which SLURM's commands talk to a cluster made for these tests."""
-    script = str(PROJECT / "slurm" / "dev_cluster.sh")
-    own = os.environ | {"TRD_CLUSTER_DIR": f"/tmp/trd-recipes-{os.getpid()}"}
-    started = subprocess.run([script, "up"], env=own, stdout=subprocess.PIPE, text=True)
-    if started.returncode == 3:
-        pytest.skip("no SLURM here (apt-get install slurmctld slurmd slurm-client munge)")
-    assert started.returncode == 0
-    exports = [word.partition("=") for word in shlex.split(started.stdout) if "=" in word]
-    yield os.environ | {name: value for name, _, value in exports}
-    subprocess.run([script, "down"], env=own, check=True)
+def nemo_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A NEMORUN_HOME for this process and its children; nemo-run reads it when it is imported."""
+    os.environ["NEMORUN_HOME"] = str(tmp_path_factory.mktemp("nemo"))
 
 
 @pytest.fixture
@@ -53,3 +34,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
         return int(stopped.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[dict[str, str]]:
+    """Environment variables of a cluster of two nodes."""
+    with dev_cluster(2) as environment:
+        # They share this machine's cores: ranks that have a node each would take all of them each.
+        yield environment | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def cluster(nodes: dict[str, str], tmp_path: Path) -> Cluster:
+    """The cluster, seen from this test's folder."""
+    return Cluster(nodes, tmp_path)

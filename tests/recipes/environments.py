@@ -9,8 +9,9 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.slurm.cluster import PROJECT
+
 Run = Callable[..., tuple[int, str, str]]  # a program's arguments -> exit code, output and errors
-PROJECT = Path(__file__).parents[2]
 
 
 def without(folder: Path, *packages: str) -> dict[str, str]:

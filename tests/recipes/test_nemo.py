@@ -13,7 +13,8 @@ import pytest
 
 from megatron_trd.config import apply_overrides, load
 from recipes.common import find_recipe, recipe_names
-from tests.recipes.environments import PROJECT, Run, python, without
+from tests.recipes.environments import Run, python, without
+from tests.slurm.cluster import PROJECT
 
 
 def batch_script(output: str) -> str:

@@ -22,7 +22,8 @@ from megatron_trd.training.checks import check
 from recipes import common
 from recipes.common import find_recipe, recipe_names
 from tests.models import write_tokenizer
-from tests.recipes.environments import PROJECT, python, without
+from tests.recipes.environments import python, without
+from tests.slurm.cluster import PROJECT
 
 QWEN3 = [name for name in recipe_names() if "qwen3" in name]
 NODES = {name: 2 if name == "opsd_qwen3_30b_a3b" else 1 for name in QWEN3}

@@ -70,13 +70,10 @@ class Cluster:
             time.sleep(0.2)
 
     def _release(self, job: str) -> bool:
-        """Whether a job waited for its time after a requeue; if so, it starts now.
-
-        Not before its last start is cleaned up: SLURM would take the end of that for the end of the new one.
-        """
-        waits = (self.field(job, "JobState"), self.field(job, "Reason")) == ("PENDING", "BeginTime")
-        if not waits or self.run("sinfo", "--noheader", "--Node", "--states=completing").stdout:
+        """Whether a job waited for its time after a requeue; if so, it starts now."""
+        if (self.field(job, "JobState"), self.field(job, "Reason")) != ("PENDING", "BeginTime"):
             return False
+        time.sleep(2)  # a node takes no job that it was told to end within the last second
         return self.run("scontrol", "update", f"jobid={job}", "StartTime=now").returncode == 0
 
     def finish(self, job: str) -> tuple[str, str]:
@@ -107,8 +104,9 @@ def dev_cluster(nodes: int) -> Iterator[dict[str, str]]:
         subprocess.run([script, "down"], env=environment, check=True)
 
 
-def ranks(job: str) -> list[int]:
+def ranks(cluster: Cluster, job: str) -> list[int]:
     """Process ids of a job's ranks, in the order of their ranks."""
+    ours = {"SLURM_JOB_ID": job, "SLURM_CONF": cluster.environment["SLURM_CONF"]}
     found = {}
     for path in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -118,6 +116,6 @@ def ranks(job: str) -> list[int]:
                     for entry in (path / "environ").read_bytes().decode().split("\0")
                     if "=" in entry
                 )
-                if variables.get("SLURM_JOB_ID") == job and "RANK" in variables:
+                if ours.items() <= variables.items() and "RANK" in variables:
                     found[int(variables["RANK"])] = int(path.name)
     return [found[rank] for rank in sorted(found)]

@@ -64,7 +64,7 @@ def test_a_job_is_as_plain_torchrun_and_has_its_run_folder_for_itself(
     script, run = SCRIPTS / "opsd_demo.sh", tmp_path / "run"
     job = cluster.submit(*NODES, script, *SETTINGS, f"run_dir={run}")
     cluster.wait_for(job, "step 1/6")
-    for pid in ranks(job):  # for as long as the second job takes to come
+    for pid in ranks(cluster, job):  # for as long as the second job takes to come
         os.kill(pid, signal.SIGSTOP)
     begun = (run / "config.yaml").read_bytes()
     second = cluster.submit("--nodes=1", script, *SETTINGS, "log.samples_per_step=0", f"run_dir={run}")
@@ -72,7 +72,7 @@ def test_a_job_is_as_plain_torchrun_and_has_its_run_folder_for_itself(
     assert code == "2"
     assert f"run folder '{run}' is in use by SLURM job {job}" in output
     assert (run / "config.yaml").read_bytes() == begun
-    for pid in ranks(job):
+    for pid in ranks(cluster, job):
         os.kill(pid, signal.SIGCONT)
     code, output = cluster.finish(job)
     assert code == "0", output
@@ -99,7 +99,7 @@ def test_a_run_that_is_stopped_killed_and_requeued_is_as_an_unbroken_one(
 
     cluster.start_again(job)
     cluster.wait_for(job, f"step {stopped + 1}/6")
-    os.kill(ranks(job)[-1], signal.SIGKILL)
+    os.kill(ranks(cluster, job)[-1], signal.SIGKILL)
     cluster.wait_for(job, "starting again", times=2)
     assert cluster.output(job).count("rank 1 failed: killed by SIGKILL") == 1
 
