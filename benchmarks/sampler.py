@@ -145,8 +145,9 @@ def main() -> None:
             "# Sampling on a CPU\n\n```",
             f"python -m benchmarks.sampler {shlex.join(sys.argv[1:])}\n```\n",
             f"{machine.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32; {options.problems} "
-            f"problems, a rollout and a refinement each, on {RANKS} ranks; median of {options.repeats}. Lengths: median "
-            f"{drawn[len(drawn) // 2]}, nine of ten below {drawn[len(drawn) * 9 // 10]}, longest {drawn[-1]} tokens. "
+            f"problems, a rollout and a refinement each, on {RANKS} ranks; median of {options.repeats}. Lengths: "
+            f"median {drawn[len(drawn) // 2]}, nine of ten below {drawn[len(drawn) * 9 // 10]}, longest "
+            f"{drawn[-1]} tokens. "
             "Both ways gave the same tokens.\n",
             "| refinement's length | at once | tokens | two phases, s | streamed, s | streamed / two phases | idle | "
             "idle while requests wait |",
