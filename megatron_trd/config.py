@@ -113,7 +113,7 @@ class LossConfig:
     """Numbers of the divergences; which divergence is used is the method's choice."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0  # softmax temperature on both sides (paper)
-    beta: Fraction = 0.5  # weight of the teacher in JSD
+    beta: Annotated[float, Field(ge=0.001, le=0.999)] = 0.5  # weight of the teacher in JSD, zero at either end
     clip: Annotated[float, Field(gt=0)] = 0.1  # bound of one token's divergence, `*-clip` methods (paper)
     top_k: Positive = 32  # teacher tokens kept, `*-topk` methods (paper)
     normalize: Literal["sequence", "token"] = "sequence"  # mean of means over sequences (paper), or over all tokens

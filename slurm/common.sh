@@ -99,6 +99,7 @@ train() {
 }
 
 evaluate() {
+  (($# >= 2)) || fail "usage: sbatch slurm/eval.sh RUN_DIR|MODEL DATA [key=value ...]"
   local model=$1 data=$2 steps
   if [[ -d $model/checkpoints ]]; then # a run folder: its newest checkpoint
     mapfile -t steps < <(printf '%s\n' "$model"/checkpoints/step_*[0-9] | sort -V)

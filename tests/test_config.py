@@ -174,7 +174,7 @@ def _as_yaml(value: object) -> str:
         ("steps={a", ["'steps={a'", "YAML"]),
         ("steps=0", ["steps=0", "greater than 0"]),
         ("seed=-1", ["seed=-1", "greater than or equal to 0"]),
-        ("loss.beta=1.5", ["loss.beta=1.5", "less than or equal to 1"]),
+        ("loss.beta=1.5", ["loss.beta=1.5", "less than or equal to 0.999"]),
         ("optimizer.lr=nan", ["optimizer.lr=nan", "finite"]),
         ("optimizer.lr=inf", ["optimizer.lr=inf", "finite"]),
         ("optimizer.lr=0", ["optimizer.lr=0", "greater than 0"]),

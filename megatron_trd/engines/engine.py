@@ -78,7 +78,9 @@ class Engine:
 
     def restart(self) -> None:
         """A new engine, without weights, in place of one that died. Collective."""
-        # Not the engine core's own shutdown: that destroys torch's process groups, which are Megatron's too.
+        # Not the engine core's own shutdown, neither now nor when the core is collected: it destroys torch's process
+        # groups, which are Megatron's too.
+        self.llm.llm_engine.engine_core._finalizer.detach()
         self.llm.llm_engine.model_executor.shutdown()
         self.llm, self.empty = None, True
         gc.unfreeze()  # vLLM froze what it made

@@ -44,10 +44,7 @@ def dense_divergence(
     elif divergence == "reverse_kl":
         result = _kl(log_s, log_t)
     elif divergence == "jsd":
-        # beta = 0 or 1 makes the mixture one of the two sides; math.log(0) is the only obstacle.
-        log_beta = math.log(beta) if beta > 0 else -math.inf
-        log_rest = math.log1p(-beta) if beta < 1 else -math.inf
-        log_m = torch.logaddexp(log_t + log_beta, log_s + log_rest)
+        log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
         result = beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
     else:
         raise ValueError(f"unknown divergence {divergence!r}")

@@ -7,6 +7,9 @@ from typing import Literal, get_args
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
+# Of each side in the mixture of `jsd`, which is zero where the mixture is one of the sides.
+LEAST_SHARE = 0.001
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -21,8 +24,11 @@ class Objective:
     def __post_init__(self) -> None:
         if self.divergence not in get_args(Divergence):
             raise ValueError(f"divergence must be one of {', '.join(get_args(Divergence))}, not {self.divergence!r}")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta is the teacher's share of a mixture and must lie in [0, 1], not {self.beta}")
+        if not LEAST_SHARE <= self.beta <= 1 - LEAST_SHARE:
+            raise ValueError(
+                f"beta is the teacher's share of jsd's mixture and must lie in [{LEAST_SHARE}, {1 - LEAST_SHARE}], not "
+                f"{self.beta}: towards either end jsd is zero (see forward_kl and reverse_kl)"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         if self.clip is not None and not self.clip > 0:

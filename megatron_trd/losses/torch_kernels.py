@@ -80,10 +80,6 @@ class TorchKernels(Kernels):
         kls = self.student.new_zeros(2, self.student.shape[0])
         for rows, x, y in _blocks_of(self.student, self.teacher):
             x.add_(log_s[rows, None])
-            if beta in (0, 1):  # the mixture is one of the sides
-                x.exp_()
-                y.zero_()
-                continue
             y.add_(log_t[rows, None])
             difference = y - x
             # With d = log t - log s, the larger side's log-ratio to the mixture is -log(1 + c (e^-|d| - 1)), c the

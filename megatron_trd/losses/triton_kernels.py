@@ -150,8 +150,7 @@ class TritonKernels(Kernels):
         assert student.stride(1) == 1, "columns lie side by side"
         self._kind = ("forward_kl", "reverse_kl", "jsd").index(objective.divergence)
         self._inverse = 1.0 / objective.temperature
-        # log 0 as a number that stays finite when it is added to
-        self._logs = [math.log(share) if share > 0 else NO_LOGIT for share in (objective.beta, 1 - objective.beta)]
+        self._logs = [math.log(objective.beta), math.log1p(-objective.beta)]
 
     def statistics(self) -> Tensor:
         rows, columns = self.student.shape

@@ -37,8 +37,8 @@ def vocab_parallel_divergence(
         group: the tensor-parallel group of size p; None: the vocabulary is not sharded. All its ranks must call.
         divergence: `forward_kl` = KL(teacher || student), `reverse_kl` = KL(student || teacher), or `jsd` =
             beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student. By this
-            definition `jsd` is zero at beta 0 and 1.
-        beta: the teacher's weight in `jsd`.
+            definition `jsd` goes to zero as beta goes to 0 or 1.
+        beta: the teacher's weight in `jsd`, from 0.001 to 0.999.
         temperature: divides the logits of both sides; the result is not multiplied by its square.
         vocab_size: the true vocabulary; columns of global index >= vocab_size have probability 0 on both sides.
         clip: D_t becomes min(D_t, clip), with no gradient where D_t is larger.

@@ -85,7 +85,7 @@ def take_lock(folder: Path) -> None:
         _refuse_unless_gone(folder, owner, me)
         with _alone(folder):
             if _read(path) == owner:  # nobody else took it over meanwhile
-                fresh = path.with_name("lock.new")
+                fresh = path.with_name("lock.new")  # only this process is here
                 fresh.write_text(_text(me))
                 fresh.replace(path)
                 return
@@ -125,12 +125,15 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _create(path: Path, owner: Owner) -> bool:
-    """Write a lock that was not there; False if it was."""
+    """Write a lock that was not there; False if it was. It is there with all that is in it, or not at all."""
+    fresh = path.with_name(f"{path.name}.{owner.host}-{owner.pid}")
+    fresh.write_text(_text(owner))
     try:
-        with path.open("x") as file:
-            file.write(_text(owner))
+        os.link(fresh, path)
     except FileExistsError:
         return False
+    finally:
+        fresh.unlink()
     return True
 
 
@@ -144,7 +147,7 @@ def _read(path: Path) -> Owner | None:
         return Owner(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):  # empty for a moment while it is written, or ever after a crash just then
+    except (ValueError, TypeError):
         raise UserError(
             f"'{path}' is not the lock of a run: if no run works in its folder, remove it; or set another run_dir="
         ) from None

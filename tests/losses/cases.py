@@ -14,7 +14,7 @@ WORLDS = (1, 2, 4)
 DIVERGENCES = {
     "forward_kl": Case("forward_kl"),
     "reverse_kl": Case("reverse_kl"),
-    **{f"jsd({beta})": Case("jsd", beta=beta) for beta in (0.0, 0.01, 0.3, 0.5, 0.9, 1.0)},
+    **{f"jsd({beta})": Case("jsd", beta=beta) for beta in (0.001, 0.01, 0.3, 0.5, 0.9, 0.999)},
 }
 
 THREE = ("forward_kl", "reverse_kl", "jsd(0.3)")

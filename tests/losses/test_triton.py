@@ -20,7 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "forward": {"divergence": "forward_kl"},
     "reverse": {"divergence": "reverse_kl"},
     "jsd": {"divergence": "jsd", "beta": 0.3},
-    "jsd of the teacher alone": {"divergence": "jsd", "beta": 1.0},
+    "jsd with little of the student": {"divergence": "jsd", "beta": 0.999},
     "warm": {"divergence": "forward_kl", "temperature": 2.0},
     "cold": {"divergence": "jsd", "temperature": 0.5},
 }

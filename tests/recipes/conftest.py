@@ -3,13 +3,12 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.recipes.environments import Run
-from tests.slurm.cluster import PROJECT, Cluster, dev_cluster
+from tests.slurm.cluster import PROJECT, Cluster
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,15 +35,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     return run
 
 
-@pytest.fixture(scope="session")
-def nodes() -> Iterator[dict[str, str]]:
-    """Environment variables of a cluster of two nodes."""
-    with dev_cluster(2) as environment:
-        # They share this machine's cores: ranks that have a node each would take all of them each.
-        yield environment | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture
 def cluster(nodes: dict[str, str], tmp_path: Path) -> Cluster:
     """The cluster, seen from this test's folder."""
-    return Cluster(nodes, tmp_path)
+    # The nodes share this machine's cores: ranks that have a node each would take all of them each.
+    return Cluster(nodes | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}, tmp_path)

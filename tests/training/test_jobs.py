@@ -197,7 +197,7 @@ def test_an_engine_that_dies_is_rebuilt_and_changes_nothing(unbroken: tuple[Path
 
 def test_a_drift_above_its_bound_stops_the_run(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
     job, run = unbroken[0], tmp_path / "run"
-    output = jobs.finish(jobs.start("train", job, f"run_dir={run}", "--verify-logprobs", "1e-9"), code=1)
+    output = jobs.finish(jobs.start("train", job, f"run_dir={run}", "--verify-logprobs", "1e-9"), code=2)
     assert "log.max_drift is 1e-09" in output
     assert not (run / "checkpoints").exists()
 
