@@ -87,8 +87,10 @@ class Platform(ABC):
             Path("/proc/self/clear_refs").write_text("5")  # linux/Documentation/filesystems/proc.rst: reset VmHWM
         return {"host": int(peak[1]) / 2**20 if peak else 0.0}
 
-    def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
-        """Bring a fresh Megatron optimizer into the state in which a checkpoint can be loaded into it."""
+    def complete_optimizer(self, optimizer: Any) -> None:
+        """Give a Megatron optimizer the state that its first step would make: a checkpoint is of all of it."""
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.init_state_fn(part.optimizer, part.config)
 
     def release_memory(self) -> None:
         """Give memory that torch keeps for later back to others on the device."""
@@ -314,14 +316,11 @@ class CpuPlatform(Platform):
             memory = self._shared[key] = host_memory.share(size, group)
         return None if memory is None else memory[:size]
 
-    def prepare_optimizer_for_loading(self, optimizer: Any) -> None:
-        # torch Adam makes its state at the first step; megatron-core's load asserts that every parameter has one.
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            adam = part.optimizer
-            for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-                if not adam.state[parameter]:
-                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    adam.state[parameter].update(step=torch.tensor(0.0), **moments)
+    def complete_optimizer(self, optimizer: Any) -> None:
+        super().complete_optimizer(optimizer)
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):  # torch's Adam counts steps by parameter
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
 
     def libraries(self) -> dict[str, str]:
         return {"CUDA, NCCL, driver": "not needed on a CPU"}

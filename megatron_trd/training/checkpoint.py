@@ -117,7 +117,6 @@ def load(path: Path, student: StudentEngine) -> None:
     check_files(path)
     CheckpointReader(path).check_objects()
     with platform.current().megatron():
-        platform.current().prepare_optimizer_for_loading(student.optimizer)
         state = dist_checkpointing.load(_state(student, 0, loading=True), str(path))
         student.model.module.load_state_dict(state["model"])
         student.optimizer.load_state_dict(state["optimizer"])
@@ -126,6 +125,7 @@ def load(path: Path, student: StudentEngine) -> None:
 
 
 def _state(student: StudentEngine, step: int, *, loading: bool) -> dict[str, Any]:
+    platform.current().complete_optimizer(student.optimizer)  # nothing may have been trained on so far
     model = student.model.module.sharded_state_dict()
     # canonical parameter-shaped optimizer state: loads at any TP x PP x DP
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -29,6 +29,11 @@ def script(name: str, *arguments: object, folder: Path, **variables: str) -> sub
     )
 
 
+def ours(output: str) -> list[str]:
+    """Lines of a job that are not srun's."""
+    return [line for line in output.splitlines() if not line.startswith("srun: ")]
+
+
 @pytest.mark.parametrize("name", ["submit.sh", "sweep.sh"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -106,8 +111,8 @@ def test_a_job_refuses_bad_input_once_and_for_all(cluster: Cluster, tmp_path: Pa
     job = cluster.submit(SCRIPTS / "opsd_demo.sh", "student.hidden=3", f"run_dir={run}", TRD_DOCTOR="skip")
     code, output = cluster.finish(job)
     assert code == "2"
-    assert len(output.splitlines()) == 1
-    assert "student.hidden" in output
+    [line] = ours(output)
+    assert "student.hidden" in line
     assert cluster.field(job, "Restarts") == "0"
     assert not run.exists()
     none = cluster.submit("--gpus-per-node=0", SCRIPTS / "opsd_demo.sh", f"run_dir={run}")
@@ -119,7 +124,7 @@ def test_a_job_refuses_bad_input_once_and_for_all(cluster: Cluster, tmp_path: Pa
 def test_a_sweep_s_runs_and_an_evaluation_after_one(cluster: Cluster, tmp_path: Path) -> None:
     sweep, data = tmp_path / "sweep", tmp_path / "problems.jsonl"
     data.write_text('{"problem": "12 + 34 = ?", "answer": "46"}\n')
-    arguments = ["--parsable", "--gpus-per-node=1", "opsd_demo", *SHORT, "method=trd-opsd,opsd-forward-kl"]
+    arguments = ["--parsable", "opsd_demo", *SHORT, "method=trd-opsd,opsd-forward-kl"]
     done = cluster.run(SCRIPTS / "sweep.sh", *arguments, f"run_dir={sweep}", TRD_DOCTOR="skip", TRD_AT_ONCE="1")
     assert done.returncode == 0, done.stderr
     job = done.stdout.strip()
@@ -151,5 +156,5 @@ def test_a_sweep_s_runs_and_an_evaluation_after_one(cluster: Cluster, tmp_path: 
 def test_an_evaluation_refuses_bad_input(cluster: Cluster, arguments: list[str], message: str) -> None:
     code, output = cluster.finish(cluster.submit("--gpus-per-node=1", SCRIPTS / "eval.sh", *arguments))
     assert code == "2"
-    [line] = output.splitlines()
+    [line] = ours(output)
     assert message in line
