@@ -50,6 +50,7 @@ class StudentConfig:
     micro_batch_size: Positive = 1  # sequences a micro-batch
     recompute: bool = False  # recompute activations of every layer in backward
     distributed_optimizer: bool = True  # shard optimizer state over data parallel ranks
+    offload: bool = False  # optimizer state waits in host memory while there is sampling, gradients take no memory
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -65,6 +66,9 @@ class TeacherConfig:
     pp: Positive = 1
     ep: Positive = 1
     micro_batch_size: Positive = 1
+    # Where hidden states wait for training: `device`, `host` (pinned memory) or `disk` (`hidden/` of the run folder).
+    hidden_in: Literal["device", "host", "disk"] = "device"
+    offload: bool = False  # weights wait in host memory while there is sampling
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -168,6 +172,8 @@ class TrainConfig:
     rollouts_per_problem: Positive = 1
     refinements_per_rollout: Positive = 1
     epochs_per_batch: Positive = 1  # optimizer steps on the same samples; all but the first are off-policy
+    overlap: Literal["none", "teacher"] = "none"  # teacher: its hidden states are made while others are sampled
+    staleness: Literal[0, 1] = 0  # 1: a step's samples are made beside the step before, by the weights before it
     world_size: Positive | None = None  # ranks; None: the fewest that hold every layout
     seed: NonNegative = 0
     student: StudentConfig = Field(default_factory=StudentConfig)

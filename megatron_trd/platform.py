@@ -39,6 +39,10 @@ class Platform(ABC):
         """Prepare this process (device, patches) before any process group or model is made."""
 
     @abstractmethod
+    def prepare_thread(self) -> None:
+        """Prepare a further thread of this process that will compute."""
+
+    @abstractmethod
     def megatron(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which megatron-core code runs; may be nested."""
 
@@ -92,6 +96,11 @@ class Platform(ABC):
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             part.init_state_fn(part.optimizer, part.config)
 
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory that the device can read without a detour; made behind the work queued so far."""
+        pinned = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+        return pinned.copy_(tensor, non_blocking=True)
+
     def release_memory(self) -> None:
         """Give memory that torch keeps for later back to others on the device."""
 
@@ -129,6 +138,10 @@ class CudaPlatform(Platform):
 
     def set_up(self) -> None:
         torch.cuda.set_device(self.device)
+
+    def prepare_thread(self) -> None:
+        torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # a thread's work waits for nobody else's
 
     def megatron(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -195,13 +208,18 @@ class CpuPlatform(Platform):
 
     def __init__(self) -> None:
         self._depth = 0
+        self._threads = 1
         self._shared: dict[tuple[int, ...], torch.Tensor | None] = {}
 
     def set_up(self) -> None:
         # One rank a share of the cores: without this every rank starts a thread for each core and they fight.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        self._threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        torch.set_num_threads(self._threads)
         megatron_on_cpu.patch_distributed_optimizer()
+
+    def prepare_thread(self) -> None:
+        torch.set_num_threads(self._threads)  # OpenMP's count is the calling thread's
 
     @contextlib.contextmanager
     def megatron(self) -> Iterator[None]:
@@ -265,6 +283,7 @@ class CpuPlatform(Platform):
         # vLLM's ranks of one machine talk through shared memory that it names after its `init_method`: the same name
         # for every job, and never removed when a process is killed, so that the next job cannot start. Here each job
         # and machine has a name (ranks whose names differ use gloo), and it is removed once all ranks have it mapped.
+        from vllm import _custom_ops
         from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
 
         identifier = f"{job}-{socket.gethostname()}"
@@ -273,6 +292,9 @@ class CpuPlatform(Platform):
         def distributed_args(self: Any) -> tuple[str, int, int]:
             return f"file://{identifier}", *original(self)[1:]
 
+        # oneDNN's packed copies would take the weights' place, and packing takes many times as long as copying: a refit
+        # of all weights before every step is dearer than what they save in it.
+        _custom_ops._supports_onednn = False
         try:
             with mock.patch.object(Launcher, "_distributed_args", distributed_args):
                 yield

@@ -39,6 +39,10 @@ class Trajectory:
 RefinePrompt = Callable[[Problem, Completion], list[int] | None]
 
 
+# Told of trajectories as they are finished.
+Finished = Callable[[Sequence[Trajectory]], None]
+
+
 class EngineDied(Exception):
     """A vLLM engine of some rank failed; known to all ranks, none of which is in a collective."""
 
@@ -55,7 +59,7 @@ class _Report:
 
     load: Load
     new: list[Task]  # refinements that it did not begin itself
-    lengths: list[int]  # of rollouts that ended
+    done: list[tuple[Task, Completion]]
     overdue: list[str]  # requests that have run for too long
     failure: str | None
 
@@ -66,8 +70,7 @@ class _Group:
 
     running: dict[str, tuple[Task, float]] = field(default_factory=dict)  # and when it was begun, seconds
     new: list[Task] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    done: dict[str, tuple[Task, Completion]] = field(default_factory=dict)
+    done: list[tuple[Task, Completion]] = field(default_factory=list)
     retried: set[str] = field(default_factory=set)
     failure: str | None = None
     idle: float = 0.0  # seconds at meetings, waiting for the others
@@ -80,8 +83,8 @@ class _Group:
         overdue = [name for name, (_, since) in self.running.items() if timeout and now - since > timeout]
         again = next((name for name in overdue if name in self.retried), None)
         failure = self.failure or (f"request {again} ran for {timeout} s, twice" if again else None)
-        report = _Report(load, self.new, self.lengths, overdue, failure)
-        self.new, self.lengths = [], []
+        report = _Report(load, self.new, self.done, overdue, failure)
+        self.new, self.done = [], []
         return report
 
 
@@ -109,17 +112,21 @@ class Sampler:
         problems: Sequence[Problem],
         prompts: Sequence[Sequence[int]],
         refine_prompt: RefinePrompt | None,
+        finished: Finished | None = None,
     ) -> list[Trajectory]:
         """The trajectories of each problem in order, the same list on every rank. Collective.
 
         With `refine_prompt`, each rollout is refined as soon as it ends (without `sampler.stream`: when all have
-        ended), `refinements_per_rollout` times; without it, trajectories are raw. Raises `EngineDied` on every rank if
-        an engine failed: after `restart` and a refit, another call gives the tokens that this one would have given.
+        ended), `refinements_per_rollout` times; without it, trajectories are raw. `finished` is told of trajectories
+        while others are still sampled, with the same ones in the same order on every rank. Raises `EngineDied` on every
+        rank if an engine failed: after `restart` and a refit, another call gives the tokens that this one would have
+        given.
         """
         for engine in self.engines:
             engine.forget()
         begin, before = time.perf_counter(), pre_emptions(self.student)
-        group = _Step(self, step, problems, prompts, refine_prompt).run()
+        sampling = _Step(self, step, problems, prompts, refine_prompt, finished)
+        group = sampling.run()
         seconds = max(time.perf_counter() - begin, 1e-9)
         mine = {
             "sampler/idle": group.idle / seconds / self.groups,
@@ -127,22 +134,9 @@ class Sampler:
             "sampler/pre_emptions": pre_emptions(self.student) - before,
             "sampler/retried": len(group.retried),
         }
-        gathered = self.tell((group.done, mine))
-        self.stats = {key: sum(stats[key] for _, stats in gathered) for key in mine}
-        done = {name: result for part, _ in gathered for name, result in part.items()}
-        return list(self._trajectories(problems, done))
-
-    def _trajectories(
-        self, problems: Sequence[Problem], done: dict[str, tuple[Task, Completion]]
-    ) -> Iterator[Trajectory]:
-        for index, problem in enumerate(problems):
-            _, rollout = done[f"rollout/{index}/0"]
-            names = [f"refinement/{index}/{number}" for number in range(self.config.refinements_per_rollout)]
-            refined = [done[name] for name in names if name in done]
-            if not refined:
-                yield Trajectory(problem, rollout)
-            for task, refinement in refined:
-                yield Trajectory(problem, rollout, task.prompt, refinement)
+        everyone = self.tell(mine)
+        self.stats = {key: sum(stats[key] for stats in everyone) for key in mine}
+        return list(sampling.trajectories())
 
     def restart(self) -> None:
         """New engines, without weights, in place of all there are. Collective."""
@@ -166,8 +160,10 @@ class _Step:
         problems: Sequence[Problem],
         prompts: Sequence[Sequence[int]],
         refine_prompt: RefinePrompt | None,
+        finished: Finished | None,
     ) -> None:
         self.sampler, self.step, self.problems, self.refine_prompt = sampler, step, problems, refine_prompt
+        self.finished = finished
         self.settings = sampler.settings
         limit = self.settings.max_rollout_tokens
         self.waiting = [Task("rollout", index, 0, tuple(prompt), limit) for index, prompt in enumerate(prompts)]
@@ -176,6 +172,7 @@ class _Step:
         most = self.settings.max_sequences
         self.capacity = Capacity(most + most // _AHEAD, self.settings.max_running_tokens)
         self.group = _Group()
+        self.done: dict[str, tuple[Task, Completion]] = {}  # in all groups, by name
 
     def run(self) -> _Group:
         """Work and meet until all groups have done their share."""
@@ -200,7 +197,7 @@ class _Step:
             group.retried.add(name)
             self._begin(task)
         self.waiting += [task for report in reports for task in report.new]
-        self.expected.lengths += [length for report in reports for length in report.lengths]
+        self._note([done for report in reports for done in report.done])
         loads = [report.load for report in reports]
         given = assign(self._ready(), loads, self.capacity, self.expected)
         for task in given[self.sampler.group]:
@@ -209,6 +206,29 @@ class _Step:
         taken = {task.name for tasks in given for task in tasks}
         self.waiting = [task for task in self.waiting if task.name not in taken]
         return -(-total // len(loads))
+
+    def _note(self, done: Sequence[tuple[Task, Completion]]) -> None:
+        """Take in what has ended anywhere."""
+        self.done |= {task.name: (task, completion) for task, completion in done}
+        rollouts = [(task, completion) for task, completion in done if task.kind == "rollout"]
+        self.expected.lengths += [len(completion.tokens) for _, completion in rollouts]
+        if self.finished:
+            last = rollouts if self.refine_prompt is None else [(t, c) for t, c in done if t.kind == "refinement"]
+            self.finished([self._trajectory(task, completion) for task, completion in last])
+
+    def _trajectory(self, task: Task, completion: Completion) -> Trajectory:
+        problem = self.problems[task.index]
+        if task.kind == "rollout":
+            return Trajectory(problem, completion)
+        return Trajectory(problem, self.done[f"rollout/{task.index}/0"][1], task.prompt, completion)
+
+    def trajectories(self) -> Iterator[Trajectory]:
+        """All that there are in the end, in the problems' order; a rollout that could not be refined is one too."""
+        for index in range(len(self.problems)):
+            names = [f"refinement/{index}/{number}" for number in range(self.refinements)]
+            refined = [name for name in names if name in self.done]
+            for name in refined or [f"rollout/{index}/0"]:
+                yield self._trajectory(*self.done[name])
 
     def _ready(self) -> list[Task]:
         """Waiting tasks that may begin: without streaming, refinements wait for the last rollout."""
@@ -228,11 +248,10 @@ class _Step:
             return []
 
     def _finish(self, task: Task, completion: Completion, share: int) -> None:
-        self.group.done[task.name] = task, completion
+        self.group.done.append((task, completion))
         if task.kind == "refinement" or self.refine_prompt is None:
             return
         length = len(completion.tokens)
-        self.group.lengths.append(length)
         prompt = self.refine_prompt(self.problems[task.index], completion)
         for number in range(self.refinements if prompt else 0):
             limit = self.settings.max_refinement_tokens

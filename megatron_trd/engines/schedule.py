@@ -15,6 +15,7 @@ from megatron_trd.parallel.grid import Grid
 
 # hidden states `[s, b, hidden]` of a micro-batch on the last stage -> scalar loss
 LossFunction = Callable[[MicroBatch, Tensor], Tensor]
+KeepFunction = Callable[[MicroBatch, Tensor], Tensor]
 
 
 def batch_count(samples: int, size: int, grid: Grid) -> int:
@@ -33,11 +34,13 @@ def run_schedule(
     grid: Grid,
     batches: Sequence[MicroBatch],
     loss: LossFunction | None = None,
+    keep: KeepFunction = lambda _, hidden: hidden,
 ) -> list[Tensor]:
     """Run all micro-batches through the pipeline, with backward if there is a `loss`.
 
-    Without `loss` returns the hidden states of each micro-batch on the last stage, an empty list elsewhere. The loss of
-    a micro-batch is summed as it is: nothing is divided by the number of micro-batches or replicas.
+    Without `loss` returns what `keep` makes of the hidden states of each micro-batch on the last stage, an empty list
+    elsewhere. The loss of a micro-batch is summed as it is: nothing is divided by the number of micro-batches or
+    replicas.
     """
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from megatron.core.pipeline_parallel.schedules import (
@@ -52,7 +55,7 @@ def run_schedule(
 
         def finish(hidden: Tensor, non_loss_data: bool = False) -> Any:
             if loss is None:
-                return hidden.detach()
+                return keep(batch, hidden.detach())
             value = loss(batch, hidden)
             # The count is there for megatron-core to leave the loss undivided; token weights hold the normalisation.
             return value, torch.ones([], dtype=torch.int, device=value.device), value.detach()

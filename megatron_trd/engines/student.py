@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import MicroBatch, Sample, micro_batches
+from megatron_trd.engines.offload import Offload
 from megatron_trd.engines.schedule import batch_count, run_schedule
 from megatron_trd.errors import UserError
 from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_parallel_log_prob
@@ -84,6 +85,7 @@ class StudentEngine:
             self.model: Any = self._build_model(model.source)  # megatron-core is not typed
             self.optimizer = self._build_optimizer()
             self.scheduler = self._build_scheduler()
+        self._memory = Offload(self._optimizer_tensors)
 
     def _build_model(self, source: loading.Source) -> Any:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -151,6 +153,30 @@ class StudentEngine:
         scheduler.step(increment=1)  # the schedule counts from 0, where the rate is 0: step k trains with its k-th rate
         return scheduler
 
+    def offload(self) -> None:
+        """Leave optimizer state and gradients to host memory until the next step, if the configuration asks."""
+        if self.config.student.offload:
+            self._memory.away()
+            with platform.current().megatron():
+                self.model.offload_grad_buffers()
+
+    def restore(self) -> None:
+        """Undo `offload`."""
+        if self.config.student.offload:
+            self._memory.back()
+            with platform.current().megatron():
+                self.model.restore_grad_buffers()
+
+    def _optimizer_tensors(self) -> Iterator[Tensor]:
+        """Master weights and moments; where a master weight is the model's own, it is not the optimizer's."""
+        model = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            masters = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+            states = [value for state in part.optimizer.state.values() for value in state.values()]
+            for tensor in (*masters, *states):
+                if isinstance(tensor, Tensor) and tensor.dim() and tensor.untyped_storage().data_ptr() not in model:
+                    yield tensor
+
     @property
     def head(self) -> Tensor | None:
         """This rank's shard of the output head `[padded vocab / tp, hidden]`; None off the last stage."""
@@ -202,6 +228,7 @@ class StudentEngine:
         teacher_head: Tensor | None,
     ) -> _Sums:
         """Fill the gradients of a step, reduced over all replicas; arguments as in `train_step`."""
+        self.restore()
         sums = _Sums(platform.current().device)
 
         def loss(batch: MicroBatch, hidden: Tensor) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
-from megatron_trd.data.batching import Sample, deal, micro_batches
+from megatron_trd.data.batching import MicroBatch, Sample, deal, micro_batches
+from megatron_trd.engines.hidden_store import HiddenStates, HiddenStore, name_of
+from megatron_trd.engines.offload import Offload
 from megatron_trd.engines.schedule import batch_count, run_schedule
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
@@ -18,7 +22,9 @@ from megatron_trd.models.architecture import Architecture, build_model, transfor
 from megatron_trd.models.gathering import GatheredSource
 from megatron_trd.models.model import Model
 from megatron_trd.parallel.exchange import Route, exchange_hidden
-from megatron_trd.parallel.grid import Grid, Layout, teacher_grid
+from megatron_trd.parallel.grid import Grid, teacher_grid
+
+WAVE = 8  # micro-batches of a replica whose hidden states are made before they go to host memory or a disk
 
 
 class TeacherEngine:
@@ -34,6 +40,12 @@ class TeacherEngine:
         self.arch, self.folder = model.arch, model.folder
         self.model: torch.nn.Module = student.model
         self._head: Tensor | None = None
+        self._updates = 0  # of the weights
+        self.store = HiddenStore(config.teacher.hidden_in, Path(config.run_dir, "hidden", str(dist.get_rank())))
+        # Hidden states that are not with the student yet: on which replica, and those of them that this rank has.
+        self._makers: dict[str, int] = {}
+        self._made: dict[str, Tensor] = {}
+        self._memory = Offload(self._own_tensors)
         if not self.live:
             self._build()
             self.load(model.source)
@@ -61,6 +73,17 @@ class TeacherEngine:
         settings = platform.current()
         return part.to(settings.device, settings.dtype, copy=True)
 
+    def offload(self) -> None:
+        """Leave the weights to host memory until they are needed, if the configuration asks."""
+        if self.config.teacher.offload:
+            self._memory.away()
+
+    def _own_tensors(self) -> Iterator[Tensor]:
+        if not self.live:
+            yield from self.model.parameters()
+            if self._head is not None:
+                yield self._head
+
     @property
     def head(self) -> Tensor | None:
         """`[padded vocab / student tp, hidden_T]` on the student's last stage, None elsewhere."""
@@ -70,6 +93,7 @@ class TeacherEngine:
 
     def update(self) -> None:
         """After an optimizer step: move an averaged teacher towards the student. Collective."""
+        self._updates += not self.frozen
         if not self.averaged:
             return
         decay = self.config.teacher.ema_decay
@@ -79,6 +103,7 @@ class TeacherEngine:
 
     def source(self) -> loading.Source:
         """Full Hugging Face tensors of the present weights, as `StudentEngine.source`; the head is the loss's own."""
+        self._memory.back()
         if self.live:
             return self.student.source()
         size = self.config.sampler.refit_bucket_mib * 2**20
@@ -91,48 +116,79 @@ class TeacherEngine:
         last = GatheredSource(shard, self.arch, self.student.grid, size, [head])
         return lambda slot: last(slot) if slot == head else body(slot)
 
-    def hidden(self, samples: Sequence[Sample], student_shares: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+    def hidden(self, samples: Sequence[Sample], student_shares: Sequence[Sequence[int]]) -> HiddenStates:
         """Hidden states after the final norm at response positions, `[tokens, hidden_T]` by sample index.
 
-        Each student replica's last stage gets the samples of its share; other ranks get an empty one. Collective.
+        Each student replica's last stage gets the samples of its share; other ranks get an empty one. What is there of
+        an earlier call with the same weights, or was computed ahead, is not computed again. Collective.
         """
-        settings = self.config.teacher
-        layout, device = self.grid.layout, platform.current().device
+        self._memory.back()
+        student_of = {index: dp for dp, share in enumerate(student_shares) for index in share}
+        names = [self._name(sample) for sample in samples]
+        places = [f"{name}-{student_of[index]}" for index, name in enumerate(names)]
+        self.store.keep(places)
+        for wave in self._waves(samples, [index for index, place in enumerate(places) if place not in self.store]):
+            self.compute([samples[index] for index in wave])
+            routes = [
+                Route(index, len(samples[index].response), self._makers[names[index]], student_of[index])
+                for index in wave
+            ]
+            received = self._exchange(routes, names)
+            self.store.add((places[index] for index in wave), {places[index]: received[index] for index in received})
+            for index in wave:
+                self._makers.pop(names[index], None)
+                self._made.pop(names[index], None)
+        self._made.clear()  # computed ahead for nothing
+        self._makers.clear()
+        grid = self.student.grid
+        return HiddenStates(self.store, places, student_shares[grid.dp_rank] if grid.is_last_stage else [])
+
+    def _name(self, sample: Sample) -> str:
+        return name_of(sample, self._updates)
+
+    def _waves(self, samples: Sequence[Sample], indices: Sequence[int]) -> list[Sequence[int]]:
+        """Samples whose hidden states are on the device at once, the longest first: all, if they are to stay there."""
+        if not indices or self.store.place == "device":
+            return [indices] if indices else []
+        size = WAVE * self.grid.layout.dp * self.config.teacher.micro_batch_size
+        order = sorted(indices, key=lambda index: (-len(samples[index].tokens("teacher")), index))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def compute(self, samples: Sequence[Sample]) -> None:
+        """Make the hidden states of those samples that have none, for the next call of `hidden`. Collective."""
+        named = {self._name(sample): sample for sample in samples}
+        samples = [sample for name, sample in named.items() if name not in self._makers]
+        if not samples:
+            return
+        settings, layout = self.config.teacher, self.grid.layout
         shares = deal(samples, layout.dp, cost=lambda sample: len(sample.tokens("teacher")))
-        sequence_parallel = self.live and self.config.student.sequence_parallel
+        mine = shares[self.grid.dp_rank]
         batches = micro_batches(
             samples,
-            shares[self.grid.dp_rank],
+            mine,
             "teacher",
             size=settings.micro_batch_size,
-            multiple=layout.tp if sequence_parallel else 1,
-            device=device,
-            count=batch_count(len(shares[self.grid.dp_rank]), settings.micro_batch_size, self.grid),
+            multiple=layout.tp if self.live and self.config.student.sequence_parallel else 1,
+            device=platform.current().device,
+            count=batch_count(len(mine), settings.micro_batch_size, self.grid),
         )
-        outputs = run_schedule(self.model, self.grid, batches)
-        made: dict[int, Tensor] = {}
-        for batch, hidden in zip(batches, outputs, strict=bool(outputs)):
-            whole = self.student.whole_sequence(hidden) if self.live else hidden
-            made.update(zip(batch.samples, batch.select(whole).split(batch.lengths), strict=bool(batch.samples)))
-        return self._send(samples, shares, student_shares, made, layout)
 
-    def _send(
-        self,
-        samples: Sequence[Sample],
-        teacher_shares: Sequence[Sequence[int]],
-        student_shares: Sequence[Sequence[int]],
-        made: dict[int, Tensor],
-        layout: Layout,
-    ) -> dict[int, Tensor]:
-        teacher_of = {index: dp for dp, share in enumerate(teacher_shares) for index in share}
-        student_of = {index: dp for dp, share in enumerate(student_shares) for index in share}
-        routes = [
-            Route(index, len(sample.response), teacher_of[index], student_of[index])
-            for index, sample in enumerate(samples)
-        ]
+        def of_responses(batch: MicroBatch, hidden: Tensor) -> Tensor:
+            return batch.select(self.student.whole_sequence(hidden) if self.live else hidden)
+
+        outputs = run_schedule(self.model, self.grid, batches, keep=of_responses)
+        for batch, hidden in zip(batches, outputs, strict=bool(outputs)):
+            parts = hidden.split(batch.lengths)
+            if batch.samples:
+                self._made |= {self._name(samples[i]): part for i, part in zip(batch.samples, parts, strict=True)}
+        self._makers |= {self._name(samples[index]): dp for dp, share in enumerate(shares) for index in share}
+
+    def _exchange(self, routes: Sequence[Route], names: Sequence[str]) -> dict[int, Tensor]:
+        """What this rank's student needs of the routes' samples, by sample index."""
         current = platform.current()
-        student = self.student.grid.layout
-        return exchange_hidden(routes, made, layout, student, self.arch.hidden_size, current.dtype, current.device)
+        local = {route.sample: self._made[names[route.sample]] for route in routes if names[route.sample] in self._made}
+        layouts = self.grid.layout, self.student.grid.layout
+        return exchange_hidden(routes, local, *layouts, self.arch.hidden_size, current.dtype, current.device)
 
 
 def check_teacher(student: Architecture, teacher: Architecture) -> None:

@@ -70,7 +70,8 @@ class Case:
     @property
     def sleeps(self) -> bool:
         """Whether the engine gives up its memory while Megatron works: vLLM can do so with one engine of a process."""
-        return self.stack.engine_shares and self.config.sampler.sleep and len(self.engines) == 1
+        wanted = self.config.sampler.sleep and not self.config.staleness
+        return self.stack.engine_shares and wanted and len(self.engines) == 1
 
     @property
     def places(self) -> set[tuple[int, int]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_trd.engines.teacher import WAVE
 from megatron_trd.losses.head import CHUNK_BYTES
 from megatron_trd.methods import METHODS
 from megatron_trd.models.architecture import Architecture
@@ -100,13 +101,17 @@ def _of_rank(case: Case, student_stage: int, teacher_stage: int) -> dict[str, Pa
     weights = sum(_engine_weights(case, arch) for arch in case.engines)
     cache = sum(max(0.0, kv_cache(case, arch)) for arch in case.engines)
     graphs = resident | {_GRAPHS: len(case.engines) * _graphs(case)}
-    sampling = graphs | {_WEIGHTS: weights, _CACHE: cache}
-    refitting = graphs | {_WEIGHTS: weights} if case.sleeps else sampling
-    training = graphs if case.sleeps else sampling
+    awake = {_WEIGHTS: weights, _CACHE: cache}
+    work = {_WORK: sum(_engine_work(case, arch) for arch in case.engines)}
+    student, teacher = case.config.student, case.config.teacher
+    away = {"gradients": 0.0, "optimizer": 0.0} if student.offload else {}
+    refitting = graphs | away | ({_WEIGHTS: weights} if case.sleeps else awake)
+    sampling = graphs | away | ({"teacher weights": 0.0} if teacher.offload else {}) | awake | work
+    training = graphs | ({} if case.sleeps else awake) | (work if case.config.staleness else {})
     received = _received(case, student_stage)
     return {
         "refit": refitting | {"refit buckets": _refit_buckets(case)},
-        "sample": sampling | {_WORK: sum(_engine_work(case, arch) for arch in case.engines)},
+        "sample": sampling,
         "teacher": training | _teacher_parts(case, teacher_stage, received),
         "train": training | {"teacher's hidden states": received} | _train_parts(case, student_stage),
     }
@@ -183,22 +188,26 @@ def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, *, jsd: bool)
 
 
 def _teacher_parts(case: Case, stage: int, received: float) -> Parts:
-    """One layer's work, and on the last stage the hidden states of whole sequences and of their responses."""
-    layout, work, stack = case.teacher_layout, case.work, case.stack
+    """One layer's work, and on the last stage hidden states of a micro-batch and of the responses made at once."""
+    layout, work, stack, size = case.teacher_layout, case.work, case.stack, case.config.teacher.micro_batch_size
     sequences = work.of_replica(layout.dp)
-    tokens = min(case.config.teacher.micro_batch_size, sequences) * work.longest.teacher
+    tokens = min(size, sequences) * work.longest.teacher
+    made_at_once = sequences if case.config.teacher.hidden_in == "device" else min(WAVE * size, sequences)
     split = case.live and case.config.student.sequence_parallel
     layer = sizes.kept_by_layer(case.teacher, layout, int(work.longest.teacher), stack, sequence_parallel=split)
     last = stage == layout.pp - 1
-    made = sequences * (work.longest.teacher + work.longest.response) * _hidden_bytes(case) if last else 0.0
+    made = (tokens + made_at_once * work.longest.response) * _hidden_bytes(case) if last else 0.0
     return {"activations": layer * tokens, "teacher's hidden states": made + received}
 
 
 def _received(case: Case, student_stage: int) -> float:
-    """The teacher's hidden states of all responses of a replica, on the student's last stage."""
+    """The teacher's hidden states of a replica's responses that are on the student's last stage at once."""
     if student_stage != case.student_layout.pp - 1:
         return 0.0
-    return case.work.of_replica(case.student_layout.dp) * case.work.longest.response * _hidden_bytes(case)
+    sequences = case.work.of_replica(case.student_layout.dp)
+    if case.config.teacher.hidden_in != "device":
+        sequences = min(WAVE * case.config.teacher.micro_batch_size, sequences)
+    return sequences * case.work.longest.response * _hidden_bytes(case)
 
 
 def _hidden_bytes(case: Case) -> int:

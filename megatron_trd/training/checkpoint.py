@@ -30,6 +30,7 @@ from megatron_trd.models.megatron_folder import COMPANIONS
 from megatron_trd.models.model import open_model
 
 _STEP = re.compile(r"step_(\d+)$")
+_SAMPLED = "sampled.json"
 
 
 def checkpoints(run_dir: str | Path) -> dict[int, Path]:
@@ -42,8 +43,19 @@ def checkpoints(run_dir: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save(run_dir: str | Path, step: int, student: StudentEngine, teacher: TeacherEngine, keep: int) -> Path:
-    """Write `step_N` (after `step` optimizer steps) and drop all but the newest `keep`. Collective."""
+def save(
+    run_dir: str | Path,
+    step: int,
+    student: StudentEngine,
+    teacher: TeacherEngine,
+    keep: int,
+    *,
+    sampled_ahead: str | None = None,
+) -> Path:
+    """Write `step_N` (after `step` steps) and drop all but the newest `keep`. Collective.
+
+    sampled_ahead: what the next step trains on, where that has been sampled already; kept as it is.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -66,6 +78,8 @@ def save(run_dir: str | Path, step: int, student: StudentEngine, teacher: Teache
     if dist.get_rank() == 0:
         (partial / COMPANIONS).mkdir()
         copy_companions(student.folder, partial / COMPANIONS, platform.current().dtype)
+        if sampled_ahead is not None:
+            (partial / _SAMPLED).write_text(sampled_ahead)
     dist.barrier()
     digests = _shared_digests(partial)
     if dist.get_rank() == 0:
@@ -110,6 +124,12 @@ def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) 
     return step
 
 
+def sampled_ahead(run_dir: str | Path) -> str | None:
+    """What the newest checkpoint was given under that name."""
+    path = list(checkpoints(run_dir).values())[-1] / _SAMPLED
+    return path.read_text() if path.exists() else None
+
+
 def load(path: Path, student: StudentEngine) -> None:
     """Load a checkpoint into a student of any layout. Collective. Raises `UserError` if a file of it is damaged."""
     from megatron.core import dist_checkpointing
@@ -125,6 +145,7 @@ def load(path: Path, student: StudentEngine) -> None:
 
 
 def _state(student: StudentEngine, step: int, *, loading: bool) -> dict[str, Any]:
+    student.restore()
     platform.current().complete_optimizer(student.optimizer)  # nothing may have been trained on so far
     model = student.model.module.sharded_state_dict()
     # canonical parameter-shaped optimizer state: loads at any TP x PP x DP

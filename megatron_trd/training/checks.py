@@ -85,6 +85,18 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError(
             f"teacher.weights={config.teacher.weights} is for a self-teacher; unset teacher.model or teacher.weights"
         )
+    if config.staleness and config.overlap != "none":
+        raise UserError(
+            "staleness=1 samples beside training, when the teacher is at work: overlap=none, or staleness=0"
+        )
+    for key, wanted in (("student.offload", config.student.offload), ("teacher.offload", config.teacher.offload)):
+        if wanted and (config.staleness or (key == "teacher.offload" and config.overlap == "teacher")):
+            other = "staleness=1" if config.staleness else "overlap=teacher"
+            raise UserError(
+                f"{key}=true lends memory to the sampler, and {other} needs it meanwhile: set one of the two"
+            )
+    if config.teacher.offload and config.teacher.model is None and config.teacher.weights == "live":
+        raise UserError("teacher.offload=true: a live teacher has no weights of its own; see student.offload")
     if config.student.sequence_parallel and config.student.tp == 1:
         raise UserError("student.sequence_parallel=true needs student.tp > 1")
 

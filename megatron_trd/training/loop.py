@@ -8,27 +8,18 @@ from megatron_trd.training.run import Run
 def train(run: Run) -> None:
     """Run the remaining steps, or fewer if the run is asked to stop: it ends with a checkpoint either way."""
     config = run.config
-    refine_prompt = run.builder.refine_prompt if run.method.refines else None
-
     for step in range(run.steps_done, config.steps):
         with run.phases.measure("step"):
-            # x ~ problems; the sampler acts with the present weights of the student
-            problems, prompts = run.builder.begin(run.problems(step))
-            with run.phases.measure("refit"):
-                run.refit()
-
-            # y_o ~ student(. | x), and for TRD y_r ~ teacher(. | x, y_o [, y*]) as soon as y_o ends
-            with run.phases.measure("sample"):
-                trajectories = run.sample(step, problems, prompts, refine_prompt)
+            # x ~ problems, y_o ~ student(. | x) with the present weights, and for TRD y_r ~ teacher(. | x, y_o [, y*])
+            trajectories = run.trajectories(step)
             samples = run.builder.samples(trajectories)
             shares = run.shares(samples)
 
             results = []
-            for epoch in range(config.epochs_per_batch if samples else 0):
+            for _ in range(config.epochs_per_batch if samples else 0):
                 # stopgrad teacher(. | x, y_o, y_r<t), as hidden states of response positions
-                if epoch == 0 or not run.teacher.frozen:
-                    with run.phases.measure("teacher"):
-                        hidden = run.teacher.hidden(samples, shares)
+                with run.phases.measure("teacher"):
+                    hidden = run.teacher.hidden(samples, shares)
 
                 # mean over t of KL( teacher(. | x, y_o, y_r<t) || student(. | x, y_r<t) ), and one optimizer step
                 with run.phases.measure("train"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,10 @@ import torch.distributed as dist
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import Sample, deal
-from megatron_trd.data.problems import Problem, step_indices
 from megatron_trd.data.prompts import PromptBuilder
-from megatron_trd.engines.engine import Engine
-from megatron_trd.engines.sampler import EngineDied, RefinePrompt, Sampler, Trajectory
+from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.engines.student import StepResult, StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
-from megatron_trd.errors import UserError
 from megatron_trd.methods import METHODS
 from megatron_trd.parallel.grid import student_grid
 from megatron_trd.reporting.metrics import MetricsWriter, SampleWriter
@@ -27,6 +23,7 @@ from megatron_trd.training import checkpoint
 from megatron_trd.training.checks import Inputs, check
 from megatron_trd.training.phases import Phases
 from megatron_trd.training.samples import SampleBuilder
+from megatron_trd.training.sampling import Sampled, Sampling, sampled_from_json
 from megatron_trd.training.signals import StopRequest
 
 
@@ -49,71 +46,23 @@ class Run:
         self.student = StudentEngine(config, self.inputs.student, grid)
         self.teacher = TeacherEngine(config, self.student, self.inputs.teacher)
         self.steps_done = checkpoint.resume(config.run_dir, self.student, self.teacher) if resume else 0
-        self.sampler = self._sampler()
         prompts = PromptBuilder(
             self.inputs.student.folder.tokenizer, config.data.task, config.data.chat_template_kwargs
         )
         self.builder = SampleBuilder(config, prompts)
         self.phases = Phases()
-        self.extra: dict[str, float] = {}  # metrics of the step that its parts leave here
         self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
+        self.sampling = Sampling(
+            config, self.inputs, self.student, self.teacher, self.builder, self.phases, note=self.note
+        )
+        if self.steps_done and (ahead := checkpoint.sampled_ahead(config.run_dir)):
+            self.sampling.restore(sampled_from_json(ahead))
+        self.sampled: Sampled  # what the present step trains on
 
-    def _sampler(self) -> Sampler:
-        """One vLLM engine, and a second one for a teacher whose weights are not the student's."""
-        config, inputs = self.config, self.inputs
-        if self.teacher.live or not self.method.refines:
-            engine = Engine(inputs.student, config, inputs.max_length, sleeps=config.sampler.sleep)
-            return Sampler(config, engine, engine)
-        models = inputs.student, inputs.teacher
-        return Sampler(config, *(Engine(model, config, inputs.max_length) for model in models))
-
-    def problems(self, step: int) -> list[Problem]:
-        """Problems of a step (from 0), each as often as it is to be rolled out."""
-        config, problems = self.config, self.inputs.problems
-        indices = step_indices(len(problems), config.batch_size, step, seed=config.seed, shuffle=config.data.shuffle)
-        return [problems[index] for index in indices for _ in range(config.rollouts_per_problem)]
-
-    def refit(self) -> None:
-        """Bring the sampler's engines to the present weights, and prove it where the configuration asks."""
-        engines = [(self.sampler.student, self.student.source())]
-        if self.sampler.teacher is not self.sampler.student:
-            if self.teacher.averaged:
-                engines.append((self.sampler.teacher, self.teacher.source()))
-            elif self.sampler.teacher.empty:  # a frozen teacher's weights come once
-                engines.append((self.sampler.teacher, self.inputs.teacher.source))
-        sent, seconds = 0, 0.0
-        platform.current().release_memory()  # what training leaves in torch's cache
-        for engine, source in engines:
-            engine.wake("weights")
-            begin = time.perf_counter()
-            sent += engine.refit(source)
-            seconds += time.perf_counter() - begin
-            if self.config.log.verify_refit:
-                engine.verify(source)
-        platform.current().release_memory()  # the buckets
-        self.sampler.student.wake("kv_cache")
-        self.extra |= {"refit/gib": sent / 2**30, "refit/gib_per_s": sent / 2**30 / seconds}
-
-    def sample(
-        self,
-        step: int,
-        problems: list[Problem],
-        prompts: list[list[int]],
-        refine_prompt: RefinePrompt | None,
-    ) -> list[Trajectory]:
-        """A step's trajectories. An engine that dies is rebuilt once, and the step's seeds give the same tokens."""
-        for last in (False, True):
-            try:
-                trajectories = self.sampler.sample(step, problems, prompts, refine_prompt)
-                break
-            except EngineDied as death:
-                if last:
-                    raise UserError(f"a sampler's engine died twice in step {step}: {death}") from None
-                self.note(f"step {step}: a sampler's engine died ({death}); rebuilding it from the present weights")
-            self.sampler.restart()
-            self.refit()
-        self.sampler.student.sleep()
-        return trajectories
+    def trajectories(self, step: int) -> list[Trajectory]:
+        """A step's trajectories. Collective."""
+        self.sampled = self.sampling.take(step)
+        return self.sampled.trajectories
 
     def shares(self, samples: list[Sample]) -> list[list[int]]:
         """Sample indices of each student replica, balanced by length."""
@@ -121,10 +70,11 @@ class Run:
 
     def log(self, step: int, trajectories: list[Trajectory], samples: list[Sample], results: list[StepResult]) -> None:
         """Write a finished step's metrics and samples (rank 0); `results`: of each epoch over them."""
-        seconds, measured, self.extra = self.phases.seconds, self.phases.metrics() | self.extra, {}
+        seconds, measured = self.phases.seconds, self.phases.metrics() | self.sampling.metrics
         if self._writers is None:
             return
         metrics: dict[str, Any] = self.builder.metrics(trajectories, samples)
+        metrics |= {"overflow/prompt": self.sampled.too_long, "staleness": step - self.sampled.weights}
         if results:
             result = results[0]  # before the samples had been trained on
             metrics |= {
@@ -137,7 +87,7 @@ class Run:
             }
         if len(results) > 1:
             metrics["loss/last_epoch"] = results[-1].loss
-        metrics |= measured | self.sampler.stats
+        metrics |= measured | self.sampled.stats
         sampled = sum(
             len(trajectory.rollout.tokens) + (len(trajectory.refinement.tokens) if trajectory.refinement else 0)
             for trajectory in trajectories
@@ -150,7 +100,15 @@ class Run:
 
     def save(self, steps_done: int) -> None:
         """Write a checkpoint after `steps_done` steps. Collective."""
-        path = checkpoint.save(self.config.run_dir, steps_done, self.student, self.teacher, self.config.checkpoint.keep)
+        ahead = self.sampling.pending()
+        path = checkpoint.save(
+            self.config.run_dir,
+            steps_done,
+            self.student,
+            self.teacher,
+            self.config.checkpoint.keep,
+            sampled_ahead=ahead.to_json() if ahead else None,
+        )
         self.note(f"saved {path}")
 
     def note(self, text: str) -> None:

@@ -33,21 +33,19 @@ class SampleBuilder:
 
     config: TrainConfig
     prompts: PromptBuilder
-    too_long: int = 0  # problems of this step whose prompt was dropped or cut
 
-    def begin(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]]]:
-        """Problems of a step that can be sampled, with their vanilla prompts. Starts the step's counts."""
-        self.too_long = 0
-        kept, prompts = [], []
+    def begin(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]], int]:
+        """Problems that can be sampled, their vanilla prompts, and how many had a prompt that was dropped or cut."""
+        kept, prompts, too_long = [], [], 0
         for problem in problems:
             ids = self.prompts.ids("vanilla", problem.problem)
             teacher, over = self._raw_teacher_prompt(problem)
             fits = len(ids) <= prompt_limit(self.config, "vanilla")
-            self.too_long += over or not fits
+            too_long += over or not fits
             if fits and teacher is not None:
                 kept.append(problem)
                 prompts.append(ids)
-        return kept, prompts
+        return kept, prompts, too_long
 
     def refine_prompt(self, problem: Problem, rollout: Completion) -> list[int] | None:
         """Teacher prompt that shows the rollout; None if it is too long and is to be dropped."""
@@ -56,11 +54,12 @@ class SampleBuilder:
 
     def samples(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
         """Training samples of the trajectories kept by length and corpus filter, with normalised token weights."""
-        samples = [self._sample(trajectory) for trajectory in self._corpus(trajectories)]
+        samples = [self.sample(trajectory) for trajectory in self._corpus(trajectories)]
         kept = [sample for sample in samples if sample is not None]
         return normalize(kept, self.config.loss.normalize) if kept else []
 
-    def _sample(self, trajectory: Trajectory) -> Sample | None:
+    def sample(self, trajectory: Trajectory) -> Sample | None:
+        """The training sample of a trajectory, without its weight; None if there is nothing to train on."""
         method = METHODS[self.config.method]
         response = trajectory.refinement if method.refines else trajectory.rollout
         teacher = trajectory.refine_prompt if method.refines else self._raw_teacher_prompt(trajectory.problem)[0]
@@ -140,7 +139,6 @@ class SampleBuilder:
         values: dict[str, float] = {
             "samples/trained": len(samples),
             "tokens/trained": sum(len(sample.response) for sample in samples),
-            "overflow/prompt": self.too_long,
             "overflow/refinement_prompt": sum(map(self._refine_prompt_too_long, trajectories)),
             "overflow/rollout": sum(trajectory.rollout.truncated for trajectory in trajectories),
             "overflow/refinement": sum(completion.truncated for completion in refined),

@@ -226,6 +226,20 @@ def test_a_method_without_what_it_needs(run: Run) -> None:
     says(run(corpus="corrected", method="opd-forward-kl"), "corpus=corrected", "refines")
 
 
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"staleness": 1, "overlap": "teacher"}, ["staleness=1", "overlap=none"]),
+        ({"staleness": 1, "student": {"offload": True}}, ["student.offload=true", "staleness=1"]),
+        ({"staleness": 1, "teacher": {"offload": True}}, ["teacher.offload=true", "staleness=1"]),
+        ({"overlap": "teacher", "teacher": {"offload": True}}, ["teacher.offload=true", "overlap=teacher"]),
+        ({"teacher": {"offload": True, "weights": "live"}}, ["teacher.offload=true", "student.offload"]),
+    ],
+)
+def test_memory_is_lent_to_one_at_a_time(run: Run, changes: dict[str, Any], parts: list[str]) -> None:
+    says(run(**changes), *parts)
+
+
 @pytest.mark.parametrize("weights", ["live", "ema"])
 def test_a_separate_teacher_cannot_follow_the_student(run: Run, models: Path, weights: str) -> None:
     says(

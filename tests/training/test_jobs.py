@@ -174,10 +174,9 @@ def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> list[s
     said: list[str] = []
     with mock.patch.object(Engine, "step", failing), mock.patch.object(Run, "note", lambda _, text: said.append(text)):
         train(run)
-    prompts = run.builder.begin(run.problems(0))
     with mock.patch.object(Engine, "step", mock.Mock(side_effect=RuntimeError("always"))):
         try:
-            run.sample(0, *prompts, None)
+            run.sampling.take(0)
         except UserError as error:
             said.append(str(error))
     return said
@@ -191,6 +190,41 @@ def test_an_engine_that_dies_is_rebuilt_and_changes_nothing(unbroken: tuple[Path
         once, twice = [text for text in said if "died" in text]
         assert once.startswith("step 1: a sampler's engine died (RuntimeError: out of luck)")
         assert twice == "a sampler's engine died twice in step 0: RuntimeError: always"
+    assert_same_run(run, expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["overlap=teacher"], ["student.offload=true", "teacher.offload=true", "teacher.hidden_in=disk"]],
+    ids=["the teacher beside the sampler", "what waits is elsewhere"],
+)
+def test_where_and_when_things_are_made_changes_nothing(
+    unbroken: tuple[Path, Path, str], settings: list[str], tmp_path: Path
+) -> None:
+    job, expected, _ = unbroken
+    run = tmp_path / "run"
+    jobs.finish(jobs.start("train", job, f"run_dir={run}", *settings))
+    assert_same_run(run, expected)
+
+
+def test_a_run_that_samples_beside_training_is_marked_and_resumes_exactly(
+    unbroken: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    job, on_policy, _ = unbroken
+    expected, run = tmp_path / "unbroken", tmp_path / "run"
+    settings = ["staleness=1", "teacher.hidden_in=host"]
+    jobs.finish(jobs.start("train", job, f"run_dir={expected}", *settings))
+    rows = jobs.metrics(expected)
+    assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
+    assert [row["staleness"] for row in jobs.metrics(on_policy)] == [0] * jobs.STEPS
+    assert rows[0]["loss"] == jobs.metrics(on_policy)[0]["loss"]
+    assert rows[1]["loss"] != jobs.metrics(on_policy)[1]["loss"]
+    process = jobs.start("train", job, f"run_dir={run}", *settings)
+    jobs.wait_for(lambda: len(jobs.metrics(run)) >= 3)
+    os.kill(jobs.rank_pids(process)[0], signal.SIGKILL)
+    jobs.finish(process, code=1)
+    assert (run / "checkpoints" / "step_2" / "sampled.json").is_file()
+    jobs.finish(jobs.start("train", job, f"run_dir={run}", *settings, "--resume"))
     assert_same_run(run, expected)
 
 

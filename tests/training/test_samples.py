@@ -145,30 +145,30 @@ ROOM = len(encode(PromptBuilder(tokenizer()).text("refine_reference", "", "")))
 @pytest.mark.parametrize("method", ["trd-opsd", "trd-opd", "opd-forward-kl", "opsd-forward-kl"])
 def test_a_problem_too_long_is_dropped_never_cut_and_counted_once(method: str, overlong: str) -> None:
     made = builder(method, **limits(200, 60, 20, overlong))
-    problems, prompts = made.begin([PROBLEM, LONG, PROBLEM])
+    problems, prompts, too_long = made.begin([PROBLEM, LONG, PROBLEM])
     assert problems == [PROBLEM, PROBLEM]
     assert prompts == [made.prompts.ids("vanilla", PROBLEM.problem)] * 2
-    assert made.metrics([], [])["overflow/prompt"] == 1
+    assert too_long == 1
 
 
 def test_the_count_of_too_long_problems_begins_anew_each_step() -> None:
     made = builder("opsd-jsd", **limits(200, 60, 20))
-    made.begin([LONG, LONG])
-    made.begin([PROBLEM, LONG])
-    assert made.metrics([], [])["overflow/prompt"] == 1
+    assert made.begin([LONG, LONG])[2] == 2
+    assert made.begin([PROBLEM, LONG])[2] == 1
 
 
 def test_a_reference_too_long_drops_the_problem_and_is_counted_once() -> None:
     made = builder("opsd-forward-kl", **limits(200, 60, 20, "drop"))
-    problems, _ = made.begin([VERBOSE, PROBLEM])
+    problems, _, too_long = made.begin([VERBOSE, PROBLEM])
     assert problems == [PROBLEM]
-    assert made.metrics([], [])["overflow/prompt"] == 1
+    assert too_long == 1
 
 
 def test_a_reference_too_long_is_cut_to_fit_and_is_counted_once() -> None:
     made = builder("opsd-forward-kl", **limits(200, 60, 20, "cut"))
-    problems, _ = made.begin([VERBOSE, PROBLEM])
+    problems, _, too_long = made.begin([VERBOSE, PROBLEM])
     assert problems == [VERBOSE, PROBLEM]
+    assert too_long == 1
     trajectories = [trajectory(completion(answer(46)), None, problem, prompt=None) for problem in problems]
     samples = made.samples(trajectories)
     assert len(samples) == 2
@@ -181,13 +181,12 @@ def test_a_reference_too_long_is_cut_to_fit_and_is_counted_once() -> None:
     assert VERBOSE.reference not in text
     assert "Solve the problem in your own words" in text, "the words after the reference are not cut off"
     assert list(samples[1].teacher_prompt) == made.prompts.ids("reference", PROBLEM.problem, PROBLEM.reference)
-    assert made.metrics(trajectories, samples)["overflow/prompt"] == 1
 
 
 def test_methods_that_do_not_show_the_reference_do_not_mind_its_length() -> None:
     made = builder("opd-forward-kl", **limits(200, 60, 20))
-    assert made.begin([VERBOSE])[0] == [VERBOSE]
-    assert made.metrics([], [])["overflow/prompt"] == 0
+    problems, _, too_long = made.begin([VERBOSE])
+    assert (problems, too_long) == ([VERBOSE], 0)
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -242,10 +241,10 @@ def test_overlong_refinement_prompts_of_other_ranks_are_counted_here(overlong: s
 def test_a_prompt_of_just_the_limit_is_neither_cut_nor_counted() -> None:
     size = len(PromptBuilder(tokenizer()).ids("vanilla", PROBLEM.problem))
     exact, below = (builder("opd-forward-kl", data={"max_prompt_tokens": limit}) for limit in (size, size - 1))
-    assert exact.begin([PROBLEM])[0] == [PROBLEM]
-    assert exact.metrics([], [])["overflow/prompt"] == 0
-    assert below.begin([PROBLEM])[0] == []
-    assert below.metrics([], [])["overflow/prompt"] == 1
+    problems, _, too_long = exact.begin([PROBLEM])
+    assert (problems, too_long) == ([PROBLEM], 0)
+    problems, _, too_long = below.begin([PROBLEM])
+    assert (problems, too_long) == ([], 1)
 
 
 # Corpus ablations: (rollout right, refinement right)
@@ -299,7 +298,6 @@ def test_metrics_of_hand_made_trajectories() -> None:
         {
             "samples/trained": 2,
             "tokens/trained": after[0] + after[1],
-            "overflow/prompt": 0,
             "overflow/refinement_prompt": 0,
             "overflow/rollout": 0,
             "overflow/refinement": 1,

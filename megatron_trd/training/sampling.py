@@ -1,0 +1,187 @@
+"""Where a step's trajectories come from: sampled by the present weights, or beside the step before (`staleness=1`)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_trd import platform
+from megatron_trd.config import TrainConfig
+from megatron_trd.data.problems import Problem, step_indices
+from megatron_trd.engines.ahead import TeacherAhead, background
+from megatron_trd.engines.engine import Completion, Engine
+from megatron_trd.engines.sampler import EngineDied, Sampler, Trajectory
+from megatron_trd.engines.student import StudentEngine
+from megatron_trd.engines.teacher import TeacherEngine
+from megatron_trd.errors import UserError
+from megatron_trd.methods import METHODS
+from megatron_trd.training.checks import Inputs
+from megatron_trd.training.phases import Phases
+from megatron_trd.training.samples import SampleBuilder
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step's trajectories and what there is to say of them."""
+
+    step: int
+    weights: int  # of the step whose weights sampled them; on-policy: the step itself
+    trajectories: list[Trajectory]
+    too_long: int  # problems whose prompt was dropped or cut
+    stats: dict[str, float]  # of the sampler
+
+    def to_json(self) -> str:
+        """The whole of it, exactly."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def sampled_from_json(text: str) -> Sampled:
+    """The inverse of `Sampled.to_json`."""
+
+    def completion(values: dict[str, Any] | None) -> Any:
+        if values is None:
+            return None
+        return Completion(tuple(values["tokens"]), tuple(values["log_probs"]), values["truncated"])
+
+    values = json.loads(text)
+    values["trajectories"] = [
+        Trajectory(
+            Problem(**one["problem"]),
+            completion(one["rollout"]),
+            None if one["refine_prompt"] is None else tuple(one["refine_prompt"]),
+            completion(one["refinement"]),
+        )
+        for one in values["trajectories"]
+    ]
+    return Sampled(**values)
+
+
+class Sampling:
+    """The sampler's side of a run: its engines, their weights, and the order in which steps are sampled."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        inputs: Inputs,
+        student: StudentEngine,
+        teacher: TeacherEngine,
+        builder: SampleBuilder,
+        phases: Phases,
+        note: Callable[[str], None],
+    ) -> None:
+        self.config, self.inputs, self.student, self.teacher = config, inputs, student, teacher
+        self.phases, self.note = phases, note
+        self.sampler = self._sampler()
+        self.metrics: dict[str, float] = {}  # of the newest refit
+        self.teacher_ahead = TeacherAhead(teacher, builder.sample) if config.overlap == "teacher" else None
+        # Tokenizers are not for two threads at once: sampling beside training has a builder of its own.
+        self._builder = copy.deepcopy(builder) if config.staleness else builder
+        self._thread = background() if config.staleness else None
+        self._ahead: Future[Sampled] | None = None
+        self._ready: Sampled | None = None  # sampled ahead and not taken yet
+
+    def _sampler(self) -> Sampler:
+        """One vLLM engine, and a second one for a teacher whose weights are not the student's."""
+        config, inputs = self.config, self.inputs
+        if self.teacher.live or not METHODS[config.method].refines:
+            sleeps = config.sampler.sleep and not config.staleness
+            engine = Engine(inputs.student, config, inputs.max_length, sleeps=sleeps)
+            return Sampler(config, engine, engine)
+        models = inputs.student, inputs.teacher
+        return Sampler(config, *(Engine(model, config, inputs.max_length) for model in models))
+
+    def take(self, step: int) -> Sampled:
+        """The trajectories to train on in `step`. Collective."""
+        sampled = self.pending()
+        self._ready = None
+        if sampled is None or sampled.step != step:
+            self._refit()
+            with self.phases.measure("sample"):
+                sampled = self._sample_or_rebuild(step)
+        if self._thread and step + 1 < self.config.steps:
+            if sampled.weights != step:
+                self._refit()
+            platform.current().synchronize()
+            self._ahead = self._thread.submit(self._sample, step + 1, step)
+        return sampled
+
+    def pending(self) -> Sampled | None:
+        """What has been sampled ahead, once it is there; a checkpoint has to hold it. Collective."""
+        if self._ahead is None:
+            return self._ready
+        ahead, self._ahead = self._ahead, None
+        with self.phases.measure("sample"):
+            try:
+                self._ready = ahead.result()
+            except EngineDied as death:
+                self._rebuild(f"a sampler's engine died beside training ({death})")
+        return self._ready
+
+    def restore(self, sampled: Sampled) -> None:
+        """Take up what a checkpoint held."""
+        self._ready = sampled
+
+    def _sample(self, step: int, weights: int) -> Sampled:
+        problems, prompts, too_long = self._builder.begin(self.problems(step))
+        refine = self._builder.refine_prompt if METHODS[self.config.method].refines else None
+        finished = self.teacher_ahead.add if self.teacher_ahead else None
+        trajectories = self.sampler.sample(step, problems, prompts, refine, finished)
+        return Sampled(step, weights, trajectories, too_long, self.sampler.stats)
+
+    def _sample_or_rebuild(self, step: int) -> Sampled:
+        """An engine that dies is rebuilt once, and the step's seeds give the same tokens."""
+        try:
+            sampled = self._sample(step, step)
+        except EngineDied as death:
+            self._rebuild(f"step {step}: a sampler's engine died ({death})")
+            self._refit()
+            try:
+                sampled = self._sample(step, step)
+            except EngineDied as again:
+                raise UserError(f"a sampler's engine died twice in step {step}: {again}") from None
+        if self.teacher_ahead:
+            self.teacher_ahead.finish()
+        self.sampler.student.sleep()
+        return sampled
+
+    def _rebuild(self, why: str) -> None:
+        self.note(f"{why}; rebuilding it from the present weights")
+        if self.teacher_ahead:
+            self.teacher_ahead.finish()
+        self.sampler.restart()
+
+    def problems(self, step: int) -> list[Problem]:
+        """Problems of a step (from 0), each as often as it is to be rolled out."""
+        config, problems = self.config, self.inputs.problems
+        indices = step_indices(len(problems), config.batch_size, step, seed=config.seed, shuffle=config.data.shuffle)
+        return [problems[index] for index in indices for _ in range(config.rollouts_per_problem)]
+
+    def _refit(self) -> None:
+        """Bring the sampler's engines to the present weights, and prove it where the configuration asks. Collective."""
+        with self.phases.measure("refit"):
+            engines = [(self.sampler.student, self.student.source())]
+            if self.sampler.teacher is not self.sampler.student:
+                if self.teacher.averaged:
+                    engines.append((self.sampler.teacher, self.teacher.source()))
+                elif self.sampler.teacher.empty:  # a frozen teacher's weights come once
+                    engines.append((self.sampler.teacher, self.inputs.teacher.source))
+            sent, seconds = 0, 0.0
+            self.student.offload()
+            platform.current().release_memory()  # what training leaves in torch's cache
+            for engine, source in engines:
+                engine.wake("weights")
+                begin = time.perf_counter()
+                sent += engine.refit(source)
+                seconds += time.perf_counter() - begin
+                if self.config.log.verify_refit:
+                    engine.verify(source)
+            self.teacher.offload()
+            platform.current().release_memory()  # the buckets
+            self.sampler.student.wake("kv_cache")
+        self.metrics = {"refit/gib": sent / 2**30, "refit/gib_per_s": sent / 2**30 / seconds}
