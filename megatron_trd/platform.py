@@ -193,6 +193,7 @@ class CudaPlatform(Platform):
         return torch.cuda.get_device_name(index), (total - free) / 2**30, total / 2**30
 
 
+_set_num_threads = torch.set_num_threads  # a vLLM worker puts a function that does nothing in its place
 _BATCHED_TOKENS = 4096  # of prompts in one pass of a sampler on a CPU: vLLM's own default there
 
 
@@ -219,7 +220,7 @@ class CpuPlatform(Platform):
         megatron_on_cpu.patch_distributed_optimizer()
 
     def prepare_thread(self) -> None:
-        torch.set_num_threads(self._threads)  # OpenMP's count is the calling thread's
+        _set_num_threads(self._threads)  # OpenMP's count is the calling thread's
 
     @contextlib.contextmanager
     def megatron(self) -> Iterator[None]:

@@ -120,6 +120,12 @@ class Engine:
                 log_probs = tuple(entry[token].logprob for token, entry in zip(tokens, result.logprobs, strict=True))
                 yield output.request_id, Completion(tokens, log_probs, result.finish_reason == "length")
 
+    def warm_up(self) -> None:
+        """Sample a token for nothing. The first steps compile, and change the bits of what is computed beside them."""
+        self.add(Task("rollout", 0, 0, (0,), 1), seed=0, settings=self.config.sampler)
+        while self.busy:
+            list(self.step())
+
     def forget(self) -> None:
         """Drop cached prefixes: they are of earlier weights, and a step's tokens must not depend on earlier steps."""
         self.llm.reset_prefix_cache()

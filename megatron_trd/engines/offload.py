@@ -26,7 +26,8 @@ class Offload:
         if self._away:
             return
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors()}
-        for storage in (storage for storage in storages.values() if len(storage)):
+        # What is not resizable is in host memory: a checkpoint's writer shares tensors on a CPU with its helpers.
+        for storage in (storage for storage in storages.values() if len(storage) and storage.resizable()):
             self._away.append((storage, platform.current().host_copy(_bytes_of(storage))))
         for storage, _ in self._away:
             storage.resize_(0)

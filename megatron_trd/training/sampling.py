@@ -126,6 +126,8 @@ class Sampling:
     def restore(self, sampled: Sampled) -> None:
         """Take up what a checkpoint held."""
         self._ready = sampled
+        for engine in self.sampler.engines:
+            engine.warm_up()
 
     def _sample(self, step: int, weights: int) -> Sampled:
         problems, prompts, too_long = self._builder.begin(self.problems(step))

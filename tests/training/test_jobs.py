@@ -172,7 +172,8 @@ def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> list[s
         return step(engine)
 
     said: list[str] = []
-    with mock.patch.object(Engine, "step", failing), mock.patch.object(Run, "note", lambda _, text: said.append(text)):
+    run.sampling.note = said.append
+    with mock.patch.object(Engine, "step", failing):
         train(run)
     with mock.patch.object(Engine, "step", mock.Mock(side_effect=RuntimeError("always"))):
         try:
@@ -187,8 +188,9 @@ def test_an_engine_that_dies_is_rebuilt_and_changes_nothing(unbroken: tuple[Path
     run = tmp_path / "run"
     run.mkdir()
     for said in run_ranks(train_with_failures, 2, str(job), str(run), timeout=jobs.STARTUP_SECONDS):
-        once, twice = [text for text in said if "died" in text]
+        once, again, twice = [text for text in said if "died" in text]
         assert once.startswith("step 1: a sampler's engine died (RuntimeError: out of luck)")
+        assert again.startswith("step 0: a sampler's engine died (RuntimeError: always)")
         assert twice == "a sampler's engine died twice in step 0: RuntimeError: always"
     assert_same_run(run, expected)
 
