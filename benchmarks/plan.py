@@ -87,8 +87,8 @@ def _of_recipe(name: str, nodes: int) -> list[list[str]]:
     rows = [("the recipe" if recipe.fits else f"the recipe, which lacks {recipe.worst.over / GIB:.1f} GiB", recipe)]
     rows += [("quickest", each) for each in found.fitting[:1]]
     return [
-        [name, str(nodes), label, *layout_cells(each.case), f"{each.peak[1] / GIB:.1f}", f"{each.step:.0f}",
-         f"{each.gpu_hours:,.0f}"]
+        [name, str(nodes), label, *layout_cells(each.case), f"{each.peak[1] / GIB:.1f} ({each.peak[0]})",
+         f"{each.step:.1f}", f"{each.gpu_hours:,.0f}"]
         for label, each in rows
     ]  # fmt: skip
 

@@ -63,7 +63,7 @@ def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
     why += f"; step {done} of {config.steps} is saved, logs in {logs}"
     if count > allowed:
         say(f"{why}; not started again: {count - 1} restarts brought no new checkpoint")
-        return str(status or 1)
+        return str(1 if failures else status or 1)  # srun's is of whichever node it heard from last
     say(f"{why}; starting again, at most {allowed} times in a row without a new checkpoint, now {count}")
     return "requeue"
 

@@ -100,10 +100,8 @@ def check_greedy(trajectories: Sequence[Any], folder: Path) -> None:
     [
         (4, "qwen3", {"tp": 2, "pp": 2}, 1, False),
         (4, "qwen3", {"tp": 2, "pp": 2}, 2, True),
-        (2, "qwen3", {}, 1, True),
         (2, "qwen2", {"tp": 2}, 2, False),
         (2, "llama", {"pp": 2}, 1, True),
-        (2, "llama", {"tp": 2}, 2, False),
         (2, "qwen3_moe", {"ep": 2}, 1, False),
         (2, "qwen3_moe", {"tp": 2, "ep": 2, "sequence_parallel": True}, 2, True),
     ],

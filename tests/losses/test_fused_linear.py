@@ -129,7 +129,7 @@ def test_the_result_does_not_depend_on_chunk_tokens(options: dict[str, Any]) -> 
         check(case, found.gradients[name], gradient, 1e-5)
 
 
-@pytest.mark.parametrize("name", [*cases.THREE, "jsd(0.0)", "jsd(1.0)"])
+@pytest.mark.parametrize("name", [*cases.THREE, "jsd(0.001)", "jsd(0.999)"])
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"clip": 0.6, "temperature": 1.5}], ids=str)
 def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     base = cases.DIVERGENCES[name]

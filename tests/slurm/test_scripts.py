@@ -34,18 +34,18 @@ def ours(output: str) -> list[str]:
     return [line for line in output.splitlines() if not line.startswith("srun: ")]
 
 
-@pytest.mark.parametrize("name", ["submit.sh", "sweep.sh"])
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "arguments", "message"),
     [
-        (["opsd_llama"], "no job script for recipe 'opsd_llama': opd_qwen3_1_7b"),
-        ([], "no job script for recipe ''"),
-        (["opsd_demo", "stepz=3"], "stepz"),
-        (["opsd_demo", "steps=many"], "steps='many'"),
-        (["--nodes=3", "--gpus-per-node=1", "opsd_demo", "student.tp=2"], "3"),
-        (["opsd_qwen3_8b"], "models/Qwen3-8B"),
-        (["opsd_demo", "run_dir=file"], "run folder 'file"),
-        (["opsd_demo", "run_dir=begun"], "was begun with"),
+        ("submit.sh", ["opsd_llama"], "no job script for recipe 'opsd_llama': opd_qwen3_1_7b"),
+        ("sweep.sh", [], "no job script for recipe ''"),
+        ("submit.sh", ["opsd_demo", "stepz=3"], "stepz"),
+        ("sweep.sh", ["opsd_demo", "steps=2,many"], "steps='many'"),
+        ("submit.sh", ["--nodes=3", "--gpus-per-node=1", "opsd_demo", "student.tp=2"], "3"),
+        ("submit.sh", ["opsd_qwen3_8b"], "models/Qwen3-8B"),
+        ("submit.sh", ["opsd_demo", "run_dir=file"], "run folder 'file'"),
+        ("submit.sh", ["opsd_demo", "run_dir=begun"], "was begun with"),
+        ("sweep.sh", ["opsd_demo", "run_dir=begun"], "was begun with"),
     ],
 )
 def test_bad_input_is_one_line_before_a_job_is_submitted(

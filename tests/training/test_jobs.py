@@ -155,13 +155,17 @@ def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_with_its_
 
 
 def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> list[str]:
-    """Rank function: a job in which rank 1's engine dies in step 1, and after it a step in which every engine does."""
+    """Rank function: a job in which rank 1's engine dies in step 1, and after it a step in which every engine does.
+
+    It keeps what it can outside of the device's memory, which is to change nothing either.
+    """
     from megatron_trd.config import apply_overrides, load
     from megatron_trd.engines.engine import Engine
     from megatron_trd.training.loop import train
     from megatron_trd.training.run import Run
 
-    run = Run(apply_overrides(load(Path(job)), [f"run_dir={run_dir}"]))
+    elsewhere = ["student.offload=true", "teacher.offload=true", "teacher.hidden_in=disk"]
+    run = Run(apply_overrides(load(Path(job)), [f"run_dir={run_dir}", *elsewhere]))
     step, steps = Engine.step, {"left": 5}
 
     def failing(engine: Engine) -> Any:
@@ -183,7 +187,7 @@ def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> list[s
     return said
 
 
-def test_an_engine_that_dies_is_rebuilt_and_changes_nothing(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
+def test_an_engine_that_dies_and_memory_lent_change_nothing(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
     job, expected, _ = unbroken
     run = tmp_path / "run"
     run.mkdir()
@@ -192,20 +196,6 @@ def test_an_engine_that_dies_is_rebuilt_and_changes_nothing(unbroken: tuple[Path
         assert once.startswith("step 1: a sampler's engine died (RuntimeError: out of luck)")
         assert again.startswith("step 0: a sampler's engine died (RuntimeError: always)")
         assert twice == "a sampler's engine died twice in step 0: RuntimeError: always"
-    assert_same_run(run, expected)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [["overlap=teacher"], ["student.offload=true", "teacher.offload=true", "teacher.hidden_in=disk"]],
-    ids=["the teacher beside the sampler", "what waits is elsewhere"],
-)
-def test_where_and_when_things_are_made_changes_nothing(
-    unbroken: tuple[Path, Path, str], settings: list[str], tmp_path: Path
-) -> None:
-    job, expected, _ = unbroken
-    run = tmp_path / "run"
-    jobs.finish(jobs.start("train", job, f"run_dir={run}", *settings))
     assert_same_run(run, expected)
 
 
@@ -237,19 +227,40 @@ def test_a_drift_above_its_bound_stops_the_run(unbroken: tuple[Path, Path, str],
     assert not (run / "checkpoints").exists()
 
 
-def test_a_run_with_nothing_to_train_on_is_saved_and_resumed(tmp_path: Path) -> None:
-    """Every response is cut off and dropped: no optimizer step makes the state that a checkpoint is of."""
-    job = jobs.write_job(tmp_path, sampler={"max_rollout_tokens": 2, "max_refinement_tokens": 2}, teacher={"tp": 2})
-    arguments = ["train", job, f"run_dir={tmp_path / 'run'}", "data.overlong=drop"]
-    jobs.finish(jobs.start(*arguments))
-    assert {row["samples/trained"] for row in jobs.metrics(tmp_path / "run")} == {0}
-    assert f"{jobs.STEPS} steps done" in jobs.finish(jobs.start(*arguments, "--resume"))
+def save_and_resume_untrained(rank: int, world: int, job: str, run_dir: str) -> bool:
+    """Rank function: engines that have trained on nothing, through a checkpoint; whether the student is the same."""
+    from megatron_trd import platform
+    from megatron_trd.config import load
+    from megatron_trd.engines.student import StudentEngine
+    from megatron_trd.engines.teacher import TeacherEngine
+    from megatron_trd.models import loading
+    from megatron_trd.models.model import open_model
+    from megatron_trd.parallel.grid import student_grid
+    from megatron_trd.training import checkpoint
+
+    platform.current().set_up()
+    config = load(Path(job))
+    model = open_model(config.model)
+    student = StudentEngine(config, model, student_grid(2, 1, seed=0))
+    teacher = TeacherEngine(config, student, model)
+    checkpoint.save(run_dir, 3, student, teacher, keep=1)
+    assert checkpoint.resume(run_dir, student, teacher) == 3
+    found, expected = (loading.named_tensors(model.arch, source) for source in (student.source(), model.source))
+    return all(full.equal(tensor) for (_, full), (_, tensor) in zip(found, expected, strict=True))
+
+
+def test_a_run_that_has_trained_on_nothing_is_saved_and_resumed(tmp_path: Path) -> None:
+    """Where every response was cut off and dropped, no optimizer step has made the state that a checkpoint is of."""
+    job, run = jobs.write_job(tmp_path), tmp_path / "run"
+    run.mkdir()
+    assert run_ranks(save_and_resume_untrained, 2, str(job), str(run)) == [True, True]
 
 
 def test_a_stopped_job_saves_and_resume_gives_the_same_bits(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
     job, expected, _ = unbroken
     run = tmp_path / "run"
-    process = jobs.start("train", job, f"run_dir={run}", "checkpoint.every=0")
+    settings = [f"run_dir={run}", "checkpoint.every=0", "overlap=teacher"]  # which changes nothing either
+    process = jobs.start("train", job, *settings)
     jobs.wait_for(lambda: len(jobs.metrics(run)) >= 1)
     process.send_signal(signal.SIGTERM)
     output = jobs.finish(process)
@@ -257,7 +268,7 @@ def test_a_stopped_job_saves_and_resume_gives_the_same_bits(unbroken: tuple[Path
     assert done < jobs.STEPS, "stopped too late to test anything"
     assert f"{done} steps done" in output
     assert "--resume" in output
-    jobs.finish(jobs.start("train", job, f"run_dir={run}", "checkpoint.every=0", "--resume"))
+    jobs.finish(jobs.start("train", job, *settings, "--resume"))
     assert_same_run(run, expected)
 
 
