@@ -40,7 +40,7 @@ def ours(output: str) -> list[str]:
         ("submit.sh", ["opsd_llama"], "no job script for recipe 'opsd_llama': opd_qwen3_1_7b"),
         ("sweep.sh", [], "no job script for recipe ''"),
         ("submit.sh", ["opsd_demo", "stepz=3"], "stepz"),
-        ("sweep.sh", ["opsd_demo", "steps=2,many"], "steps='many'"),
+        ("sweep.sh", ["opsd_demo", "steps=many,2"], "steps='many'"),
         ("submit.sh", ["--nodes=3", "--gpus-per-node=1", "opsd_demo", "student.tp=2"], "3"),
         ("submit.sh", ["opsd_qwen3_8b"], "models/Qwen3-8B"),
         ("submit.sh", ["opsd_demo", "run_dir=file"], "run folder 'file'"),
