@@ -36,6 +36,8 @@ MethodName = Literal[
     "opsd-jsd",
 ]
 
+HiddenPlace = Literal["device", "host", "disk"]
+
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
@@ -67,7 +69,7 @@ class TeacherConfig:
     ep: Positive = 1
     micro_batch_size: Positive = 1
     # Where hidden states wait for training: `device`, `host` (pinned memory) or `disk` (`hidden/` of the run folder).
-    hidden_in: Literal["device", "host", "disk"] = "device"
+    hidden_in: HiddenPlace = "device"
     offload: bool = False  # weights wait in host memory while there is sampling
 
 

@@ -25,6 +25,11 @@ from megatron_trd import host_memory, megatron_on_cpu
 from megatron_trd.config import SamplerConfig
 
 
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """The optimizers that a Megatron optimizer is made of: itself, or the links of a chain."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 class Platform(ABC):
     """What differs between a GPU node and a CPU node."""
 
@@ -93,7 +98,7 @@ class Platform(ABC):
 
     def complete_optimizer(self, optimizer: Any) -> None:
         """Give a Megatron optimizer the state that its first step would make: a checkpoint is of all of it."""
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for part in optimizer_parts(optimizer):
             part.init_state_fn(part.optimizer, part.config)
 
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -341,7 +346,7 @@ class CpuPlatform(Platform):
 
     def complete_optimizer(self, optimizer: Any) -> None:
         super().complete_optimizer(optimizer)
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):  # torch's Adam counts steps by parameter
+        for part in optimizer_parts(optimizer):  # torch's Adam counts steps by parameter
             for state in part.optimizer.state.values():
                 state.setdefault("step", torch.tensor(0.0))
 

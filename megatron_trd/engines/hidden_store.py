@@ -7,15 +7,15 @@ import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_trd import platform
+from megatron_trd.config import HiddenPlace
 from megatron_trd.data.batching import Sample
 
-Place = Literal["device", "host", "disk"]
+WAVE = 8  # micro-batches of a replica whose hidden states are made before they go to host memory or a disk
 
 
 def name_of(sample: Sample, weights: int) -> str:
@@ -32,7 +32,7 @@ class HiddenStore:
     is the same on all of them.
     """
 
-    def __init__(self, place: Place, folder: Path) -> None:
+    def __init__(self, place: HiddenPlace, folder: Path) -> None:
         self.place, self.folder = place, folder
         self._names: set[str] = set()
         self._held: dict[str, Tensor] = {}

@@ -45,8 +45,6 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
         llm.collective_rpc("reload_weights", kwargs=how)
     for _ in remaining:  # vLLM may stop early; the other ranks of an exchange do not
         pass
-    if arch.experts and arch.tied:
-        llm.apply_model(_renew_tied_head)
     return sent
 
 
@@ -69,15 +67,14 @@ def _engine(model: torch.nn.Module) -> _Engine:
 
 def _kernel_format(slot: weights.Slot, full: list[Tensor], engine: _Engine) -> tuple[str, Tensor]:
     """vLLM's name of a dense slot's parameter, and the part of it that the engine's worker holds."""
-    module, dot, parameter = slot.hf[0].rpartition(".")
-    parent, _, last = module.rpartition(".")
+    last = slot.hf[0].split(".")[-2]
     fused = next((name for name, parts in _FUSED.items() if last in parts), last)
     if slot.kind == "vocab":
         mine = full[0][engine.rank * engine.vocabulary : (engine.rank + 1) * engine.vocabulary]
         parts = [mine, mine.new_zeros(engine.vocabulary - len(mine), mine.shape[1])]
     else:
         parts = [_engine_shard(tensor, slot.kind, engine.rank, engine.tp) for tensor in full]
-    return f"{parent}.{fused}{dot}{parameter}" if parent else f"{fused}{dot}{parameter}", _stacked(parts)
+    return slot.hf[0].replace(f".{last}.", f".{fused}."), _stacked(parts)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -91,15 +88,6 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
             return torch.cat((first, *rest))
         end += part.numel()
     return first.as_strided((sum(map(len, (first, *rest))), *first.shape[1:]), first.stride())
-
-
-def _renew_tied_head(model: torch.nn.Module) -> None:
-    """Runs in the vLLM worker. A tied head shares the embedding's tensor, which is new; but no tensor was loaded for
-    the head itself, so a copy of it repacked for a kernel is still the old one (seen with vLLM 0.32 on a CPU)."""
-    head = getattr(model, "lm_head", None)
-    if isinstance(head, torch.nn.Module) and hasattr(head, "quant_method"):
-        quant_method: Any = head.quant_method  # vLLM's; torch declares every attribute of a module a tensor or module
-        quant_method.process_weights_after_loading(head)
 
 
 def checksum(tensor: Tensor) -> str:

@@ -170,7 +170,7 @@ class StudentEngine:
     def _optimizer_tensors(self) -> Iterator[Tensor]:
         """Master weights and moments; where a master weight is the model's own, it is not the optimizer's."""
         model = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for part in platform.optimizer_parts(self.optimizer):
             masters = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
             states = [value for state in part.optimizer.state.values() for value in state.values()]
             for tensor in (*masters, *states):

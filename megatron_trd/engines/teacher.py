@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import MicroBatch, Sample, deal, micro_batches
-from megatron_trd.engines.hidden_store import HiddenStates, HiddenStore, name_of
+from megatron_trd.engines.hidden_store import WAVE, HiddenStates, HiddenStore, name_of
 from megatron_trd.engines.offload import Offload
 from megatron_trd.engines.schedule import batch_count, run_schedule
 from megatron_trd.engines.student import StudentEngine
@@ -23,8 +23,6 @@ from megatron_trd.models.gathering import GatheredSource
 from megatron_trd.models.model import Model
 from megatron_trd.parallel.exchange import Route, exchange_hidden
 from megatron_trd.parallel.grid import Grid, teacher_grid
-
-WAVE = 8  # micro-batches of a replica whose hidden states are made before they go to host memory or a disk
 
 
 class TeacherEngine:
@@ -157,9 +155,10 @@ class TeacherEngine:
     def compute(self, samples: Sequence[Sample]) -> None:
         """Make the hidden states of those samples that have none, for the next call of `hidden`. Collective."""
         named = {self._name(sample): sample for sample in samples}
-        samples = [sample for name, sample in named.items() if name not in self._makers]
-        if not samples:
+        names = [name for name in named if name not in self._makers]
+        if not names:
             return
+        samples = [named[name] for name in names]
         settings, layout = self.config.teacher, self.grid.layout
         shares = deal(samples, layout.dp, cost=lambda sample: len(sample.tokens("teacher")))
         mine = shares[self.grid.dp_rank]
@@ -180,8 +179,8 @@ class TeacherEngine:
         for batch, hidden in zip(batches, outputs, strict=bool(outputs)):
             parts = hidden.split(batch.lengths)
             if batch.samples:
-                self._made |= {self._name(samples[i]): part for i, part in zip(batch.samples, parts, strict=True)}
-        self._makers |= {self._name(samples[index]): dp for dp, share in enumerate(shares) for index in share}
+                self._made |= {names[index]: part for index, part in zip(batch.samples, parts, strict=True)}
+        self._makers |= {names[index]: dp for dp, share in enumerate(shares) for index in share}
 
     def _exchange(self, routes: Sequence[Route], names: Sequence[str]) -> dict[int, Tensor]:
         """What this rank's student needs of the routes' samples, by sample index."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_trd.engines.teacher import WAVE
+from megatron_trd.engines.hidden_store import WAVE
 from megatron_trd.losses.head import CHUNK_BYTES
 from megatron_trd.methods import METHODS
 from megatron_trd.models.architecture import Architecture
@@ -192,11 +192,10 @@ def _teacher_parts(case: Case, stage: int, received: float) -> Parts:
     layout, work, stack, size = case.teacher_layout, case.work, case.stack, case.config.teacher.micro_batch_size
     sequences = work.of_replica(layout.dp)
     tokens = min(size, sequences) * work.longest.teacher
-    made_at_once = sequences if case.config.teacher.hidden_in == "device" else min(WAVE * size, sequences)
     split = case.live and case.config.student.sequence_parallel
     layer = sizes.kept_by_layer(case.teacher, layout, int(work.longest.teacher), stack, sequence_parallel=split)
     last = stage == layout.pp - 1
-    made = (tokens + made_at_once * work.longest.response) * _hidden_bytes(case) if last else 0.0
+    made = (tokens + _at_once(case, sequences) * work.longest.response) * _hidden_bytes(case) if last else 0.0
     return {"activations": layer * tokens, "teacher's hidden states": made + received}
 
 
@@ -204,10 +203,14 @@ def _received(case: Case, student_stage: int) -> float:
     """The teacher's hidden states of a replica's responses that are on the student's last stage at once."""
     if student_stage != case.student_layout.pp - 1:
         return 0.0
-    sequences = case.work.of_replica(case.student_layout.dp)
-    if case.config.teacher.hidden_in != "device":
-        sequences = min(WAVE * case.config.teacher.micro_batch_size, sequences)
+    sequences = _at_once(case, case.work.of_replica(case.student_layout.dp))
     return sequences * case.work.longest.response * _hidden_bytes(case)
+
+
+def _at_once(case: Case, sequences: float) -> float:
+    """Of a replica's sequences, those whose hidden states are on the device at once."""
+    settings = case.config.teacher
+    return sequences if settings.hidden_in == "device" else min(WAVE * settings.micro_batch_size, sequences)
 
 
 def _hidden_bytes(case: Case) -> int:

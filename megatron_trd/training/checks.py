@@ -51,6 +51,7 @@ def check(config: TrainConfig) -> Inputs:
                 "sampler.max_rollout_tokens or sampler.max_refinement_tokens"
             )
     _check_method(config)
+    _check_order(config)
     problems = load_problems(config.data)
     student.check()
     if config.teacher.model:
@@ -85,20 +86,29 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError(
             f"teacher.weights={config.teacher.weights} is for a self-teacher; unset teacher.model or teacher.weights"
         )
+    if config.student.sequence_parallel and config.student.tp == 1:
+        raise UserError("student.sequence_parallel=true needs student.tp > 1")
+
+
+def _check_order(config: TrainConfig) -> None:
+    """What works beside what, and whose memory is lent meanwhile."""
     if config.staleness and config.overlap != "none":
         raise UserError(
             "staleness=1 samples beside training, when the teacher is at work: overlap=none, or staleness=0"
         )
-    for key, wanted in (("student.offload", config.student.offload), ("teacher.offload", config.teacher.offload)):
-        if wanted and (config.staleness or (key == "teacher.offload" and config.overlap == "teacher")):
-            other = "staleness=1" if config.staleness else "overlap=teacher"
+    stale = "staleness=1" if config.staleness else ""
+    overlap = "overlap=teacher" if config.overlap == "teacher" else ""
+    lent = (
+        ("student.offload", config.student.offload, stale),
+        ("teacher.offload", config.teacher.offload, stale or overlap),
+    )
+    for key, wanted, other in lent:
+        if wanted and other:
             raise UserError(
                 f"{key}=true lends memory to the sampler, and {other} needs it meanwhile: set one of the two"
             )
     if config.teacher.offload and config.teacher.model is None and config.teacher.weights == "live":
         raise UserError("teacher.offload=true: a live teacher has no weights of its own; see student.offload")
-    if config.student.sequence_parallel and config.student.tp == 1:
-        raise UserError("student.sequence_parallel=true needs student.tp > 1")
 
 
 def _world_size(config: TrainConfig) -> int:

@@ -86,13 +86,17 @@ class Cluster:
         return self.field(job, "ExitCode").partition(":")[0], self.output(job)
 
 
+def plain_environment() -> dict[str, str]:
+    """This process's environment variables without those of a site or a job."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("TRD_", "SLURM_", "SBATCH_"))}
+
+
 @contextlib.contextmanager
 def dev_cluster(nodes: int) -> Iterator[dict[str, str]]:
     """Environment variables with which SLURM's commands talk to a cluster made for the purpose."""
     script = str(SCRIPTS / "dev_cluster.sh")
     settings = {"TRD_CLUSTER_DIR": f"/tmp/trd-test-{os.getpid()}", "TRD_CLUSTER_NODES": str(nodes)}
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRD_", "SLURM_", "SBATCH_"))}
-    environment |= settings
+    environment = plain_environment() | settings
     started = subprocess.run([script, "up"], env=environment, capture_output=True, text=True)
     if started.returncode == 3:
         pytest.skip(started.stderr.strip())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import SCRIPTS, Cluster
+from tests.slurm.cluster import SCRIPTS, Cluster, plain_environment
 from tests.training.jobs import metrics
 
 SHORT = ["steps=1", "batch_size=2", "sampler.max_rollout_tokens=8", "sampler.max_refinement_tokens=8"]
@@ -22,8 +22,7 @@ def script(name: str, *arguments: object, folder: Path, **variables: str) -> sub
     sbatch = programs / "sbatch"
     sbatch.write_text("#!/bin/sh\necho submitted\n")
     sbatch.chmod(0o755)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("TRD_", "SLURM_", "SBATCH_"))}
-    environment = kept | {"PATH": f"{programs}:{os.environ['PATH']}"} | variables
+    environment = plain_environment() | {"PATH": f"{programs}:{os.environ['PATH']}"} | variables
     return subprocess.run(
         [SCRIPTS / name, *map(str, arguments)], env=environment, cwd=folder, capture_output=True, text=True, timeout=120
     )
@@ -95,7 +94,6 @@ def test_the_site_file_reaches_sbatch_and_the_environment_has_precedence(tmp_pat
     site.write_text("SBATCH_ACCOUNT=theirs\nSBATCH_PARTITION=gpu\n")
     done = script("submit.sh", "opsd_demo", folder=tmp_path, TRD_SITE=str(site), SBATCH_ACCOUNT="mine")
     assert (done.returncode, done.stdout) == (0, "submitted\n"), done.stderr
-    (tmp_path / "programs" / "sbatch").write_text("#!/bin/sh\n")
     printing = tmp_path / "printing"
     printing.mkdir()
     (printing / "sbatch").write_text('#!/bin/sh\necho "$SBATCH_ACCOUNT $SBATCH_PARTITION $*"\n')
