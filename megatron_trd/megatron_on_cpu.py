@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 from torch.overrides import TorchFunctionMode
 
 
@@ -108,6 +112,27 @@ class _CudaMeansCpu(TorchFunctionMode):
 def _to_cpu(device: Any) -> Any:
     name = device.type if isinstance(device, torch.device) else device
     return torch.device("cpu") if isinstance(name, str) and name.startswith("cuda") else device
+
+
+def share_gloo_device() -> None:
+    """Let all process groups of this process have one thread that waits for their sockets.
+
+    torch gives each its own, and gloo's wakes a hundred times a second: the thirty groups of a student and a teacher
+    take 15 % of a core from a rank that does nothing (measured on two ranks; one thread: 1 %).
+    """
+    gloo: Any = dist.ProcessGroupGloo
+    if hasattr(gloo.__init__, "trd_patched"):
+        return
+    original = gloo.__init__
+    device = functools.cache(gloo.create_default_device)
+
+    def init(self: Any, store: Any, rank: int, size: int, timeout: timedelta = default_pg_timeout) -> None:
+        options = gloo._Options()
+        options._devices, options._timeout = [device()], timeout
+        original(self, store, rank, size, options)
+
+    init.trd_patched = True  # type: ignore[attr-defined]
+    gloo.__init__ = init
 
 
 def patch_distributed_optimizer() -> None:

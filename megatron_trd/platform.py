@@ -222,6 +222,7 @@ class CpuPlatform(Platform):
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         torch.set_num_threads(self._threads)
+        megatron_on_cpu.share_gloo_device()
         megatron_on_cpu.patch_distributed_optimizer()
 
     def prepare_thread(self) -> None:

@@ -55,12 +55,20 @@ seconds_left() { # until the time limit; nothing without one
   echo $((end - $(date +%s)))
 }
 
+# Whether each node has begun to start its ranks, and so does not die of the request to save and end.
+all_started() {
+  local started
+  mapfile -t started < <(compgen -G "$TRD_LOGS/*/worker.started")
+  ((${#started[@]} == SLURM_JOB_NUM_NODES))
+}
+
 # Wait for the ranks, whose srun is process $1, and pass on what this script is asked meanwhile.
 wait_for_ranks() {
   local left
   while kill -0 "$1" 2>/dev/null; do
     if [[ $asked == yes ]]; then
-      scancel --signal=USR1 "$job" || true # again and again: ranks that are starting do not listen yet
+      # again and again: ranks that are starting do not listen yet
+      ! all_started || scancel --signal=USR1 "$job" || true
       left=$(seconds_left)
       if [[ -n $left ]] && ((left < margin)); then
         echo "common.sh: the step under way did not end in time; submit with an earlier --signal=B:USR1@SECONDS" >&2

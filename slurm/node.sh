@@ -30,6 +30,7 @@ environment() {
 ranks() {
   local logs=$TRD_LOGS/$SLURMD_NODENAME streams i
   mkdir -p "$logs"
+  : >"$logs/${1##*.}.started" # from here on the request to end is heard, or waits; before, it would kill this script
   streams=0:$((SLURM_NODEID == 0 ? 2 : 3)) # rank 0 prints into the job's output; all else goes to files
   for ((i = 1; i < TRD_RANKS_PER_NODE; i++)); do
     streams+=,$i:3

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A process forked from one that has imported torch starts in milliseconds; importing it takes each rank seconds.
+# A process forked from one that has imported these starts in milliseconds; importing them takes each rank ten seconds
+# or more, which would be most of what the tests take.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "transformers", "megatron_trd.training.run", "vllm.v1.engine.core_client"]
+)
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900) -> list[Any]:
     """`fn(rank, world_size, *args)` on `world_size` processes with gloo; what each returned, by rank.
 
     `fn` is a module's top-level function, and it and its arguments are picklable. Each process has one torch thread,

@@ -40,7 +40,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 def process(*arguments: object) -> Outcome:
     """`python ARGUMENTS` in a process of its own."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=900)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

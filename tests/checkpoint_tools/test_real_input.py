@@ -58,7 +58,7 @@ def test_smollm2_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             [sys.executable, "-m", f"checkpoint_tools.{command[0]}", *map(str, command[1:])], text=True
         )
         assert done.returncode == 0
-    run_ranks(load_and_save, 3, str(megatron), str(saved), timeout=600)
+    run_ranks(load_and_save, 3, str(megatron), str(saved))
     # models on a CPU are float32: back to the bits that went in
     arguments = ["--megatron", saved, "--out", back, "--like", hf, "--dtype", "bf16", "--max-shard-size", "100MB"]
     subprocess.run([sys.executable, "-m", "checkpoint_tools.megatron_to_hf", *map(str, arguments)], check=True)
@@ -71,6 +71,6 @@ def test_smollm2_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     tokenizer = AutoTokenizer.from_pretrained(back)
     prompts = [tokenizer.encode(text) for text in ("The capital of France is", "1, 2, 3, 4,", "Once upon a time")]
-    [[tokens]] = run_ranks(greedy_by_vllm, 1, [str(back)], prompts, timeout=600)
+    [[tokens]] = run_ranks(greedy_by_vllm, 1, [str(back)], prompts)
     assert tokens == greedy_by_transformers(hf, prompts)
     assert "Paris" in tokenizer.decode(tokens[0])

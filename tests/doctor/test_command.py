@@ -43,7 +43,7 @@ def start(*arguments: str, files: int | None = None, **environment: str) -> subp
 
 def finish(process: subprocess.Popen[str], code: int) -> str:
     try:
-        output, error = process.communicate(timeout=240)
+        output, error = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == code, output + error

@@ -114,7 +114,7 @@ def test_greedy_refit_and_seeds(
         write_model(tmp_path / name, family=family, seed=seed, tie_word_embeddings=tied, **fields)
         for seed, name in enumerate(("first", "second"))
     )
-    found, *others = run_ranks(sample_ranks, ranks, str(first), str(second), student, sampler_tp, timeout=300)
+    found, *others = run_ranks(sample_ranks, ranks, str(first), str(second), student, sampler_tp)
     assert all(other["before"] == found["before"] for other in others), "every rank has every trajectory"
     check_greedy(found["before"], first)
     check_greedy(found["after"], second)

@@ -97,7 +97,7 @@ def tokens(trajectories: list[Any]) -> list[Any]:
 
 def test_the_same_tokens_however_they_are_sampled(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
-    ranks = run_ranks(stream_ranks, 2, str(model), timeout=300)
+    ranks = run_ranks(stream_ranks, 2, str(model))
     assert tokens(ranks[0]["streamed"][0]) == tokens(ranks[1]["streamed"][0]), "every rank has every trajectory"
     found = ranks[0]
     streamed = tokens(found["streamed"][0])

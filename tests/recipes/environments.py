@@ -25,4 +25,4 @@ def without(folder: Path, *packages: str) -> dict[str, str]:
 def python(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python -S ARGUMENTS` in a folder."""
     command = [sys.executable, "-S", *arguments]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)

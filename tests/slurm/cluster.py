@@ -15,7 +15,7 @@ import pytest
 
 PROJECT = Path(__file__).parents[2]
 SCRIPTS = PROJECT / "slurm"
-SECONDS = 300  # a job may take on a busy machine; a hang is far longer
+SECONDS = 900  # a job may take on a busy machine; a hang is far longer
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 

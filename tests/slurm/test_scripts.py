@@ -24,7 +24,7 @@ def script(name: str, *arguments: object, folder: Path, **variables: str) -> sub
     sbatch.chmod(0o755)
     environment = plain_environment() | {"PATH": f"{programs}:{os.environ['PATH']}"} | variables
     return subprocess.run(
-        [SCRIPTS / name, *map(str, arguments)], env=environment, cwd=folder, capture_output=True, text=True, timeout=120
+        [SCRIPTS / name, *map(str, arguments)], env=environment, cwd=folder, capture_output=True, text=True, timeout=900
     )
 
 

@@ -59,7 +59,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     for row, other in rows:
         assert {key: row.get(key) for key in SAME} == {key: other.get(key) for key in SAME}
     name = f"checkpoints/step_{jobs.STEPS}"
-    left, right = (run_ranks(load_tensors, 1, str(run / name), timeout=120)[0] for run in (found, expected))
+    left, right = (run_ranks(load_tensors, 1, str(run / name))[0] for run in (found, expected))
     assert left.keys() == right.keys()
     assert len(left) > 20
     for key, tensor in left.items():
@@ -110,7 +110,7 @@ def test_a_checkpoint_exports_the_student_and_the_averaged_teacher(
     stored = tensors(step / "ema")
     assert all(averaged[name].equal(stored[name]) for name in stored)
     # As megatron-core reads them: layers stacked, gate above up, the vocabulary padded.
-    plain = run_ranks(load_tensors, 1, str(step), timeout=120)[0]
+    plain = run_ranks(load_tensors, 1, str(step))[0]
     layer = "model.layers.1.mlp."
     gate_up = torch.cat([student[f"{layer}gate_proj.weight"], student[f"{layer}up_proj.weight"]])
     assert plain["/decoder.layers.mlp.linear_fc1.weight"][1].equal(gate_up)
@@ -191,7 +191,7 @@ def test_an_engine_that_dies_and_memory_lent_change_nothing(unbroken: tuple[Path
     job, expected, _ = unbroken
     run = tmp_path / "run"
     run.mkdir()
-    for said in run_ranks(train_with_failures, 2, str(job), str(run), timeout=jobs.STARTUP_SECONDS):
+    for said in run_ranks(train_with_failures, 2, str(job), str(run)):
         once, again, twice = [text for text in said if "died" in text]
         assert once.startswith("step 1: a sampler's engine died (RuntimeError: out of luck)")
         assert again.startswith("step 0: a sampler's engine died (RuntimeError: always)")
