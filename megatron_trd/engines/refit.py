@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,8 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
         llm.apply_model(platform.current().prepare_reload)
     else:
         [engine] = llm.apply_model(_engine)
-        remaining = (_kernel_format(slot, full, engine) for slot, full in slots())
+        stacked = _Stack()
+        remaining = (_kernel_format(slot, full, engine, stacked) for slot, full in slots())
     how = {"weights_iterator": remaining, "is_checkpoint_format": arch.experts > 0}
     with torch.no_grad():  # for the worker, which is in this thread: some of vLLM's parameters want gradients
         llm.collective_rpc("reload_weights", kwargs=how)
@@ -65,7 +67,35 @@ def _engine(model: torch.nn.Module) -> _Engine:
     return _Engine(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), rows)
 
 
-def _kernel_format(slot: weights.Slot, full: list[Tensor], engine: _Engine) -> tuple[str, Tensor]:
+class _Stack:
+    """Puts tensors one above the other: as they are where they lie so in memory, else a copy, valid until the next.
+
+    Copies share one buffer, as large as the largest: new memory at every parameter costs more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        first, *rest = [part for part in parts if len(part)] or parts[:1]
+        if not rest:
+            return first
+        shape = (sum(map(len, (first, *rest))), *first.shape[1:])
+        memory, end = first.untyped_storage().data_ptr(), first.storage_offset()
+        for part in (first, *rest):
+            if part.untyped_storage().data_ptr() != memory or part.storage_offset() != end or not part.is_contiguous():
+                return torch.cat((first, *rest), out=self._room(shape, first))
+            end += part.numel()
+        return first.as_strided(shape, first.stride())
+
+    def _room(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        size = math.prod(shape)
+        if self._buffer is None or len(self._buffer) < size:
+            self._buffer = like.new_empty(size)
+        return self._buffer[:size].view(*shape)
+
+
+def _kernel_format(slot: weights.Slot, full: list[Tensor], engine: _Engine, stacked: _Stack) -> tuple[str, Tensor]:
     """vLLM's name of a dense slot's parameter, and the part of it that the engine's worker holds."""
     last = slot.hf[0].split(".")[-2]
     fused = next((name for name, parts in _FUSED.items() if last in parts), last)
@@ -74,20 +104,7 @@ def _kernel_format(slot: weights.Slot, full: list[Tensor], engine: _Engine) -> t
         parts = [mine, mine.new_zeros(engine.vocabulary - len(mine), mine.shape[1])]
     else:
         parts = [_engine_shard(tensor, slot.kind, engine.rank, engine.tp) for tensor in full]
-    return slot.hf[0].replace(f".{last}.", f".{fused}."), _stacked(parts)
-
-
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors one above the other: as they are where they lie so in memory, or a copy."""
-    first, *rest = [part for part in parts if len(part)]
-    if not rest:
-        return first
-    memory, end = first.untyped_storage().data_ptr(), first.storage_offset()
-    for part in (first, *rest):
-        if part.untyped_storage().data_ptr() != memory or part.storage_offset() != end or not part.is_contiguous():
-            return torch.cat((first, *rest))
-        end += part.numel()
-    return first.as_strided((sum(map(len, (first, *rest))), *first.shape[1:]), first.stride())
+    return slot.hf[0].replace(f".{last}.", f".{fused}."), stacked(parts)
 
 
 def checksum(tensor: Tensor) -> str:

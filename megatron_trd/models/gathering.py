@@ -1,8 +1,9 @@
 """Full tensors of a model that is spread over a grid: flat buckets, one exchange a bucket.
 
 The ranks that hold a whole model between them (`Layout.copies`) work together, all pipeline stages at once. Where they
-share a machine's memory, each writes its shards to their place in full tensors that all of them see, and nothing is
-copied twice. Where they do not, a bucket is one all-gather of each rank's shards, one behind the other.
+share a machine's memory, each writes its shards to their place in full tensors that all of them see: buckets small
+enough to stay in the processor's cache until all have read them, the next written while others read the last. Where
+they do not, a bucket is one all-gather of each rank's shards, one behind the other.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class GatheredSource:
     What it gives is valid until a slot of another bucket is asked for, or the weights change: copy what is kept.
     """
 
-    # Whose bucket is in the memory that the ranks of a copy share.
+    # Whose buckets are in the memory that the ranks of a copy share.
     _in_memory: ClassVar[dict[tuple[int, ...], object]] = {}
 
     def __init__(
@@ -77,43 +78,52 @@ class GatheredSource:
         """`named`: this rank's parameters by global Megatron name; `table`: their slots, if not the whole model's."""
         self.named, self.arch, self.grid = named, arch, grid
         self._embedding = slots(arch)[0]
-        limit = bucket_bytes // platform.current().dtype.itemsize
+        current = platform.current()
+        limit = min(bucket_bytes, current.bucket_bytes or bucket_bytes) // current.dtype.itemsize
         self._buckets = buckets(table or exported_slots(arch), limit)
-        self._bucket_of = {slot: bucket for bucket in self._buckets for slot in bucket.slots}
-        self._present: Bucket | None = None
+        self._bucket_of = {slot: number for number, bucket in enumerate(self._buckets) for slot in bucket.slots}
+        self._present: int | None = None
         self._full: dict[Slot, Callable[[], list[Tensor]]] = {}
 
     def __call__(self, slot: Slot) -> list[Tensor]:
         slot = slot if slot.exported else self._embedding  # the tied head: its one tensor is the embedding
-        bucket = self._bucket_of[slot]
-        if bucket is not self._present or self._in_memory.get(self._key, self) is not self:
-            self._exchange(bucket)
+        number = self._bucket_of[slot]
+        if number != self._present or self._in_memory.get(self._key, self) is not self:
+            self._exchange(number)
         return self._full[slot]()
 
     @property
     def _key(self) -> tuple[int, ...]:
         return tuple(self.grid.copy)
 
-    def _exchange(self, bucket: Bucket) -> None:
+    def _exchange(self, number: int) -> None:
+        bucket = self._buckets[number]
         self._full = {}  # before the next: one bucket at a time
         if len(self.grid.copy) == 1:
             self._full = {slot: self._merged(slot, [self._own(slot)]) for slot in bucket.slots}
-        elif (memory := self._shared(bucket)) is not None:
+        elif (memory := self._shared(number)) is not None:
             self._write(bucket, memory)
         else:
             self._gather(bucket)
-        self._present = bucket
+        self._present = number
 
-    def _shared(self, bucket: Bucket) -> Tensor | None:
-        """Memory that all ranks of the copy see, large enough for every bucket."""
-        size = max(bucket.size for bucket in self._buckets)
+    def _shared(self, number: int) -> Tensor | None:
+        """A bucket's part of memory that all ranks of the copy see: by turns its beginning and its end, so that one
+        bucket can be written while the last is read."""
+        sizes = [bucket.size for bucket in self._buckets]
+        size = max(map(sum, itertools.pairwise(sizes)), default=sizes[0])
         current = platform.current()
         memory = current.shared_memory(size * current.dtype.itemsize, self.grid.copy, self.grid.copy_group)
-        return None if memory is None else memory.view(current.dtype)[: bucket.size]
+        if memory is None:
+            return None
+        whole = memory.view(current.dtype)
+        return whole[-sizes[number] :] if number % 2 else whole[: sizes[number]]
 
     def _write(self, bucket: Bucket, memory: Tensor) -> None:
         """Each rank's shards to their place in the full tensors."""
-        dist.barrier(self.grid.copy_group)  # everyone has read the bucket before
+        if self._in_memory.get(self._key) is not self:
+            dist.barrier(self.grid.copy_group)  # everyone has read what another source put there
+        self._in_memory[self._key] = self
         views = iter(memory.split([torch.Size(shape).numel() for slot in bucket.slots for shape in slot.shapes]))
         for slot in bucket.slots:
             full = [next(views).view(shape) for shape in slot.shapes]
@@ -122,8 +132,7 @@ class GatheredSource:
             if dist.get_rank() in holders:
                 rank = holders.index(dist.get_rank())
                 place(slot, self._own(slot), full, self.arch, rank, len(holders))
-        dist.barrier(self.grid.copy_group)
-        self._in_memory[self._key] = self
+        dist.barrier(self.grid.copy_group)  # it is whole, and everyone has read the bucket before
 
     def _gather(self, bucket: Bucket) -> None:
         """One all-gather of every rank's shards; full tensors are put together when they are asked for."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_trd.errors import UserError
+from megatron_trd.platform import CpuPlatform
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Stack:
     # An engine has a share of the memory (`memory_fraction`), which it can give up while Megatron works. Otherwise it
     # has so many GiB for keys and values (`host_kv_cache_gib`), always.
     engine_shares: bool
+    # Largest bucket of a refit, in memory that all ranks see, two at a time; None: buckets are gathered.
+    shared_bucket: int | None = None
 
 
 # Two norms keep their input and output; a query is kept in the fused product, reshaped, rotated, and as the attention's
@@ -33,7 +36,7 @@ class Stack:
 # transformer-engine 2; not measured.
 TRANSFORMER_ENGINE = Stack(2, 12, 4, 4, 4, tiled_attention=True, engine_shares=True)
 # Measured with `saved_tensors_hooks` on megatron-core's local layers: tests/planning/test_sizes.py.
-LOCAL_LAYERS = Stack(4, 8, 6, 7, 4, tiled_attention=False, engine_shares=False)
+LOCAL_LAYERS = Stack(4, 8, 6, 7, 4, tiled_attention=False, engine_shares=False, shared_bucket=CpuPlatform.bucket_bytes)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def _hidden_bytes(case: Case) -> int:
 
 
 def _refit_buckets(case: Case) -> float:
-    """A bucket of shards from every rank of a copy of the model, the rank's own, and one parameter put together."""
+    """Buckets as they are exchanged, and one parameter put together."""
     sources = {(case.student, case.student_layout), (case.teacher, case.teacher_layout)}
     return max(_bucket(case, arch, layout) for arch, layout in sources if arch in case.engines)
 
@@ -228,10 +228,17 @@ def _bucket(case: Case, arch: Architecture, layout: Layout) -> float:
     values = [slot.whole for slot in sizes.one_layer(arch)]
     largest = max(torch.Size(shape).numel() for shape in values) * stack.weight_bytes
     experts = sizes.whole(arch).experts // arch.layers * stack.weight_bytes  # a layer's stay together
-    bucket = max(case.config.sampler.refit_bucket_mib * 2**20, largest, experts)
-    bucket = min(bucket, sizes.whole(arch).total * stack.weight_bytes)
     ranks, holders = copy_ranks(layout), layout.ep if arch.experts else layout.tp
-    return largest if ranks == 1 else largest + bucket * (ranks + 1) / holders
+    if ranks == 1:
+        return largest
+    limit = case.config.sampler.refit_bucket_mib * 2**20
+    if stack.shared_bucket:  # one is written while the last is read
+        limit = min(limit, stack.shared_bucket)
+        embedding = arch.vocab_size * arch.hidden_size * stack.weight_bytes
+        return largest + max(limit, largest, experts, embedding) + limit
+    bucket = max(limit, largest, experts)
+    bucket = min(bucket, sizes.whole(arch).total * stack.weight_bytes)
+    return largest + bucket * (ranks + 1) / holders  # every rank's shards, and the rank's own
 
 
 def copy_ranks(layout: Layout) -> int:
