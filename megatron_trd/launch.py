@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import json
 import logging
 import os
@@ -78,6 +79,19 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no exit handlers: they would wait for ranks that this one has failed; vLLM and gloo have threads
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """While a rank imports and builds what it needs: garbage is collected later.
+
+    Looking for it in what some six thousand modules leave would take a fifth to a third of the time (measured).
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def launch(arguments: list[str], ranks: int, logs: Path) -> None:

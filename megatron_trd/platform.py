@@ -270,11 +270,14 @@ class CpuPlatform(Platform):
         return {"params_dtype": self.dtype}
 
     def sampler_environment(self) -> dict[str, str]:
-        # Several engines share the host's memory and cores: no binding of OpenMP threads to cores.
         return {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            # Several engines share the host's memory and cores: no binding of OpenMP threads to cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # It would compile the few lines that rank a drawn token: to C++, in every process, for longer than a short
+            # job samples, and only where there is a compiler.
+            "TORCHDYNAMO_DISABLE": "1",
         }
 
     def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool) -> dict[str, Any]:

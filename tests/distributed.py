@@ -17,8 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_trd import platform
+
 # A process forked from one that has imported these starts in milliseconds; importing them takes each rank ten seconds
 # or more, which would be most of what the tests take.
+os.environ.update(platform.current().sampler_environment())  # which vLLM reads when it is imported
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch", "torch.distributed", "transformers", "megatron_trd.training.run", "vllm.v1.engine.core_client"]

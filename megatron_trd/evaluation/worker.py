@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_trd import config as configuration
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
-from megatron_trd.launch import run_rank
+from megatron_trd.launch import run_rank, starting
 
 
 def main() -> None:
@@ -24,24 +24,25 @@ def main() -> None:
 
 
 def _evaluate(config: TrainConfig) -> None:
-    from megatron_trd.data.problems import load_problems
-    from megatron_trd.data.prompts import PromptBuilder
-    from megatron_trd.engines.engine import Engine
-    from megatron_trd.engines.sampler import Sampler
-    from megatron_trd.evaluation.responses import write_results
-    from megatron_trd.models.model import open_model
-    from megatron_trd.training.checkpoint import check_files
+    with starting():
+        from megatron_trd.data.problems import load_problems
+        from megatron_trd.data.prompts import PromptBuilder
+        from megatron_trd.engines.engine import Engine
+        from megatron_trd.engines.sampler import Sampler
+        from megatron_trd.evaluation.responses import write_results
+        from megatron_trd.models.model import open_model
+        from megatron_trd.training.checkpoint import check_files
 
-    current = platform.current()
-    current.set_up()
-    dist.init_process_group(current.backend)
-    model = open_model(config.model)
-    check_files(model.path)
-    prompts = PromptBuilder(model.folder.tokenizer, config.data.task, config.data.chat_template_kwargs)
-    problems = load_problems(config.data)
-    asked = [prompts.ids("vanilla", problem.problem) for problem in problems]
-    engine = Engine(model, config, max(map(len, asked)) + config.sampler.max_rollout_tokens)
-    engine.refit(model.source)
+        current = platform.current()
+        current.set_up()
+        dist.init_process_group(current.backend)
+        model = open_model(config.model)
+        check_files(model.path)
+        prompts = PromptBuilder(model.folder.tokenizer, config.data.task, config.data.chat_template_kwargs)
+        problems = load_problems(config.data)
+        asked = [prompts.ids("vanilla", problem.problem) for problem in problems]
+        engine = Engine(model, config, max(map(len, asked)) + config.sampler.max_rollout_tokens)
+        engine.refit(model.source)
     times = config.rollouts_per_problem
     repeated = [problem for problem in problems for _ in range(times)]
     begin = time.perf_counter()

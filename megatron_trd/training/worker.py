@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig, apply_overrides
 from megatron_trd.errors import UserError
-from megatron_trd.launch import RefusedElsewhere, run_rank
+from megatron_trd.launch import RefusedElsewhere, run_rank, starting
 from megatron_trd.training.command import check_start
 from megatron_trd.training.run_folder import claim
 from megatron_trd.training.run_lock import release_lock
@@ -19,19 +19,20 @@ from recipes.common import find_recipe
 
 def main() -> None:
     """Train a recipe: every rank resolves the same configuration, rank 0 owns the run folder."""
-    from megatron_trd.training.loop import train
-    from megatron_trd.training.run import Run
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", help="a recipe of recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     arguments = parser.parse_intermixed_args()
-    current = platform.current()
-    current.set_up()
-    dist.init_process_group(current.backend)
-    config, first = _begin(arguments), dist.get_rank() == 0
-    run = Run(config, resume=arguments.resume)
+    with starting():
+        from megatron_trd.training.loop import train
+        from megatron_trd.training.run import Run
+
+        current = platform.current()
+        current.set_up()
+        dist.init_process_group(current.backend)
+        config, first = _begin(arguments), dist.get_rank() == 0
+        run = Run(config, resume=arguments.resume)
     train(run)
     run.close()
     if first:
