@@ -61,7 +61,7 @@ class Engine:
         from vllm import LLM
 
         with current.starting_sampler(_job_name()):
-            return LLM(
+            llm = LLM(
                 model=str(self.model.folder.path),
                 load_format="dummy",
                 dtype=str(current.dtype).removeprefix("torch."),
@@ -75,12 +75,12 @@ class Engine:
                 trust_remote_code=False,
                 **arguments,
             )
+        # Its own shutdown, when it is collected, would destroy torch's process groups, which are Megatron's too.
+        llm.llm_engine.engine_core._finalizer.detach()
+        return llm
 
     def restart(self) -> None:
         """A new engine, without weights, in place of one that died. Collective."""
-        # Not the engine core's own shutdown, neither now nor when the core is collected: it destroys torch's process
-        # groups, which are Megatron's too.
-        self.llm.llm_engine.engine_core._finalizer.detach()
         self.llm.llm_engine.model_executor.shutdown()
         self.llm, self.empty = None, True
         gc.unfreeze()  # vLLM froze what it made

@@ -47,7 +47,7 @@ class TorchKernels(Kernels):
     """In place: each pass leaves in the logits what the next one needs."""
 
     def statistics(self) -> Tensor:
-        # Leaves in (student, teacher): `forward_kl` (e^x, e^y); `reverse_kl` (e^x, x - y); `jsd` (e^x, e^y).
+        # Leaves in (student, teacher): `forward_kl` (e^x, e^y); `reverse_kl` (e^x, x - y); `jsd` (x, y).
         if self.objective.temperature != 1:
             self.student.div_(self.objective.temperature)
             self.teacher.div_(self.objective.temperature)
@@ -68,29 +68,30 @@ class TorchKernels(Kernels):
                 torch.sum(x.exp_(), dim=1, out=x_sum)
                 torch.sum(torch.mul(x, y, out=scratch), dim=1, out=share)
             else:
-                torch.sum(x.exp_(), dim=1, out=x_sum)
-                torch.sum(y.exp_(), dim=1, out=y_sum)
+                scratch = x.exp()
+                torch.sum(scratch, dim=1, out=x_sum)
+                torch.sum(torch.exp(y, out=scratch), dim=1, out=y_sum)
         return sums
 
     def mixture(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        # Turns (e^x, e^y) into (s, log s - log m). As both sides' probabilities sum to 1, a KL is the sum of
-        # m (r log r + 1 - r) over the ratios r = t/m or s/m: to first order the rounding of r drops out of it, which
-        # matters where the two sides are close and a KL is second order itself. Where a side has no probability it has
-        # the least that a float can say, so that no logarithm is infinite.
-        least = torch.finfo(self.student.dtype).tiny
+        # Turns (x, y) into (s, log s - log m).
+        beta = self.objective.beta
+        weights = self.student.new_tensor([1 - beta, beta])
         kls = self.student.new_zeros(2, self.student.shape[0])
         for rows, x, y in _blocks_of(self.student, self.teacher):
-            s = x.mul_(log_s[rows, None].exp()).clamp_(min=least)
-            t = y.mul_(log_t[rows, None].exp()).clamp_(min=least)
-            m = torch.lerp(s, t, self.objective.beta)
-            ratio = torch.div(t, m)
-            log_ratio = ratio.log()
-            torch.sub(1, ratio, out=t).addcmul_(ratio, log_ratio)
-            torch.sum(t.mul_(m), dim=1, out=kls[0, rows])
-            torch.div(s, m, out=ratio)
-            torch.log(ratio, out=y)
-            share = torch.sub(1, ratio, out=log_ratio).addcmul_(ratio, y)
-            torch.sum(share.mul_(m), dim=1, out=kls[1, rows])
+            x.add_(log_s[rows, None])
+            y.add_(log_t[rows, None])
+            difference = y - x
+            # With d = log t - log s, the larger side's log-ratio to the mixture is -log(1 + c (e^-|d| - 1)), c the
+            # weight of the smaller one, and the smaller side's is |d| less. Nothing cancels, whatever d.
+            larger = difference.abs().neg_().expm1_()
+            larger.mul_(
+                weights[0] if beta == 0.5 else torch.where(difference >= 0, weights[0], weights[1])
+            ).log1p_().neg_()
+            t_over_m = y.exp_().mul_(torch.clamp(difference, max=0).add_(larger))
+            torch.sum(t_over_m, dim=1, out=kls[0, rows])
+            torch.sub(larger, difference.clamp_(min=0), out=y)
+            torch.sum(torch.mul(x.exp_(), y, out=larger), dim=1, out=kls[1, rows])
         return kls
 
     def gradient(self, factor: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:

@@ -102,7 +102,7 @@ class GatheredSource:
         if len(self.grid.copy) == 1:
             self._full = {slot: self._merged(slot, [self._own(slot)]) for slot in bucket.slots}
         elif (memory := self._shared(number)) is not None:
-            self._write(bucket, memory)
+            self._write(number, memory)
         else:
             self._gather(bucket)
         self._present = number
@@ -119,11 +119,12 @@ class GatheredSource:
         whole = memory.view(current.dtype)
         return whole[-sizes[number] :] if number % 2 else whole[: sizes[number]]
 
-    def _write(self, bucket: Bucket, memory: Tensor) -> None:
+    def _write(self, number: int, memory: Tensor) -> None:
         """Each rank's shards to their place in the full tensors."""
-        if self._in_memory.get(self._key) is not self:
-            dist.barrier(self.grid.copy_group)  # everyone has read what another source put there
+        if self._in_memory.get(self._key) is not self or number - 1 != self._present:
+            dist.barrier(self.grid.copy_group)  # everyone has read what may lie in the same place
         self._in_memory[self._key] = self
+        bucket = self._buckets[number]
         views = iter(memory.split([torch.Size(shape).numel() for slot in bucket.slots for shape in slot.shapes]))
         for slot in bucket.slots:
             full = [next(views).view(shape) for shape in slot.shapes]
