@@ -18,6 +18,7 @@ each of the ranks that see it.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform as machine
 import shlex
@@ -88,10 +89,12 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
         nonlocal sent
         sent = engine.refit(source())
 
-    shapes: dict[torch.Size, Tensor] = {}
+    @functools.cache
+    def ones(shape: tuple[int, ...]) -> Tensor:
+        return torch.ones(shape)
 
     def present(slot: Any) -> list[Tensor]:
-        return [shapes.setdefault(torch.Size(shape), torch.ones(shape)) for shape in slot.shapes]
+        return [ones(tuple(shape)) for shape in slot.shapes]
 
     before = kernel_bytes("VmRSS")
     memory = {}

@@ -83,8 +83,8 @@ class Platform(ABC):
         """vLLM's experts of a layer -> (gate above up `[experts, 2 * ffn, hidden]`, down `[experts, hidden, ffn]`)."""
         return module.w13_weight.data, module.w2_weight.data
 
-    def shared_memory(self, size: int, ranks: Sequence[int], group: Any) -> torch.Tensor | None:
-        """`size` bytes that all `ranks` of `group` see, the same at every call; None: they have none in common.
+    def shared_memory(self, size: int, ranks: Sequence[int], group: Any) -> host_memory.Shared | None:
+        """At least `size` bytes that all `ranks` of `group` see, the same at every call; None: they share none.
 
         Collective in `group`.
         """
@@ -217,7 +217,7 @@ class CpuPlatform(Platform):
     def __init__(self) -> None:
         self._depth = 0
         self._threads = 1
-        self._shared: dict[tuple[int, ...], torch.Tensor | None] = {}
+        self._shared: dict[tuple[int, ...], host_memory.Shared | None] = {}
 
     def set_up(self) -> None:
         # One rank a share of the cores: without this every rank starts a thread for each core and they fight.
@@ -343,12 +343,12 @@ class CpuPlatform(Platform):
         halves = gate_up.view(len(gate_up), 2, -1, gate_up.shape[-1])[:, :, :size]
         return halves.flatten(1, 2), down[..., :size]
 
-    def shared_memory(self, size: int, ranks: Sequence[int], group: Any) -> torch.Tensor | None:
+    def shared_memory(self, size: int, ranks: Sequence[int], group: Any) -> host_memory.Shared | None:
         key = tuple(ranks)
-        memory = self._shared.get(key)
-        if key not in self._shared or (memory is not None and len(memory) < size):
-            memory = self._shared[key] = host_memory.share(size, group)
-        return None if memory is None else memory[:size]
+        shared = self._shared.get(key)
+        if key not in self._shared or (shared is not None and len(shared.bytes) < size):
+            shared = self._shared[key] = host_memory.share(size, group)
+        return shared
 
     def complete_optimizer(self, optimizer: Any) -> None:
         super().complete_optimizer(optimizer)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ _PROBE_ROWS = 1024  # one-hot rows at once when a layer's weight is read back
 def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
     """Load the full Hugging Face tensors of `source` into this rank's vLLM engine. Collective. Returns their bytes.
 
-    A dense model's engine takes its own parts as its kernels want them, one copy each. Kernels for experts want them
+    A dense model's engine has its parts written where they belong, one copy each. Kernels for experts want them
     repacked, which vLLM's loader does, at a fraction of the speed.
     """
     sent = 0
@@ -40,71 +39,53 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
         llm.apply_model(platform.current().prepare_reload)
     else:
         [engine] = llm.apply_model(_engine)
-        stacked = _Stack()
-        remaining = (_kernel_format(slot, full, engine, stacked) for slot, full in slots())
+        remaining = (_filled(slot, full, engine) for slot, full in slots())
     how = {"weights_iterator": remaining, "is_checkpoint_format": arch.experts > 0}
     with torch.no_grad():  # for the worker, which is in this thread: some of vLLM's parameters want gradients
         llm.collective_rpc("reload_weights", kwargs=how)
-    for _ in remaining:  # vLLM may stop early; the other ranks of an exchange do not
-        pass
+        for _ in remaining:  # vLLM may stop early; the other ranks of an exchange do not
+            pass
     return sent
 
 
 @dataclass(frozen=True)
 class _Engine:
-    """What an engine's worker is: tensor-parallel rank and size, and its rows of the padded vocabulary."""
+    """What an engine's worker is: its parameters by name, and its tensor-parallel rank and size."""
 
+    parameters: dict[str, torch.nn.Parameter]
     rank: int
     tp: int
-    vocabulary: int
 
 
 def _engine(model: torch.nn.Module) -> _Engine:
-    """Runs in the vLLM worker."""
+    """Runs in the vLLM worker, which is in this process."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-    rows = len(model.get_parameter("model.embed_tokens.weight"))
-    return _Engine(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), rows)
+    rank, tp = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    return _Engine(dict(model.named_parameters()), rank, tp)
 
 
-class _Stack:
-    """Puts tensors one above the other: as they are where they lie so in memory, else a copy, valid until the next.
+def _filled(slot: weights.Slot, full: list[Tensor], engine: _Engine) -> tuple[str, Tensor]:
+    """vLLM's name of a dense slot's parameter, and the parameter with its part of the slot's tensors in it.
 
-    Copies share one buffer, as large as the largest: new memory at every parameter costs more than the copy.
+    vLLM then copies it onto itself, which is nothing. Were it handed the tensors, those that it fuses would have to be
+    put together first, and copied twice.
     """
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-
-    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        first, *rest = [part for part in parts if len(part)] or parts[:1]
-        if not rest:
-            return first
-        shape = (sum(map(len, (first, *rest))), *first.shape[1:])
-        memory, end = first.untyped_storage().data_ptr(), first.storage_offset()
-        for part in (first, *rest):
-            if part.untyped_storage().data_ptr() != memory or part.storage_offset() != end or not part.is_contiguous():
-                return torch.cat((first, *rest), out=self._room(shape, first))
-            end += part.numel()
-        return first.as_strided(shape, first.stride())
-
-    def _room(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        size = math.prod(shape)
-        if self._buffer is None or len(self._buffer) < size:
-            self._buffer = like.new_empty(size)
-        return self._buffer[:size].view(*shape)
-
-
-def _kernel_format(slot: weights.Slot, full: list[Tensor], engine: _Engine, stacked: _Stack) -> tuple[str, Tensor]:
-    """vLLM's name of a dense slot's parameter, and the part of it that the engine's worker holds."""
     last = slot.hf[0].split(".")[-2]
     fused = next((name for name, parts in _FUSED.items() if last in parts), last)
+    name = slot.hf[0].replace(f".{last}.", f".{fused}.")
+    parameter = engine.parameters[name]
+    rows = len(parameter)
     if slot.kind == "vocab":
-        mine = full[0][engine.rank * engine.vocabulary : (engine.rank + 1) * engine.vocabulary]
-        parts = [mine, mine.new_zeros(engine.vocabulary - len(mine), mine.shape[1])]
+        parts = [full[0][engine.rank * rows : (engine.rank + 1) * rows]]
     else:
         parts = [_engine_shard(tensor, slot.kind, engine.rank, engine.tp) for tensor in full]
-    return slot.hf[0].replace(f".{last}.", f".{fused}."), stacked(parts)
+    begin = 0
+    for part in parts:
+        parameter[begin : begin + len(part)].copy_(part)
+        begin += len(part)
+    parameter[begin:].zero_()  # padding of the vocabulary
+    return name, parameter
 
 
 def checksum(tensor: Tensor) -> str:

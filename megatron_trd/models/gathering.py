@@ -8,6 +8,7 @@ they do not, a bucket is one all-gather of each rank's shards, one behind the ot
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_trd import platform
+from megatron_trd.host_memory import Shared
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.loading import find
 from megatron_trd.models.weights import Slot, exported_slots, merge, place, shard_shape, slots, stage_of
@@ -30,7 +32,7 @@ class Bucket:
 
     slots: tuple[Slot, ...]
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Elements of its Hugging Face tensors."""
         return sum(_size(slot) for slot in self.slots)
@@ -101,30 +103,30 @@ class GatheredSource:
         self._full = {}  # before the next: one bucket at a time
         if len(self.grid.copy) == 1:
             self._full = {slot: self._merged(slot, [self._own(slot)]) for slot in bucket.slots}
-        elif (memory := self._shared(number)) is not None:
-            self._write(number, memory)
+        elif (shared := self._shared()) is not None:
+            self._write(number, shared)
         else:
             self._gather(bucket)
         self._present = number
 
-    def _shared(self, number: int) -> Tensor | None:
-        """A bucket's part of memory that all ranks of the copy see: by turns its beginning and its end, so that one
-        bucket can be written while the last is read."""
+    def _shared(self) -> Shared | None:
+        """Memory that all ranks of the copy see, with room for a bucket and the next."""
         sizes = [bucket.size for bucket in self._buckets]
         size = max(map(sum, itertools.pairwise(sizes)), default=sizes[0])
         current = platform.current()
-        memory = current.shared_memory(size * current.dtype.itemsize, self.grid.copy, self.grid.copy_group)
-        if memory is None:
-            return None
-        whole = memory.view(current.dtype)
-        return whole[-sizes[number] :] if number % 2 else whole[: sizes[number]]
+        return current.shared_memory(size * current.dtype.itemsize, self.grid.copy, self.grid.copy_group)
 
-    def _write(self, number: int, memory: Tensor) -> None:
-        """Each rank's shards to their place in the full tensors."""
+    def _write(self, number: int, shared: Shared) -> None:
+        """Each rank's shards to their place in the full tensors.
+
+        They lie by turns at the beginning of the memory and at its end: one bucket is written while the last is read.
+        """
         if self._in_memory.get(self._key) is not self or number - 1 != self._present:
-            dist.barrier(self.grid.copy_group)  # everyone has read what may lie in the same place
+            shared.barrier()  # everyone has read what may lie in the same place
         self._in_memory[self._key] = self
         bucket = self._buckets[number]
+        whole = shared.bytes.view(platform.current().dtype)
+        memory = whole[-bucket.size :] if number % 2 else whole[: bucket.size]
         views = iter(memory.split([torch.Size(shape).numel() for slot in bucket.slots for shape in slot.shapes]))
         for slot in bucket.slots:
             full = [next(views).view(shape) for shape in slot.shapes]
@@ -133,7 +135,7 @@ class GatheredSource:
             if dist.get_rank() in holders:
                 rank = holders.index(dist.get_rank())
                 place(slot, self._own(slot), full, self.arch, rank, len(holders))
-        dist.barrier(self.grid.copy_group)  # it is whole, and everyone has read the bucket before
+        shared.barrier()  # it is whole, and everyone has read the bucket before
 
     def _gather(self, bucket: Bucket) -> None:
         """One all-gather of every rank's shards; full tensors are put together when they are asked for."""
