@@ -68,6 +68,7 @@ def measure(rank: int, world: int, folder: str, options: argparse.Namespace) -> 
     from megatron_trd import platform
     from megatron_trd.config import from_dict
     from megatron_trd.data.problems import Problem
+    from megatron_trd.engines import engine as module
     from megatron_trd.engines.engine import Engine
     from megatron_trd.engines.sampler import Sampler
     from megatron_trd.models.model import open_model
@@ -79,7 +80,14 @@ def measure(rank: int, world: int, folder: str, options: argparse.Namespace) -> 
     engine.refit(opened.source)
     problems = [Problem(index, "", None, None) for index in range(options.problems)]
     prompts = [[2 + (7 * index + place) % 1000 for place in range(32)] for index in range(options.problems)]
-    add = engine.add
+    add, parameters = engine.add, module._parameters
+
+    def to_the_limit(*arguments: Any) -> Any:
+        found = parameters(*arguments)
+        found.ignore_eos = True  # which random weights draw once in so many thousand tokens
+        return found
+
+    module._parameters = to_the_limit
 
     def run(forced: dict[str, int], stream: bool, few: bool) -> tuple[float, list[Any], dict[str, float]]:
         engine.add = lambda task, *rest: add(  # type: ignore[method-assign]
