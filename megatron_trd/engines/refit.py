@@ -75,16 +75,16 @@ def _filled(slot: weights.Slot, full: list[Tensor], engine: _Engine) -> tuple[st
     fused = next((name for name, parts in _FUSED.items() if last in parts), last)
     name = slot.hf[0].replace(f".{last}.", f".{fused}.")
     parameter = engine.parameters[name]
-    rows = len(parameter)
+    filled: Tensor = parameter
     if slot.kind == "vocab":
+        rows = len(parameter)
         parts = [full[0][engine.rank * rows : (engine.rank + 1) * rows]]
+        parameter[len(parts[0]) :].zero_()  # padding
+        filled = parameter[: len(parts[0])]
     else:
         parts = [_engine_shard(tensor, slot.kind, engine.rank, engine.tp) for tensor in full]
-    begin = 0
-    for part in parts:
-        parameter[begin : begin + len(part)].copy_(part)
-        begin += len(part)
-    parameter[begin:].zero_()  # padding of the vocabulary
+    for place, part in zip(filled.split(list(map(len, parts))), parts, strict=True):  # raises unless they fill it
+        place.copy_(part)
     return name, parameter
 
 
