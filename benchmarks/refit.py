@@ -7,12 +7,12 @@ row is done by all ranks at once, `--repeats` times after one to warm up, and co
 those of one rank, of the bytes that its engine ends up with.
 
 - *plain copy*: as many bytes, from touched memory to touched memory;
-- *exchange*: full tensors of every bucket in every rank's hands, vLLM left out;
+- *exchange*: full tensors of every parameter in every rank's hands, vLLM left out;
 - *vLLM's loading*: `reload_weights` from tensors that are there already, the exchange left out;
 - *refit*: both, as in training.
 
-Memory is the peak of a rank (`VmHWM`) above what it held before its first refit; the shared bucket counts in full for
-each of the ranks that see it.
+Memory is the peak of a rank (`VmHWM`) above what it held before its first refit, without what it sees of other ranks'
+memory.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     from megatron_trd.config import from_dict
     from megatron_trd.engines import refit
     from megatron_trd.engines.engine import Engine
+    from megatron_trd.engines.student import StudentEngine
+    from megatron_trd.host_memory import Peers
     from megatron_trd.models import loading
-    from megatron_trd.models.architecture import build_model, transformer_config
-    from megatron_trd.models.gathering import GatheredSource
     from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
 
@@ -70,24 +70,19 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     current.set_up()
     opened = open_model(folder)
     arch, grid = opened.arch, student_grid(TP, PP, seed=0)
-    with current.megatron():
-        student = build_model(arch, grid, transformer_config(arch, grid), with_head=True)
-    loading.load(student, arch, grid, opened.source)
-    engine = Engine(opened, from_dict({"model": folder, "sampler": {"tp": sampler_tp}}, "benchmark"), max_length=64)
-    named = loading.local_parameters(student, arch, grid)
-
-    def source() -> GatheredSource:
-        return GatheredSource(named, arch, grid, bucket_mib * 2**20)
-
+    sampler = {"tp": sampler_tp, "refit_bucket_mib": bucket_mib}
+    config = from_dict({"model": folder, "student": {"tp": TP, "pp": PP}, "sampler": sampler}, "benchmark")
+    student = StudentEngine(config, opened, grid)
+    engine = Engine(opened, config, max_length=64)
     sent = 0
 
     def exchange() -> None:
-        for _ in loading.named_tensors(arch, source()):
+        for _ in loading.named_tensors(arch, student.source()):
             pass
 
     def whole() -> None:
         nonlocal sent
-        sent = engine.refit(source())
+        sent = engine.refit(student.source())
 
     @functools.cache
     def ones(shape: tuple[int, ...]) -> Tensor:
@@ -101,7 +96,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     for name, step in (("exchange", exchange), ("refit", whole)):
         Path("/proc/self/clear_refs").write_text("5")
         step()
-        memory[name] = kernel_bytes("VmHWM") - before
+        memory[name] = kernel_bytes("VmHWM") - Peers.foreign_bytes() - before
     copied = sent // sampler_tp
     seconds = {
         COPY: _copy(copied, repeats),
@@ -109,7 +104,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
         LOADING: _timed(lambda: refit.refit(engine.llm, arch, present), repeats),
         "refit": _timed(whole, repeats),
     }
-    return {"seconds": seconds, "bytes": copied, "memory": memory, "different": len(_check(engine, source))}
+    return {"seconds": seconds, "bytes": copied, "memory": memory, "different": len(_check(engine, student))}
 
 
 def _copy(size: int, repeats: int) -> float:
@@ -122,10 +117,10 @@ def _copy(size: int, repeats: int) -> float:
     return _timed(copy, repeats)
 
 
-def _check(engine: Any, source: Callable[[], Any]) -> list[str]:
+def _check(engine: Any, student: Any) -> list[str]:
     from megatron_trd.engines import refit
 
-    return refit.verify(engine.llm, engine.model.arch, source())
+    return refit.verify(engine.llm, engine.model.arch, student.source())
 
 
 def _timed(step: Callable[[], Any], repeats: int) -> float:

@@ -1,4 +1,4 @@
-"""Memory of one machine that several ranks see, without /dev/shm, which containers keep small."""
+"""Memory of one machine that several ranks see: each reads the others' tensors where they lie."""
 
 from __future__ import annotations
 
@@ -7,37 +7,40 @@ import mmap
 import os
 import secrets
 import time
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from platform import machine
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 _YIELDS = 10  # of the processor to another rank before a waiting one sleeps
 _NAP_SECONDS = 1e-4
 _ORDERED = ("x86_64", "AMD64")  # processors that let nobody see a later write before an earlier one
 _LINE = 64  # bytes of a cache line
 _MARK = 32  # random bytes at the start by which a rank knows that it sees the same memory
+_MOST_STORAGES = 512  # each is an open file of its rank; a process may have 1024 in all
+_SHARED_FILES = Path("/dev/shm")  # where torch puts what it shares; containers may keep it small
 
 
-class Shared:
-    """Memory that the ranks of one machine see, and a barrier in it.
+class Barrier:
+    """A barrier for the ranks of one machine.
 
-    The barrier: each rank counts where all see it and looks at the others' counts. That takes some ten microseconds,
-    where a message to each takes milliseconds for ranks that share cores. A rank that has died is waited for until
-    someone ends the job, which is the launcher's business.
+    Each rank counts where all see it and looks at the others' counts. That takes some ten microseconds, where a
+    message to each takes milliseconds for ranks that share cores. A rank that has died is waited for until someone
+    ends the job, which is the launcher's business.
     """
 
-    def __init__(self, whole: torch.Tensor, group: Any) -> None:
-        """`whole`: zero bytes but for the mark, `_before(group.size())` more than there are to use."""
-        begin = _before(group.size())
+    def __init__(self, memory: Tensor, group: Any) -> None:
+        """`memory`: zero bytes but for the mark, a cache line for it and one for each rank."""
         self._group = group
-        self.bytes = whole[begin:]
-        self._counts = whole[_LINE:begin].numpy().view("int64")[:: _LINE // 8]
+        self._counts = memory[_LINE:].numpy().view("int64")[:: _LINE // 8]
         self._mine = self._counts[group.rank() :]
 
-    def barrier(self) -> None:
+    def __call__(self) -> None:
         """Return when every rank has called this as often as this one has; what they wrote before is seen then."""
         if machine() not in _ORDERED:
             dist.barrier(self._group)
@@ -52,34 +55,110 @@ class Shared:
                 time.sleep(_NAP_SECONDS)
 
 
-def _before(ranks: int) -> int:
-    """Bytes of the mark and of a count for each rank, a cache line each."""
-    return _LINE * (1 + ranks)
+def barrier(group: Any) -> Barrier | None:
+    """A barrier for the ranks of `group`; None if they do not run on one machine. Collective.
 
-
-def share(size: int, group: Any) -> Shared | None:
-    """`size` bytes that every rank of `group` sees; None if they do not run on one machine. Collective.
-
-    The memory is anonymous: it is gone when the last rank is, however that ends.
+    Its memory is anonymous: it is gone when the last rank is, however that ends.
     """
     mark, descriptor = secrets.token_bytes(_MARK), -1
     if group.rank() == 0:
         descriptor = os.memfd_create("megatron-trd")
-        os.truncate(descriptor, _before(group.size()) + size)
+        os.truncate(descriptor, _LINE * (1 + group.size()))
         os.pwrite(descriptor, mark, 0)
     name: list[Any] = [(f"/proc/{os.getpid()}/fd/{descriptor}", mark)]
     dist.broadcast_object_list(name, group=group, group_src=0)
-    memory = _map(*name[0])
-    everyone: list[bool] = [False] * group.size()
-    dist.all_gather_object(everyone, memory is not None, group=group)
+    memory = _marked(*name[0])
+    together = all(_told(memory is not None, group))
     if group.rank() == 0:
         os.close(descriptor)
-    return Shared(memory, group) if memory is not None and all(everyone) else None
+    return Barrier(memory, group) if memory is not None and together else None
 
 
-def _map(path: str, mark: bytes) -> torch.Tensor | None:
+def _marked(path: str, mark: bytes) -> Tensor | None:
     with contextlib.suppress(OSError, ValueError), Path(path).open("r+b") as file:
         memory = mmap.mmap(file.fileno(), 0)
         if memory[: len(mark)] == mark:
             return torch.frombuffer(memory, dtype=torch.uint8)
     return None
+
+
+def _told(what: Any, group: Any) -> list[Any]:
+    """What each rank of `group` gives here."""
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, what, group=group)
+    return everyone
+
+
+class Peers:
+    """Tensors of all ranks of a group, each where its rank has it, and a barrier around looking at them."""
+
+    _alive: ClassVar[weakref.WeakSet[Peers]] = weakref.WeakSet()
+
+    def __init__(self, tensors: list[Mapping[str, Tensor]], foreign: int, barrier: Barrier) -> None:
+        self.tensors = tensors  # by name, of each rank of the group
+        self.barrier = barrier
+        self._foreign = foreign  # bytes of other ranks' tensors
+        self._alive.add(self)
+
+    @classmethod
+    def foreign_bytes(cls) -> int:
+        """Bytes of other ranks' tensors that are counted as this process's memory too, as all that it sees is."""
+        return sum(peers._foreign for peers in cls._alive)
+
+
+def show(named: Mapping[str, Tensor], group: Any) -> Peers | None:
+    """Move tensors to memory that every rank of `group` sees, and see the other ranks' there. Collective.
+
+    It is their storages that move, and with them all views of these. None if the ranks do not run on one machine, a
+    rank has too many storages, or there is too little memory to share: then nothing has moved.
+    """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in named.values()}
+    together = barrier(group)
+    if not all(_told(together is not None and _fit(list(storages.values())), group)):
+        return None
+    assert together is not None
+    numbers = {pointer: number for number, pointer in enumerate(storages)}
+    where = {
+        name: (numbers[tensor.untyped_storage().data_ptr()], tensor.dtype, _place(tensor))
+        for name, tensor in named.items()
+    }
+    # torch's own way to share a storage, which swaps its memory; the descriptor stays open as long as it lives.
+    descriptors = [storage._share_fd_cpu_()[0] for storage in storages.values()]
+    files = [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in descriptors]
+    tensors: list[Mapping[str, Tensor]] = []
+    foreign = 0
+    for rank, (files_of_rank, where_of_rank) in enumerate(_told((files, where), group)):
+        if rank == group.rank():
+            tensors.append(named)
+            continue
+        memories = [_mapped(file) for file in files_of_rank]
+        foreign += sum(map(len, memories))
+        tensors.append(
+            {
+                name: torch.frombuffer(memories[number], dtype=dtype).as_strided(*place)
+                for name, (number, dtype, place) in where_of_rank.items()
+            }
+        )
+    together()  # all have opened what they look at
+    return Peers(tensors, foreign, together)
+
+
+def _fit(storages: list[torch.UntypedStorage]) -> bool:
+    """Whether this machine's ranks can share as much as this one is about to."""
+    with contextlib.suppress(OSError):
+        room = os.statvfs(_SHARED_FILES)
+        needed = sum(storage.nbytes() for storage in storages if not storage.is_shared())
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return len(storages) <= _MOST_STORAGES and needed * ranks <= room.f_bavail * room.f_frsize
+    return False
+
+
+def _place(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+    """Where a tensor lies in its storage: what `as_strided` takes."""
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
+
+
+def _mapped(path: str) -> mmap.mmap:
+    """A file as memory, all of its pages from the beginning, so that they count at once and cost nothing later."""
+    with Path(path).open("r+b") as file:
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,7 +38,6 @@ class Platform(ABC):
     device: torch.device
     extra: str  # optional dependencies of pyproject.toml that it needs
     least_bandwidth: float  # GB/s of an all-reduce, below which communication would be most of a step
-    bucket_bytes: int | None = None  # weights in larger buckets than these are exchanged no faster
 
     @abstractmethod
     def set_up(self) -> None:
@@ -83,8 +82,8 @@ class Platform(ABC):
         """vLLM's experts of a layer -> (gate above up `[experts, 2 * ffn, hidden]`, down `[experts, hidden, ffn]`)."""
         return module.w13_weight.data, module.w2_weight.data
 
-    def shared_memory(self, size: int, ranks: Sequence[int], group: Any) -> host_memory.Shared | None:
-        """At least `size` bytes that all `ranks` of `group` see, the same at every call; None: they share none.
+    def peers(self, named: Mapping[str, torch.Tensor], group: Any) -> host_memory.Peers | None:
+        """This rank's tensors, and those of the other ranks of `group`, where each can look at them; None: it cannot.
 
         Collective in `group`.
         """
@@ -212,12 +211,10 @@ class CpuPlatform(Platform):
     extra = "cpu"
     # Models that train on a CPU are of 100 million parameters: 0.4 GB of gradients, 4 s at this rate.
     least_bandwidth = 0.1
-    bucket_bytes = 16 * 2**20  # two of them stay in a processor's cache
 
     def __init__(self) -> None:
         self._depth = 0
         self._threads = 1
-        self._shared: dict[tuple[int, ...], host_memory.Shared | None] = {}
 
     def set_up(self) -> None:
         # One rank a share of the cores: without this every rank starts a thread for each core and they fight.
@@ -343,12 +340,11 @@ class CpuPlatform(Platform):
         halves = gate_up.view(len(gate_up), 2, -1, gate_up.shape[-1])[:, :, :size]
         return halves.flatten(1, 2), down[..., :size]
 
-    def shared_memory(self, size: int, ranks: Sequence[int], group: Any) -> host_memory.Shared | None:
-        key = tuple(ranks)
-        shared = self._shared.get(key)
-        if key not in self._shared or (shared is not None and len(shared.bytes) < size):
-            shared = self._shared[key] = host_memory.share(size, group)
-        return shared
+    def peers(self, named: Mapping[str, torch.Tensor], group: Any) -> host_memory.Peers | None:
+        return host_memory.show(named, group) if group.size() > 1 else None
+
+    def peak_memory_gib(self) -> dict[str, float]:
+        return {"host": super().peak_memory_gib()["host"] - host_memory.Peers.foreign_bytes() / 2**30}
 
     def complete_optimizer(self, optimizer: Any) -> None:
         super().complete_optimizer(optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,27 +25,19 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
     A dense model's engine has its parts written where they belong, one copy each. Kernels for experts want them
     repacked, which vLLM's loader does, at a fraction of the speed.
     """
-    sent = 0
-
-    def slots() -> Iterator[tuple[weights.Slot, list[Tensor]]]:
-        nonlocal sent
-        for slot in weights.exported_slots(arch):
-            full = source(slot)
-            sent += sum(tensor.numel() * tensor.element_size() for tensor in full)
-            yield slot, full
-
+    table = weights.exported_slots(arch)
     if arch.experts:
-        remaining = ((name, tensor) for slot, full in slots() for name, tensor in zip(slot.hf, full, strict=True))
+        remaining = loading.named_tensors(arch, source)
         llm.apply_model(platform.current().prepare_reload)
     else:
         [engine] = llm.apply_model(_engine)
-        remaining = (_filled(slot, full, engine) for slot, full in slots())
+        remaining = (_filled(slot, loading.pieces(source, slot), engine, arch) for slot in table)
     how = {"weights_iterator": remaining, "is_checkpoint_format": arch.experts > 0}
     with torch.no_grad():  # for the worker, which is in this thread: some of vLLM's parameters want gradients
         llm.collective_rpc("reload_weights", kwargs=how)
         for _ in remaining:  # vLLM may stop early; the other ranks of an exchange do not
             pass
-    return sent
+    return sum(torch.Size(shape).numel() for slot in table for shape in slot.shapes) * platform.current().dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -65,26 +57,35 @@ def _engine(model: torch.nn.Module) -> _Engine:
     return _Engine(dict(model.named_parameters()), rank, tp)
 
 
-def _filled(slot: weights.Slot, full: list[Tensor], engine: _Engine) -> tuple[str, Tensor]:
+def _filled(
+    slot: weights.Slot, pieces: Sequence[weights.Piece], engine: _Engine, arch: Architecture
+) -> tuple[str, Tensor]:
     """vLLM's name of a dense slot's parameter, and the parameter with its part of the slot's tensors in it.
 
     vLLM then copies it onto itself, which is nothing. Were it handed the tensors, those that it fuses would have to be
-    put together first, and copied twice.
+    put together first, and copied twice. Raises `RuntimeError` if the pieces do not fill it.
     """
     last = slot.hf[0].split(".")[-2]
     fused = next((name for name, parts in _FUSED.items() if last in parts), last)
     name = slot.hf[0].replace(f".{last}.", f".{fused}.")
     parameter = engine.parameters[name]
     filled: Tensor = parameter
-    if slot.kind == "vocab":
-        rows = len(parameter)
-        parts = [full[0][engine.rank * rows : (engine.rank + 1) * rows]]
-        parameter[len(parts[0]) :].zero_()  # padding
-        filled = parameter[: len(parts[0])]
-    else:
-        parts = [_engine_shard(tensor, slot.kind, engine.rank, engine.tp) for tensor in full]
-    for place, part in zip(filled.split(list(map(len, parts))), parts, strict=True):  # raises unless they fill it
-        place.copy_(part)
+    column = 0
+    rows = [(0, shape[0]) for shape in slot.shapes]  # of each tensor that are this rank's: the first, and how many
+    match slot.kind:
+        case "row":
+            column = engine.rank * parameter.shape[1]
+        case "vocab":
+            first = engine.rank * len(parameter)
+            rows = [(first, max(0, min(len(parameter), arch.vocab_size - first)))]
+            filled = parameter[: rows[0][1]]
+            parameter[rows[0][1] :].zero_()  # padding
+        case "qkv" | "gated":
+            rows = [(engine.rank * (size // engine.tp), size // engine.tp) for _, size in rows]
+    windows = filled.split([size for _, size in rows])
+    copied = sum(piece.copy_to(windows[piece.index], rows[piece.index][0], column) for piece in pieces)
+    if copied != filled.numel():
+        raise RuntimeError(f"{name}: {filled.numel()} values in the engine, {copied} of them refitted")
     return name, parameter
 
 

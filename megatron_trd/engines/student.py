@@ -21,7 +21,7 @@ from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_
 from megatron_trd.methods import METHODS
 from megatron_trd.models import loading
 from megatron_trd.models.architecture import build_model, transformer_config
-from megatron_trd.models.gathering import GatheredSource
+from megatron_trd.models.gathering import SpreadWeights
 from megatron_trd.models.model import Model
 from megatron_trd.parallel.grid import Grid
 
@@ -85,6 +85,7 @@ class StudentEngine:
             self.model: Any = self._build_model(model.source)  # megatron-core is not typed
             self.optimizer = self._build_optimizer()
             self.scheduler = self._build_scheduler()
+        self._weights = SpreadWeights(self.model, model.arch, grid, config.sampler.refit_bucket_mib * 2**20)
         self._memory = Offload(self._optimizer_tensors)
 
     def _build_model(self, source: loading.Source) -> Any:
@@ -187,8 +188,7 @@ class StudentEngine:
 
     def source(self) -> loading.Source:
         """Full Hugging Face tensors of the present weights. Collective; see `GatheredSource` for how long they last."""
-        named = loading.local_parameters(self.model, self.arch, self.grid)
-        return GatheredSource(named, self.arch, self.grid, self.config.sampler.refit_bucket_mib * 2**20)
+        return self._weights.source()
 
     def train_step(
         self,
@@ -204,6 +204,7 @@ class StudentEngine:
         """
         sums = self.backward(samples, share, teacher_hidden, teacher_head)
         lr = self.optimizer.param_groups[0]["lr"]
+        self._weights.settle()
         with platform.current().megatron():
             _, grad_norm, _ = self.optimizer.step()
             if grad_norm is None:  # megatron-core computes it for clipping alone

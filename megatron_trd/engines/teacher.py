@@ -19,7 +19,7 @@ from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
 from megatron_trd.models import loading, weights
 from megatron_trd.models.architecture import Architecture, build_model, transformer_config
-from megatron_trd.models.gathering import GatheredSource
+from megatron_trd.models.gathering import GatheredSource, SpreadWeights
 from megatron_trd.models.model import Model
 from megatron_trd.parallel.exchange import Route, exchange_hidden
 from megatron_trd.parallel.grid import Grid, teacher_grid
@@ -55,6 +55,8 @@ class TeacherEngine:
             mcore_config = transformer_config(self.arch, self.grid)
             self.model = build_model(self.arch, self.grid, mcore_config, with_head=False)
         self.model.requires_grad_(False).eval()
+        size = self.config.sampler.refit_bucket_mib * 2**20
+        self._weights = SpreadWeights(self.model, self.arch, self.grid, size)
 
     def load(self, source: loading.Source) -> None:
         """Take the weights of a model of this teacher's architecture."""
@@ -95,6 +97,7 @@ class TeacherEngine:
         if not self.averaged:
             return
         decay = self.config.teacher.ema_decay
+        self._weights.settle()
         loading.load(self.model, self.arch, self.grid, self.student.source(), decay=decay, all_slots=True)
         if self._head is not None and self.student.head is not None:
             self._head.lerp_(self.student.head.detach().to(self._head), 1.0 - decay)
@@ -104,14 +107,12 @@ class TeacherEngine:
         self._memory.back()
         if self.live:
             return self.student.source()
-        size = self.config.sampler.refit_bucket_mib * 2**20
-        named = loading.local_parameters(self.model, self.arch, self.grid)
         *table, head = weights.slots(self.arch)
-        body = GatheredSource(named, self.arch, self.grid, size, table)
+        body = self._weights.source(table)
         if self.arch.tied:
             return body
         shard = {} if self._head is None else {head.megatron[0]: self._head}
-        last = GatheredSource(shard, self.arch, self.student.grid, size, [head])
+        last = GatheredSource(shard, self.arch, self.student.grid, self._weights.bucket_bytes, table=[head])
         return lambda slot: last(slot) if slot == head else body(slot)
 
     def hidden(self, samples: Sequence[Sample], student_shares: Sequence[Sequence[int]]) -> HiddenStates:

@@ -1,9 +1,8 @@
-"""Full tensors of a model that is spread over a grid: flat buckets, one exchange a bucket.
+"""Full tensors of a model that is spread over a grid.
 
-The ranks that hold a whole model between them (`Layout.copies`) work together, all pipeline stages at once. Where they
-share a machine's memory, each writes its shards to their place in full tensors that all of them see: buckets small
-enough to stay in the processor's cache until all have read them, the next written while others read the last. Where
-they do not, a bucket is one all-gather of each rank's shards, one behind the other.
+The ranks that hold a whole model between them (`Layout.copies`) work together. Where they share a machine's memory,
+each looks at the others' shards where they lie. Where they do not, shards are exchanged in flat buckets, each an
+all-gather, all pipeline stages at once.
 """
 
 from __future__ import annotations
@@ -12,17 +11,16 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_trd import platform
-from megatron_trd.host_memory import Shared
+from megatron_trd.host_memory import Peers
 from megatron_trd.models.architecture import Architecture
-from megatron_trd.models.loading import find
-from megatron_trd.models.weights import Slot, exported_slots, merge, place, shard_shape, slots, stage_of
+from megatron_trd.models.loading import find, local_parameters
+from megatron_trd.models.weights import Piece, Slot, exported_slots, merge, pieces, shard_shape, slots, stage_of, uncut
 from megatron_trd.parallel.grid import Grid
 
 
@@ -66,78 +64,55 @@ class GatheredSource:
     What it gives is valid until a slot of another bucket is asked for, or the weights change: copy what is kept.
     """
 
-    # Whose buckets are in the memory that the ranks of a copy share.
-    _in_memory: ClassVar[dict[tuple[int, ...], object]] = {}
-
     def __init__(
         self,
         named: Mapping[str, Tensor],
         arch: Architecture,
         grid: Grid,
         bucket_bytes: int,
+        *,
         table: Sequence[Slot] | None = None,
+        peers: Peers | None = None,
     ) -> None:
-        """`named`: this rank's parameters by global Megatron name; `table`: their slots, if not the whole model's."""
+        """`named`: this rank's parameters by global Megatron name; `table`: their slots, if not the whole model's;
+        `peers`: the same parameters of the ranks of `grid.copy`, if it can look at them."""
         self.named, self.arch, self.grid = named, arch, grid
+        # Parameters of each rank of the copy, where this one sees them all.
+        self._seen = peers.tensors if peers else [named] if len(grid.copy) == 1 else None
         self._embedding = slots(arch)[0]
-        current = platform.current()
-        limit = min(bucket_bytes, current.bucket_bytes or bucket_bytes) // current.dtype.itemsize
-        self._buckets = buckets(table or exported_slots(arch), limit)
+        self._buckets = buckets(table or exported_slots(arch), bucket_bytes // platform.current().dtype.itemsize)
         self._bucket_of = {slot: number for number, bucket in enumerate(self._buckets) for slot in bucket.slots}
         self._present: int | None = None
         self._full: dict[Slot, Callable[[], list[Tensor]]] = {}
+        if peers:
+            peers.barrier()  # everyone's weights are as they are to be
 
     def __call__(self, slot: Slot) -> list[Tensor]:
-        slot = slot if slot.exported else self._embedding  # the tied head: its one tensor is the embedding
+        slot = self._exported(slot)
+        if self._seen:
+            return merge(slot, self._shards(slot, self._seen), self.arch)
         number = self._bucket_of[slot]
-        if number != self._present or self._in_memory.get(self._key, self) is not self:
-            self._exchange(number)
+        if number != self._present:
+            self._full = {}  # before the next: one bucket at a time
+            self._full = self._exchange(self._buckets[number])
+            self._present = number
         return self._full[slot]()
 
-    @property
-    def _key(self) -> tuple[int, ...]:
-        return tuple(self.grid.copy)
+    def pieces(self, slot: Slot) -> list[Piece]:
+        """What `self(slot)` gives, in pieces: where its ranks have them, if this one sees them there."""
+        if not self._seen:
+            return uncut(self(slot))
+        slot = self._exported(slot)
+        shards = self._shards(slot, self._seen)
+        return [piece for rank, part in enumerate(shards) for piece in pieces(slot, part, self.arch, rank, len(shards))]
 
-    def _exchange(self, number: int) -> None:
-        bucket = self._buckets[number]
-        self._full = {}  # before the next: one bucket at a time
-        if len(self.grid.copy) == 1:
-            self._full = {slot: self._merged(slot, [self._own(slot)]) for slot in bucket.slots}
-        elif (shared := self._shared()) is not None:
-            self._write(number, shared)
-        else:
-            self._gather(bucket)
-        self._present = number
+    def _exported(self, slot: Slot) -> Slot:
+        return slot if slot.exported else self._embedding  # the tied head: its one tensor is the embedding
 
-    def _shared(self) -> Shared | None:
-        """Memory that all ranks of the copy see, with room for a bucket and the next."""
-        sizes = [bucket.size for bucket in self._buckets]
-        size = max(map(sum, itertools.pairwise(sizes)), default=sizes[0])
-        current = platform.current()
-        return current.shared_memory(size * current.dtype.itemsize, self.grid.copy, self.grid.copy_group)
+    def _shards(self, slot: Slot, seen: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        return [self._of(slot, seen[self.grid.copy.index(rank)]) for rank in self._holders(slot)]
 
-    def _write(self, number: int, shared: Shared) -> None:
-        """Each rank's shards to their place in the full tensors.
-
-        They lie by turns at the beginning of the memory and at its end: one bucket is written while the last is read.
-        """
-        if self._in_memory.get(self._key) is not self or number - 1 != self._present:
-            shared.barrier()  # everyone has read what may lie in the same place
-        self._in_memory[self._key] = self
-        bucket = self._buckets[number]
-        whole = shared.bytes.view(platform.current().dtype)
-        memory = whole[-bucket.size :] if number % 2 else whole[: bucket.size]
-        views = iter(memory.split([torch.Size(shape).numel() for slot in bucket.slots for shape in slot.shapes]))
-        for slot in bucket.slots:
-            full = [next(views).view(shape) for shape in slot.shapes]
-            self._full[slot] = lambda full=full: full  # type: ignore[misc]
-            holders = self._holders(slot)
-            if dist.get_rank() in holders:
-                rank = holders.index(dist.get_rank())
-                place(slot, self._own(slot), full, self.arch, rank, len(holders))
-        shared.barrier()  # it is whole, and everyone has read the bucket before
-
-    def _gather(self, bucket: Bucket) -> None:
+    def _exchange(self, bucket: Bucket) -> dict[Slot, Callable[[], list[Tensor]]]:
         """One all-gather of every rank's shards; full tensors are put together when they are asked for."""
         current, copy = platform.current(), self.grid.copy
         held: dict[int, list[Slot]] = {rank: [] for rank in copy}
@@ -150,17 +125,14 @@ class GatheredSource:
         flat = torch.empty(longest, dtype=current.dtype, device=current.device)
         mine = dist.get_rank()
         for slot, target in zip(held[mine], flat[: sum(sizes[mine])].split(sizes[mine]), strict=True):
-            target.view(shapes[slot]).copy_(self._own(slot))
+            target.view(shapes[slot]).copy_(self._of(slot, self.named))
         gathered = flat.new_empty(len(copy) * longest)
         dist.all_gather_into_tensor(gathered, flat, group=self.grid.copy_group)
         found: dict[Slot, list[Tensor]] = {slot: [] for slot in bucket.slots}
         for rank, part in zip(copy, gathered.split(longest), strict=True):
             for slot, shard in zip(held[rank], part[: sum(sizes[rank])].split(sizes[rank]), strict=True):
                 found[slot].append(shard.view(shapes[slot]))
-        self._full = {slot: self._merged(slot, shards) for slot, shards in found.items()}
-
-    def _merged(self, slot: Slot, shards: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        return lambda: merge(slot, shards, self.arch)
+        return {slot: functools.partial(merge, slot, shards, self.arch) for slot, shards in found.items()}
 
     def _holders(self, slot: Slot) -> list[int]:
         """Ranks of this copy whose shards make the slot's tensors, in order."""
@@ -172,7 +144,29 @@ class GatheredSource:
         count = layout.tp if slot.expert is None and slot.kind != "replicated" else 1
         return self.grid.copy[first : first + count]
 
-    def _own(self, slot: Slot) -> Tensor:
-        parameter = find(slot, self.named)
+    @staticmethod
+    def _of(slot: Slot, named: Mapping[str, Tensor]) -> Tensor:
+        parameter = find(slot, named)
         assert parameter is not None, f"no parameter for {slot.hf} on this rank"
         return parameter.detach()
+
+
+class SpreadWeights:
+    """The weights of a running model, for all who want full tensors of them."""
+
+    def __init__(self, model: torch.nn.Module, arch: Architecture, grid: Grid, bucket_bytes: int) -> None:
+        self.arch, self.grid, self.bucket_bytes = arch, grid, bucket_bytes
+        self._named = local_parameters(model, arch, grid)
+
+    @functools.cached_property
+    def _peers(self) -> Peers | None:
+        return platform.current().peers(self._named, self.grid.copy_group)
+
+    def source(self, table: Sequence[Slot] | None = None) -> GatheredSource:
+        """The present weights, of the slots in `table` or of all. Collective."""
+        return GatheredSource(self._named, self.arch, self.grid, self.bucket_bytes, table=table, peers=self._peers)
+
+    def settle(self) -> None:
+        """Return when no rank looks at these weights any more: before they change. Collective."""
+        if self._peers:
+            self._peers.barrier()

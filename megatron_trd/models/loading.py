@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,11 +18,25 @@ from megatron_trd.errors import UserError
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.dist_checkpoint import PIECE_BYTES, CheckpointReader
 from megatron_trd.models.folder import WEIGHT_DTYPES, ModelFolder
-from megatron_trd.models.weights import Slot, exported_slots, merge, parts, shard, slots
+from megatron_trd.models.weights import Piece, Slot, exported_slots, merge, parts, shard, slots, uncut
 from megatron_trd.parallel.grid import Grid
 
 # Gives the full Hugging Face tensors of a slot.
 Source = Callable[[Slot], list[Tensor]]
+
+
+@runtime_checkable
+class PiecewiseSource(Protocol):
+    """A `Source` that can also give them in pieces, without putting them together."""
+
+    def __call__(self, slot: Slot) -> list[Tensor]: ...
+
+    def pieces(self, slot: Slot) -> list[Piece]: ...
+
+
+def pieces(source: Source, slot: Slot) -> list[Piece]:
+    """The full tensors of a slot, in pieces if that is how `source` has them."""
+    return source.pieces(slot) if isinstance(source, PiecewiseSource) else uncut(source(slot))
 
 
 def folder_source(folder: ModelFolder) -> Source:

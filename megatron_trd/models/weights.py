@@ -18,7 +18,7 @@ modeling_qwen3_moe.py and modeling_llama.py; megatron-core `SelfAttention.get_qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -248,15 +248,42 @@ def shard(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp:
             return rows
 
 
-def place(slot: Slot, part: Tensor, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> None:
-    """Copy the Megatron shard of tensor-parallel rank `rank` of `tp` to its place in Hugging Face tensors."""
+@dataclass(frozen=True)
+class Piece:
+    """A part of one of a slot's Hugging Face tensors."""
+
+    index: int  # of the tensor
+    row: int  # where it begins in the tensor
+    column: int
+    values: Tensor
+
+    def copy_to(self, window: Tensor, row: int = 0, column: int = 0) -> int:
+        """Copy what lies in a window of the tensor that begins at (row, column); returns the number of values."""
+        values = self.values
+        for dim, (begin, at) in enumerate(zip((self.row, self.column)[: values.dim()], (row, column), strict=False)):
+            first = max(begin, at)
+            count = min(begin + values.shape[dim], at + window.shape[dim]) - first
+            if count <= 0:
+                return 0
+            values, window = values.narrow(dim, first - begin, count), window.narrow(dim, first - at, count)
+        window.copy_(values)
+        return values.numel()
+
+
+def pieces(slot: Slot, part: Tensor, arch: Architecture, rank: int, tp: int) -> Iterator[Piece]:
+    """Of a slot's Hugging Face tensors, what the Megatron shard of tensor-parallel rank `rank` of `tp` holds; views."""
     if slot.kind == "row":
-        full[0].chunk(tp, 1)[rank].copy_(part)
+        yield Piece(0, 0, rank * part.shape[1], part)
         return
     row = 0
     for index, start, count in parts(slot, arch, rank, tp):
-        full[index][start : start + count].copy_(part[row : row + count])
+        yield Piece(index, start, 0, part[row : row + count])
         row += count
+
+
+def uncut(full: Sequence[Tensor]) -> list[Piece]:
+    """A slot's Hugging Face tensors, each a piece."""
+    return [Piece(index, 0, 0, values) for index, values in enumerate(full)]
 
 
 def merge(slot: Slot, shards: Sequence[Tensor], arch: Architecture) -> list[Tensor]:
@@ -265,7 +292,8 @@ def merge(slot: Slot, shards: Sequence[Tensor], arch: Architecture) -> list[Tens
         return [shards[0][: slot.shapes[0][0]]]  # no copy
     full = [shards[0].new_empty(shape) for shape in slot.shapes]
     for rank, part in enumerate(shards):
-        place(slot, part, full, arch, rank, len(shards))
+        for piece in pieces(slot, part, arch, rank, len(shards)):
+            piece.copy_to(full[piece.index])
     return full
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_trd.errors import UserError
-from megatron_trd.platform import CpuPlatform
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Stack:
     # An engine has a share of the memory (`memory_fraction`), which it can give up while Megatron works. Otherwise it
     # has so many GiB for keys and values (`host_kv_cache_gib`), always.
     engine_shares: bool
-    # Largest bucket of a refit, in memory that all ranks see, two at a time; None: buckets are gathered.
-    shared_bucket: int | None = None
+    # Ranks look at each other's weights where they lie, without buckets.
+    sees_peers: bool = False
 
 
 # Two norms keep their input and output; a query is kept in the fused product, reshaped, rotated, and as the attention's
@@ -36,7 +35,7 @@ class Stack:
 # transformer-engine 2; not measured.
 TRANSFORMER_ENGINE = Stack(2, 12, 4, 4, 4, tiled_attention=True, engine_shares=True)
 # Measured with `saved_tensors_hooks` on megatron-core's local layers: tests/planning/test_sizes.py.
-LOCAL_LAYERS = Stack(4, 8, 6, 7, 4, tiled_attention=False, engine_shares=False, shared_bucket=CpuPlatform.bucket_bytes)
+LOCAL_LAYERS = Stack(4, 8, 6, 7, 4, tiled_attention=False, engine_shares=False, sees_peers=True)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def _hidden_bytes(case: Case) -> int:
 
 
 def _refit_buckets(case: Case) -> float:
-    """Buckets as they are exchanged, and one parameter put together."""
+    """Buckets as they are exchanged, and one parameter put together; of experts, a layer's."""
     sources = {(case.student, case.student_layout), (case.teacher, case.teacher_layout)}
     return max(_bucket(case, arch, layout) for arch, layout in sources if arch in case.engines)
 
@@ -229,13 +229,9 @@ def _bucket(case: Case, arch: Architecture, layout: Layout) -> float:
     largest = max(torch.Size(shape).numel() for shape in values) * stack.weight_bytes
     experts = sizes.whole(arch).experts // arch.layers * stack.weight_bytes  # a layer's stay together
     ranks, holders = copy_ranks(layout), layout.ep if arch.experts else layout.tp
-    if ranks == 1:
-        return largest
+    if ranks == 1 or stack.sees_peers:
+        return experts
     limit = case.config.sampler.refit_bucket_mib * 2**20
-    if stack.shared_bucket:  # one is written while the last is read
-        limit = min(limit, stack.shared_bucket)
-        embedding = arch.vocab_size * arch.hidden_size * stack.weight_bytes
-        return largest + max(limit, largest, experts, embedding) + limit
     bucket = max(limit, largest, experts)
     bucket = min(bucket, sizes.whole(arch).total * stack.weight_bytes)
     return largest + bucket * (ranks + 1) / holders  # every rank's shards, and the rank's own

@@ -1,6 +1,10 @@
-"""Memory that ranks of one machine share, and the barrier in it."""
+"""Tensors that ranks of one machine see of each other, and the barrier around looking at them."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,22 +15,62 @@ from tests.distributed import run_ranks
 ROUNDS = 300
 
 
-def count_together(rank: int, world: int) -> list[int]:
-    """Rank function: rounds after whose barrier somebody's number of the round was not there."""
-    shared = host_memory.share(8 * world, dist.group.WORLD)
-    assert shared is not None
-    numbers = shared.bytes.view(torch.int64)
-    assert numbers.tolist() == [0] * world
-    shared.barrier()
+def named(rank: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A storage, and what a rank shows: two views of it, one with strides, and a tensor of another type."""
+    flat = torch.zeros(100_000)
+    views = {"head": flat[:12].view(3, 4), "body": flat[12:36].view(4, 6).t(), f"rank {rank}": torch.tensor([rank])}
+    return flat, views
+
+
+def look(rank: int, world: int) -> dict[str, Any]:
+    """Rank function: rounds in which somebody's number was not seen after the barrier, and what else was to hold."""
+    flat, mine = named(rank)
+    before = {name: tensor.clone() for name, tensor in mine.items()}
+    alone = host_memory.Peers.foreign_bytes()
+    peers = host_memory.show(mine, dist.group.WORLD)
+    assert peers is not None
+    kept = all(tensor.equal(mine[name]) for name, tensor in before.items())
     late = []
     for turn in range(1, ROUNDS + 1):
-        numbers[rank] = turn
-        shared.barrier()
-        if numbers.tolist() != [turn] * world:
+        flat[:36] = turn  # the storage has moved, and its views with it
+        peers.barrier()
+        if not all((tensors[name] == turn).all() for tensors in peers.tensors for name in ("head", "body")):
             late.append(turn)
-        shared.barrier()
-    return late
+        peers.barrier()
+    flat[12:36] = torch.arange(24) + rank
+    peers.barrier()
+    return {
+        "late": late,
+        "kept": kept,
+        "strides": [tensors["body"].tolist() for tensors in peers.tensors],
+        "types": [tensors[f"rank {number}"].tolist() for number, tensors in enumerate(peers.tensors)],
+        "foreign": (alone, host_memory.Peers.foreign_bytes()),
+    }
 
 
-def test_what_is_written_before_the_barrier_is_seen_after_it() -> None:
-    assert run_ranks(count_together, 3) == [[]] * 3
+def test_tensors_of_other_ranks_are_seen_where_they_are() -> None:
+    world = 3
+    strides = [(torch.arange(24).view(4, 6).t() + rank).tolist() for rank in range(world)]
+    foreign = (world - 1) * (100_000 * 4 + 8)
+    for found in run_ranks(look, world):
+        assert found["late"] == []
+        assert found["kept"]
+        assert found["strides"] == strides
+        assert found["types"] == [[rank] for rank in range(world)]
+        assert found["foreign"] == (0, foreign)
+
+
+def too_little(rank: int, world: int) -> list[Any]:
+    """Rank function: what is shown when one rank of them has no room, or too many storages, and what has moved."""
+    flat, mine = named(rank)
+    place = flat.data_ptr()
+    room = SimpleNamespace(f_bavail=1 if rank else 10**6, f_frsize=4096)
+    with mock.patch.object(host_memory.os, "statvfs", return_value=room):
+        found: list[Any] = [host_memory.show(mine, dist.group.WORLD)]
+    with mock.patch.object(host_memory, "_MOST_STORAGES", 1 if rank else 10):
+        found.append(host_memory.show(mine, dist.group.WORLD))
+    return [*found, flat.data_ptr() == place]
+
+
+def test_nothing_moves_where_one_rank_cannot_share() -> None:
+    assert run_ranks(too_little, 2) == [[None, None, True]] * 2

@@ -1,4 +1,4 @@
-"""Full tensors gathered over a grid are those of the folder it was loaded from, bit for bit, by either exchange."""
+"""Full tensors gathered over a grid are those of the folder it was loaded from, bit for bit, in either way."""
 
 from __future__ import annotations
 
@@ -54,25 +54,25 @@ CASES = [  # family, TP, PP, EP, tied
 
 
 def gather_ranks(rank: int, world: int, folders: dict[tuple[str, bool], list[str]]) -> list[dict[str, Any]]:
-    """Rank function: for each case and exchange, whether what is gathered is what was loaded."""
+    """Rank function: for each case and way, whether what is gathered is what was loaded."""
     from megatron_trd import platform
 
     platform.current().set_up()
     torch.set_num_threads(1)
     return [
-        check_case(folders[family, tied], tp, pp, ep, shared)
+        check_case(folders[family, tied], tp, pp, ep, together)
         for family, tp, pp, ep, tied in CASES
-        for shared in (True, False)
+        for together in (True, False)
     ]
 
 
-def check_case(folders: list[str], tp: int, pp: int, ep: int, shared: bool) -> dict[str, Any]:
+def check_case(folders: list[str], tp: int, pp: int, ep: int, together: bool) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_trd import platform
     from megatron_trd.models import loading
     from megatron_trd.models.architecture import build_model, transformer_config
-    from megatron_trd.models.gathering import GatheredSource
+    from megatron_trd.models.gathering import SpreadWeights
     from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
 
@@ -84,27 +84,35 @@ def check_case(folders: list[str], tp: int, pp: int, ep: int, shared: bool) -> d
         config = transformer_config(arch, grid, sequence_parallel=bool(arch.experts) and tp > 1)
         network = build_model(arch, grid, config, with_head=True)
 
-    def source() -> GatheredSource:
-        return GatheredSource(loading.local_parameters(network, arch, grid), arch, grid, SMALL)
+    spread = SpreadWeights(network, arch, grid, SMALL)
 
     def is_loaded(folder: str) -> bool:
         expected = load_file(Path(folder, "model.safetensors"))
-        found = {name: full.clone() for name, full in loading.named_tensors(arch, source())}
+        found = {name: full.clone() for name, full in loading.named_tensors(arch, spread.source())}
         return found.keys() == expected.keys() and all(found[name].equal(full) for name, full in expected.items())
 
+    def in_pieces(slot: Slot, source: loading.Source) -> bool:
+        """Whether the pieces of a slot put together are its tensors, and each value is in one piece."""
+        full = source(slot)
+        found = [torch.full_like(tensor, torch.nan) for tensor in full]
+        copied = sum(piece.copy_to(found[piece.index]) for piece in loading.pieces(source, slot))
+        return copied == elements(slot) and all(map(torch.equal, found, full))
+
     seen = {}
-    with mock.patch.object(current, "shared_memory", current.shared_memory if shared else lambda *_: None):
+    with mock.patch.object(current, "peers", current.peers if together else lambda *_: None):
         for number, model in enumerate(opened):
+            spread.settle()
             loading.load(network, arch, grid, model.source)
             seen[f"model {number}"] = is_loaded(folders[number])
-        left, right = source(), source()
+        left, right = spread.source(), spread.source()
+        seen["in pieces"] = all(in_pieces(slot, left) for slot in exported_slots(arch))
         seen["two sources in turn"] = all(
             a.equal(b)
             for slot in (*exported_slots(arch)[::5], *exported_slots(arch))  # some buckets left out, then none
             for first, second in ((left, right), (right, left))
             for a, b in zip([full.clone() for full in first(slot)], second(slot), strict=True)
         )
-    seen["exchange"] = shared == (current._shared.pop(tuple(grid.copy), None) is not None)
+    seen["together"] = together == (spread._peers is not None)
     parallel_state.destroy_model_parallel()
     return seen
 
