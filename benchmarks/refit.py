@@ -7,9 +7,8 @@ row is done by all ranks at once, `--repeats` times after one to warm up, and co
 those of one rank, of the bytes that its engine ends up with.
 
 - *plain copy*: as many bytes, from touched memory to touched memory;
-- *exchange*: full tensors of every parameter in every rank's hands, vLLM left out;
-- *vLLM's loading*: `reload_weights` from tensors that are there already, the exchange left out;
-- *refit*: both, as in training.
+- *vLLM's loading*: `reload_weights` from tensors that a rank has already;
+- *refit*: as in training, from where the student's ranks have their shards.
 
 Memory is the peak of a rank (`VmHWM`) above what it held before its first refit, without what it sees of other ranks'
 memory.
@@ -40,7 +39,7 @@ from tests.models import write_model
 
 RANKS, TP, PP = 4, 2, 2
 COPIED = 256 * 2**20  # bytes of a plain copy at once, over and over; far more than a cache holds
-COPY, LOADING = "plain copy", "vLLM's loading"
+COPY, LOADING, REFIT = "plain copy", "vLLM's loading", "refit"
 # 0.52 billion parameters; four ranks' engines with a vocabulary of 151,936 at this size do not fit in 24 GB
 SHAPE: dict[str, Any] = {
     "hidden_size": 1280,
@@ -62,7 +61,6 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     from megatron_trd.engines.engine import Engine
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.host_memory import Peers
-    from megatron_trd.models import loading
     from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
 
@@ -76,10 +74,6 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     engine = Engine(opened, config, max_length=64)
     sent = 0
 
-    def exchange() -> None:
-        for _ in loading.named_tensors(arch, student.source()):
-            pass
-
     def whole() -> None:
         nonlocal sent
         sent = engine.refit(student.source())
@@ -92,17 +86,14 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
         return [ones(tuple(shape)) for shape in slot.shapes]
 
     before = kernel_bytes("VmRSS")
-    memory = {}
-    for name, step in (("exchange", exchange), ("refit", whole)):
-        Path("/proc/self/clear_refs").write_text("5")
-        step()
-        memory[name] = kernel_bytes("VmHWM") - Peers.foreign_bytes() - before
+    Path("/proc/self/clear_refs").write_text("5")
+    whole()
+    memory = kernel_bytes("VmHWM") - Peers.foreign_bytes() - before
     copied = sent // sampler_tp
     seconds = {
         COPY: _copy(copied, repeats),
-        "exchange": _timed(exchange, repeats),
         LOADING: _timed(lambda: refit.refit(engine.llm, arch, present), repeats),
-        "refit": _timed(whole, repeats),
+        REFIT: _timed(whole, repeats),
     }
     return {"seconds": seconds, "bytes": copied, "memory": memory, "different": len(_check(engine, student))}
 
@@ -145,8 +136,7 @@ def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:
             raise SystemExit("the refit check found other weights in an engine")
         seconds, copied = first["seconds"], first["bytes"]
         for name, value in seconds.items():
-            extra = max(found["memory"].get(name, 0) for found in ranks)
-            memory = f"{extra / 2**20:,.0f}" if extra else ""
+            memory = f"{max(found['memory'] for found in ranks) / 2**20:,.0f}" if name == REFIT else ""
             yield (
                 f"| {sampler_tp} | {name} | {value:.2f} | {copied / 1e9 / value:.2f} | "
                 f"{seconds[COPY] / value:.2f} | {seconds[LOADING] / value:.2f} | {memory} |"
