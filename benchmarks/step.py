@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=256, help="a response")
     parser.add_argument("--steps", type=int, default=3, help="timed ones, after one to warm up")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only cases with one of these in their names")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="TEXT", help="no case with one of these in its name")
     parser.add_argument("--folder", type=Path, help="for models and runs; default: the temporary folder")
     parser.add_argument("--write", type=Path, help="also write the table here")
     return parser
@@ -105,7 +107,8 @@ def _comparison(folder: Path, options: argparse.Namespace) -> str:
     inputs = _inputs(folder)
     rows, absent = [], []
     for name, (ours, settings) in _CASES.items():
-        if options.only and not any(text.lower() in name.lower() for text in options.only):
+        wanted = not options.only or _has(name, options.only)
+        if not wanted or _has(name, options.skip):
             continue
         print(f"{name} ...", file=sys.stderr)
         run_dir = folder / f"run-{len(rows) + len(absent)}"
@@ -123,6 +126,10 @@ def _comparison(folder: Path, options: argparse.Namespace) -> str:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     title = f"{options.problems} problems a step, {options.tokens} tokens a response."
     return "\n\n".join([title, table, *(["Without a row:", "\n".join(absent)] if absent else [])])
+
+
+def _has(name: str, texts: Sequence[str]) -> bool:
+    return any(text.lower() in name.lower() for text in texts)
 
 
 def _row(name: str, found: Measured, problems: int) -> list[str]:

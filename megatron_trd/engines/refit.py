@@ -37,6 +37,7 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
         llm.collective_rpc("reload_weights", kwargs=how)
         for _ in remaining:  # vLLM may stop early; the other ranks of an exchange do not
             pass
+    llm.apply_model(platform.current().finish_reload)
     return sum(torch.Size(shape).numel() for slot in table for shape in slot.shapes) * platform.current().dtype.itemsize
 
 

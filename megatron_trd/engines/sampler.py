@@ -256,8 +256,9 @@ class _Step:
         for number in range(self.refinements if prompt else 0):
             limit = self.settings.max_refinement_tokens
             refinement = Task("refinement", task.index, number, tuple(prompt or ()), limit, length)
-            # At once, unless the others have more room for it.
-            if self.settings.stream and len(self.group.running) < share:
+            # At once, unless the others have more room for it, or a longer task has waited for it.
+            longest = max(map(self.expected, self.waiting), default=0.0)
+            if self.settings.stream and len(self.group.running) < share and self.expected(refinement) >= longest:
                 self._begin(refinement)
             else:
                 self.group.new.append(refinement)

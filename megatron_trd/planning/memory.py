@@ -248,7 +248,8 @@ def _engine_taken(case: Case, arch: Architecture) -> float:
 
 
 def _engine_weights(case: Case, arch: Architecture) -> float:
-    return sizes.engine_parameters(arch, case.config.sampler.tp) * case.stack.weight_bytes
+    stack = case.stack
+    return sizes.engine_parameters(arch, case.config.sampler.tp) * stack.weight_bytes * stack.engine_copies
 
 
 def _engine_work(case: Case, arch: Architecture) -> float:
