@@ -10,8 +10,9 @@ of weight), whole, into buffers already touched. It is measured first and last, 
 so that a machine that changes its speed shows. Every case runs in fresh processes, one a tensor-parallel rank, on the
 same tensors: after one call to warm up, `--repeats` timed ones, each as long as its slowest rank. Memory is the peak
 of a rank above what it holds with the inputs and one gradient of each student input: resident bytes on a CPU (the
-`VmHWM` of the process), allocated ones on a GPU. A chunk is one side's float32 logits for the tokens of
-`--chunk-tokens` (default: 256 MiB). Errors are norms relative to a float64 computation, on a small problem of its own.
+`VmHWM` of the process), allocated ones on a GPU. All processes keep what they have freed, as those of a job do. A chunk
+is one side's float32 logits for the tokens of `--chunk-tokens` (default: 256 MiB). Errors are norms relative to a
+float64 computation, on a small problem of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from benchmarks.memory import kernel_bytes
 from benchmarks.rivals import Case, Loss, cases, loaded
+from megatron_trd.host_memory import keep_freed
 from megatron_trd.losses import dense_divergence
 from tests.distributed import run_ranks
 
@@ -246,6 +248,7 @@ def _case(name: str, chunk_tokens: int | None) -> Case:
 def _settle(world: int, device: str) -> None:
     """Cores shared among the ranks; who asks for more memory than is free fails alone, instead of the machine."""
     torch.set_num_threads(max(1, _cores() // world))
+    keep_freed()
     warnings.filterwarnings("ignore")
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if device == "cpu":

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem
 from megatron_trd.engines.engine import Completion, Engine, pre_emptions
-from megatron_trd.engines.work import Capacity, Expectation, Load, Task, assign
+from megatron_trd.engines.work import Capacity, Expectation, Load, Task, assign, at_once
 from megatron_trd.errors import UserError
 
 _ROUND = 16  # engine steps between two meetings of the groups
@@ -256,9 +256,9 @@ class _Step:
         for number in range(self.refinements if prompt else 0):
             limit = self.settings.max_refinement_tokens
             refinement = Task("refinement", task.index, number, tuple(prompt or ()), limit, length)
-            # At once, unless the others have more room for it, or a longer task has waited for it.
-            longest = max(map(self.expected, self.waiting), default=0.0)
-            if self.settings.stream and len(self.group.running) < share and self.expected(refinement) >= longest:
+            if self.settings.stream and at_once(
+                refinement, len(self.group.running), share, self.waiting, self.expected
+            ):
                 self._begin(refinement)
             else:
                 self.group.new.append(refinement)

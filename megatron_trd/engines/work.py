@@ -86,3 +86,11 @@ def assign(
             given[group].append(task)
             now[group] = Load(now[group].requests + 1, now[group].tokens + task.tokens)
     return given
+
+
+def at_once(task: Task, running: int, share: int, waiting: Sequence[Task], expected: Expectation) -> bool:
+    """Whether a group begins the refinement of a rollout that it has finished before the groups meet again.
+
+    Not if it runs its `share` of the requests, so that others have more room; nor if a longer task has waited for room.
+    """
+    return running < share and expected(task) >= max(map(expected, waiting), default=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_trd.engines.work import Capacity, Expectation, Load, Task, assign
+from megatron_trd.engines.work import Capacity, Expectation, Load, Task, assign, at_once
 
 TASKS = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=20)
 LOADS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 200)), min_size=1, max_size=4)
@@ -65,3 +65,13 @@ def test_a_task_too_large_for_any_group_runs_alone() -> None:
     capacity = Capacity(8, 65)
     assert assign([large, small], [Load(1, 10), Load()], capacity, Expectation(1)) == [[small], [large]]
     assert assign([large], [Load(1, 10)], capacity, Expectation(1)) == [[]]
+
+
+def test_a_refinement_begins_at_once_unless_others_have_room_or_a_longer_task_waits() -> None:
+    [short, mean, long] = refinements([(1, 10), (1, 20), (1, 30)])
+    rollout, expected = Task("rollout", 9, 0, (0,), limit=50), Expectation(1, [10, 10])
+    assert at_once(short, 2, 3, [], expected)
+    assert not at_once(short, 3, 3, [], expected)
+    assert not at_once(short, 2, 3, [rollout], expected), "with its refinement it is expected to be 20"
+    assert at_once(mean, 2, 3, [short, rollout], expected)
+    assert not at_once(mean, 2, 3, [short, long], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from megatron_trd import host_memory
 from tests.distributed import run_ranks
 
 ROUNDS = 300
+PAGES = 16 * 1024  # of 4 KiB
 
 
 def named(rank: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -74,3 +76,18 @@ def too_little(rank: int, world: int) -> list[Any]:
 
 def test_nothing_moves_where_one_rank_cannot_share() -> None:
     assert run_ranks(too_little, 2) == [[None, None, True]] * 2
+
+
+def faults(rank: int, world: int) -> int:
+    """Rank function: pages that the system had to find for a block of memory as large as one that has been freed."""
+    host_memory.keep_freed()
+    block = torch.ones(PAGES * 1024)
+    del block
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(PAGES * 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_is_kept() -> None:
+    [found] = run_ranks(faults, 1)
+    assert found < PAGES / 10
