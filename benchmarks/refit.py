@@ -71,6 +71,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     sampler = {"tp": sampler_tp, "refit_bucket_mib": bucket_mib}
     config = from_dict({"model": folder, "student": {"tp": TP, "pp": PP}, "sampler": sampler}, "benchmark")
     student = StudentEngine(config, opened, grid)
+    current.release_memory()
     engine = Engine(opened, config, max_length=64)
     sent = 0
 
@@ -85,6 +86,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     def present(slot: Any) -> list[Tensor]:
         return [ones(tuple(shape)) for shape in slot.shapes]
 
+    current.release_memory()  # what loading left
     before = kernel_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     whole()

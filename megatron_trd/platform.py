@@ -367,6 +367,9 @@ class CpuPlatform(Platform):
         halves = gate_up.view(len(gate_up), 2, -1, gate_up.shape[-1])[:, :, :size]
         return halves.flatten(1, 2), down[..., :size]
 
+    def release_memory(self) -> None:
+        host_memory.give_back()
+
     def peers(self, named: Mapping[str, torch.Tensor], group: Any) -> host_memory.Peers | None:
         return host_memory.show(named, group) if group.size() > 1 else None
 

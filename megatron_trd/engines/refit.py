@@ -177,6 +177,7 @@ def _read_linear(module: Any, size: int) -> Tensor:
         one_hot = torch.zeros(min(_PROBE_ROWS, size - start), size, dtype=weight.dtype, device=weight.device)
         one_hot.diagonal(start).fill_(1)
         columns.append(module.quant_method.apply(module, one_hot))
+    platform.current().finish_reload(module)  # it keeps nothing that it made to answer: as if it had not been asked
     return torch.cat(columns).t()
 
 

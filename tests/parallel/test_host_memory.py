@@ -79,8 +79,8 @@ def test_nothing_moves_where_one_rank_cannot_share() -> None:
 
 
 def new_pages(rank: int, world: int) -> list[float]:
-    """Rank function: of the pages of large blocks that come and go, the share that the system had to find; before
-    freed memory is kept, and after."""
+    """Rank function: of the pages of large blocks that come and go, the share that the system had to find: before
+    freed memory is kept, while it is, and when it has been given back."""
     draw = random.Random(0)
     live: list[torch.Tensor] = []
 
@@ -96,10 +96,14 @@ def new_pages(rank: int, world: int) -> list[float]:
     given_back = share(10)
     host_memory.keep_freed()
     share(40)
-    return [given_back, share(20)]
+    kept = share(20)
+    live.clear()
+    host_memory.give_back()
+    return [given_back, kept, share(1)]
 
 
 def test_freed_memory_is_kept() -> None:
-    [[given_back, kept]] = run_ranks(new_pages, 1)
-    assert given_back > 0.9
+    [[before, kept, after]] = run_ranks(new_pages, 1)
+    assert before > 0.9
     assert kept < 0.3
+    assert after > 0.9
