@@ -62,19 +62,6 @@ def _norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) 
     return norm
 
 
-def _attention(self: Any, query: Any, key: Any, value: Any, attention_mask: None, **_: Any) -> torch.Tensor:
-    """Causal attention in tiles: megatron-core's own makes `[batch, heads, length, length]` several times over.
-
-    `query`: `[length, batch, heads, head_dim]`, `key` and `value` with as many heads as there are groups of queries;
-    returns `[length, batch, heads * head_dim]`.
-    """
-    query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-    found = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
-    )
-    return found.permute(2, 0, 1, 3).flatten(2)
-
-
 def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
@@ -86,7 +73,6 @@ _MEGATRON_ON_CPU: dict[str, Any] = {
     "tensor_parallel.random._get_cuda_rng_state": lambda *_, **__: torch.get_rng_state(),
     "tensor_parallel.random._set_cuda_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
     "transformer.torch_norm.WrappedTorchNorm.__new__": _norm,
-    "transformer.dot_product_attention.DotProductAttention.forward": _attention,
     # converts what it copies from a GPU; what is on the host already is left a tensor, which all-to-all does not take
     "transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": _split_sizes,
     "transformer.moe.moe_utils.te_general_gemm": None,  # never defined without transformer-engine, but looked at

@@ -20,6 +20,9 @@ class Stack:
     kept_hidden: int
     kept_queries: int
     kept_keys: int
+    # Attention that works in tiles keeps a number a head, and does only the causal half of the products. Otherwise
+    # every pair of positions is computed and kept.
+    tiled_attention: bool
     # An engine has a share of the memory (`memory_fraction`), which it can give up while Megatron works. Otherwise it
     # has so many GiB for keys and values (`host_kv_cache_gib`), always.
     engine_shares: bool
@@ -31,9 +34,9 @@ class Stack:
 # Two norms keep their input and output; a query is kept in the fused product, reshaped, rotated, and as the attention's
 # output; keys and values in the fused product, rotated, and in order. Read from megatron-core 0.16 and
 # transformer-engine 2; not measured.
-TRANSFORMER_ENGINE = Stack(2, 12, 4, 4, 4, engine_shares=True)
+TRANSFORMER_ENGINE = Stack(2, 12, 4, 4, 4, tiled_attention=True, engine_shares=True)
 # Measured with `saved_tensors_hooks` on megatron-core's local layers: tests/planning/test_sizes.py.
-LOCAL_LAYERS = Stack(4, 8, 6, 5, 5, engine_shares=False, sees_peers=True, engine_copies=2)
+LOCAL_LAYERS = Stack(4, 8, 6, 7, 4, tiled_attention=False, engine_shares=False, sees_peers=True, engine_copies=2)
 
 
 @dataclass(frozen=True)

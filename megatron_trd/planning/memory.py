@@ -156,7 +156,9 @@ def _train_parts(case: Case, stage: int) -> Parts:
     tokens = batch * work.longest.student
     in_flight = min(-(-sequences // batch), layout.pp - stage)
     split = layout.tp if settings.sequence_parallel else 1
-    layer = sizes.kept_by_layer(case.student, layout, stack, sequence_parallel=settings.sequence_parallel)
+    layer = sizes.kept_by_layer(
+        case.student, layout, int(work.longest.student), stack, sequence_parallel=settings.sequence_parallel
+    )
     kept = hidden / split * stack.weight_bytes if settings.recompute else layer
     layers = in_flight * case.student.layers // layout.pp * kept * tokens
     # Backward works on one layer: its gradients, and what it kept where that is computed again.
@@ -191,7 +193,7 @@ def _teacher_parts(case: Case, stage: int, received: float) -> Parts:
     sequences = work.of_replica(layout.dp)
     tokens = min(size, sequences) * work.longest.teacher
     split = case.live and case.config.student.sequence_parallel
-    layer = sizes.kept_by_layer(case.teacher, layout, stack, sequence_parallel=split)
+    layer = sizes.kept_by_layer(case.teacher, layout, int(work.longest.teacher), stack, sequence_parallel=split)
     last = stage == layout.pp - 1
     made = (tokens + _at_once(case, sequences) * work.longest.response) * _hidden_bytes(case) if last else 0.0
     return {"activations": layer * tokens, "teacher's hidden states": made + received}

@@ -94,7 +94,7 @@ def _engine(case: Case, arch: Architecture, requests: list[_Requests], longest: 
         for each in requests
     )
     products = 2 * (sizes.products_per_token(arch).total + sizes.head_shard(arch, 1)) * tokens / tp
-    prompts = sum(each.count * sizes.forward_flops(arch, each.prompt, tp=tp) for each in requests)
+    prompts = sum(each.count * sizes.forward_flops(arch, each.prompt, device.stack, tp=tp) for each in requests)
     peak, bandwidth = device.flops * efficiency.forward, device.bandwidth * efficiency.decoding
     collectives = 2 * arch.layers * efficiency.collective_seconds if tp > 1 else 0.0
     return {
@@ -178,7 +178,7 @@ def _passes(
     reached = efficiency.forward if passes == 1 else efficiency.training
     batches = max(1.0, share / micro_batch)
     layers = arch.layers / layout.pp
-    flops = sizes.forward_flops(arch, length, tp=layout.tp, sequence_parallel=split)
+    flops = sizes.forward_flops(arch, length, device.stack, tp=layout.tp, sequence_parallel=split)
     products = passes * share * flops / layout.pp / (device.flops * reached)
     communication = passes * layers * share * _layer_communication(case, arch, layout, length, split=split)
     host = passes * batches * layers * efficiency.layer_seconds

@@ -93,11 +93,13 @@ def products_per_token(arch: Architecture) -> Parameters:
     return Parameters(arch.layers * shared, arch.layers * chosen)
 
 
-def forward_flops(arch: Architecture, length: float, *, tp: int = 1, sequence_parallel: bool = True) -> float:
+def forward_flops(
+    arch: Architecture, length: float, stack: Stack, *, tp: int = 1, sequence_parallel: bool = True
+) -> float:
     """FLOPs of all layers for one sequence on each of `tp` ranks: products with the weights, and attention's two with
     each other token. Experts are not cut: without sequence parallelism every rank sends all tokens to them."""
     products = products_per_token(arch)
-    pairs = length * length / 2  # causal: what comes later is left out
+    pairs = length * length * (0.5 if stack.tiled_attention else 1.0)
     shared = 2 * products.shared * length + 4 * arch.sizes()["queries"] * pairs * arch.layers
     return shared / tp + 2 * products.experts * length / (tp if sequence_parallel else 1)
 
@@ -108,13 +110,13 @@ def kv_bytes(arch: Architecture, tokens: float, tp: int, stack: Stack) -> float:
     return blocks * KV_BLOCK * 2 * arch.layers * (arch.sizes()["keys"] // tp) * stack.weight_bytes
 
 
-def kept_by_layer(arch: Architecture, layout: Layout, stack: Stack, *, sequence_parallel: bool) -> float:
-    """Bytes that a layer keeps of one token, for backward, on a rank."""
+def kept_by_layer(arch: Architecture, layout: Layout, length: int, stack: Stack, *, sequence_parallel: bool) -> float:
+    """Bytes that a layer keeps of one token of a sequence of `length`, for backward, on a rank."""
     size, tp = arch.sizes(), layout.tp
     split = tp if sequence_parallel else 1
     values = stack.kept_hidden * size["hidden"] / split
     values += (stack.kept_queries * size["queries"] + stack.kept_keys * size["keys"]) / tp
-    values += arch.heads / tp * 4 / stack.weight_bytes  # attention's normaliser, in float32
+    values += arch.heads / tp * (4 / stack.weight_bytes if stack.tiled_attention else length)
     if arch.experts:  # a token goes to so many experts, wherever they are; routing is taken to be even
         sent = arch.experts_per_token * (6 * size["expert_ffn"] + size["hidden"])
         values += (sent + 2 * arch.experts) / split

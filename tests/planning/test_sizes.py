@@ -146,7 +146,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps() -> None:
     [found, _] = run_ranks(saved_bytes, 2, cases)
     for (arch, tp, sequence_parallel, _, length), measured in zip(cases, found, strict=True):
         layout = Layout(tp, 1, 2)
-        expected = sizes.kept_by_layer(arch, layout, LOCAL_LAYERS, sequence_parallel=sequence_parallel)
+        expected = sizes.kept_by_layer(arch, layout, length, LOCAL_LAYERS, sequence_parallel=sequence_parallel)
         assert expected == pytest.approx(measured, rel=0.03), (arch.hidden_size, tp, sequence_parallel, length)
 
 
@@ -173,13 +173,13 @@ def test_keys_and_values_are_vllm_s_blocks(tp: int) -> None:
 def test_flops_of_a_forward_pass() -> None:
     arch, length = PUBLISHED["Qwen3-8B"], 4096
     weights = 36 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
-    scores = 36 * 4 * 4096 * length**2 / 2
-    assert sizes.forward_flops(arch, length) == 2 * weights * length + scores
-    assert sizes.forward_flops(arch, length, tp=2) == (2 * weights * length + scores) / 2
+    scores = 36 * 4 * 4096 * length**2
+    assert sizes.forward_flops(arch, length, LOCAL_LAYERS) == 2 * weights * length + scores
+    assert sizes.forward_flops(arch, length, TRANSFORMER_ENGINE, tp=2) == (2 * weights * length + scores / 2) / 2
 
 
 def test_experts_without_sequence_parallelism_are_not_cut() -> None:
     arch = PUBLISHED["Qwen3-30B-A3B"]
-    cut = sizes.forward_flops(arch, 1000, tp=4)
-    whole = sizes.forward_flops(arch, 1000, tp=4, sequence_parallel=False)
+    cut = sizes.forward_flops(arch, 1000, TRANSFORMER_ENGINE, tp=4)
+    whole = sizes.forward_flops(arch, 1000, TRANSFORMER_ENGINE, tp=4, sequence_parallel=False)
     assert whole - cut == 2 * 1000 * sizes.products_per_token(arch).experts * 3 / 4
