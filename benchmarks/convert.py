@@ -125,7 +125,7 @@ def _compare(folder: Path, size: float, vocabulary: int, repeats: int) -> list[s
 
 def _generate(folder: Path, size: float, vocabulary: int) -> Architecture:
     """A folder of random weights of about `size` bytes."""
-    layer = 2 * sum(torch.Size(slot.whole).numel() for slot in slots(_architecture(folder, 1, vocabulary))[1:-2])
+    layer = 2 * sum(slot.size for slot in slots(_architecture(folder, 1, vocabulary))[1:-2])
     layers = max(1, round((size - 2 * vocabulary * _MODEL["hidden_size"]) / layer))
     arch = _architecture(folder, layers, vocabulary)
     infos = exported_tensors(arch, lambda _: torch.bfloat16)
@@ -151,7 +151,7 @@ def _architecture(folder: Path, layers: int, vocabulary: int) -> Architecture:
 
 def _largest_layer(arch: Architecture) -> int:
     table = slots(arch)
-    layer = sum(torch.Size(slot.whole).numel() for slot in table if slot.index and slot.layer == 0)
+    layer = sum(slot.size for slot in table if slot.index and slot.layer == 0)
     return 2 * max(layer, torch.Size(table[0].whole).numel())
 
 

@@ -132,7 +132,7 @@ def _comparison(options: argparse.Namespace) -> str:
     )  # fmt: skip
     measured: dict[str, Measured] = {}
     absent: dict[str, list[str]] = {}  # by the reason
-    named = [case for case in cases(shape.chunk_tokens) if not options.only or _matches(case.name, options.only)]
+    named = [case for case in cases(shape.chunk_tokens) if not options.only or matches(case.name, options.only)]
     for name in [FLOOR, *(case.name for case in named), AGAIN]:
         result = _run(name, shape, options.repeats)
         if isinstance(result, str):
@@ -154,7 +154,8 @@ def _comparison(options: argparse.Namespace) -> str:
     return "\n".join([*lines, "", "Without a row:", "", *reasons] if reasons else lines)
 
 
-def _matches(name: str, texts: list[str]) -> bool:
+def matches(name: str, texts: list[str]) -> bool:
+    """Whether one of `texts` is in a case's name, in small letters or large."""
     return any(text.lower() in name.lower() for text in texts)
 
 

@@ -26,13 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.loss import matches
 from benchmarks.memory import kernel_bytes
 from megatron_trd.config import OptimizerConfig
 from megatron_trd.errors import UserError
@@ -107,8 +107,8 @@ def _comparison(folder: Path, options: argparse.Namespace) -> str:
     inputs = _inputs(folder)
     rows, absent = [], []
     for name, (ours, settings) in _CASES.items():
-        wanted = not options.only or _has(name, options.only)
-        if not wanted or _has(name, options.skip):
+        wanted = not options.only or matches(name, options.only)
+        if not wanted or matches(name, options.skip):
             continue
         print(f"{name} ...", file=sys.stderr)
         run_dir = folder / f"run-{len(rows) + len(absent)}"
@@ -126,10 +126,6 @@ def _comparison(folder: Path, options: argparse.Namespace) -> str:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     title = f"{options.problems} problems a step, {options.tokens} tokens a response."
     return "\n\n".join([title, table, *(["Without a row:", "\n".join(absent)] if absent else [])])
-
-
-def _has(name: str, texts: Sequence[str]) -> bool:
-    return any(text.lower() in name.lower() for text in texts)
 
 
 def _row(name: str, found: Measured, problems: int) -> list[str]:

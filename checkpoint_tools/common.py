@@ -95,7 +95,7 @@ def print_mapping(arch: Architecture, dtype: Callable[[Slot], torch.dtype]) -> N
     count = Counter(slot.key for slot in exported)
     total = 0
     for slot in reversed({slot.key: slot for slot in reversed(exported)}.values()):
-        size = torch.Size(slot.whole).numel() * dtype(slot).itemsize * count[slot.key]
+        size = slot.size * dtype(slot).itemsize * count[slot.key]
         total += size
         table.add_row(
             "\n".join(pattern(name) for name in slot.hf),

@@ -61,7 +61,7 @@ def convert(
     if dry_run:
         print_mapping(arch, lambda slot: dtypes[slot.key])
         return
-    size = sum(torch.Size(slot.whole).numel() * dtypes[slot.key].itemsize for slot in exported)
+    size = sum(slot.size * dtypes[slot.key].itemsize for slot in exported)
     with summary(out, sum(len(slot.hf) for slot in exported), size), whole_folder(out, size=size, force=force) as new:
         writer = CheckpointWriter(new)
         write_states(writer, arch)

@@ -213,15 +213,14 @@ class _PackedLinear:
     takes as long as some ten such steps save, is made when the layer is first used after a refit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operations: Any) -> None:
+        self._operations = operations  # vllm._custom_ops
         self._packed: Any = None
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        from vllm import _custom_ops
-
         if self._packed is None:
-            self._packed = _custom_ops.create_onednn_mm(weight.t(), _PRIMITIVES)
-        product: torch.Tensor = _custom_ops.onednn_mm(self._packed, x, bias)
+            self._packed = self._operations.create_onednn_mm(weight.t(), _PRIMITIVES)
+        product: torch.Tensor = self._operations.onednn_mm(self._packed, x, bias)
         return product
 
 
@@ -342,9 +341,11 @@ class CpuPlatform(Platform):
                 method.moe_kernel = None
 
     def finish_reload(self, model: torch.nn.Module) -> None:
+        from vllm import _custom_ops
+
         for module in model.modules():
             if hasattr(module, "cpu_linear"):
-                module.cpu_linear = _PackedLinear()  # type: ignore[assignment]
+                module.cpu_linear = _PackedLinear(_custom_ops)  # type: ignore[assignment]
 
     def expert_weights(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
         # Packing moves the elements of each expert's matrix the same way: where to is seen on a matrix of indices,

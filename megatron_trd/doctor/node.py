@@ -160,7 +160,7 @@ def _checkpoint_gib(config: TrainConfig, inputs: Inputs) -> float:
     from megatron_trd.models.weights import exported_slots
     from megatron_trd.training.checkpoint import checkpoints
 
-    parameters = sum(math.prod(slot.whole) for slot in exported_slots(inputs.student.arch))
+    parameters = sum(slot.size for slot in exported_slots(inputs.student.arch))
     count = max(1, config.checkpoint.keep + 1 - len(checkpoints(config.run_dir)))
     return parameters * _CHECKPOINT_BYTES_A_PARAMETER * count / _GIB
 

@@ -38,7 +38,7 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
         for _ in remaining:  # vLLM may stop early; the other ranks of an exchange do not
             pass
     llm.apply_model(platform.current().finish_reload)
-    return sum(torch.Size(shape).numel() for slot in table for shape in slot.shapes) * platform.current().dtype.itemsize
+    return sum(slot.size for slot in table) * platform.current().dtype.itemsize
 
 
 @dataclass(frozen=True)

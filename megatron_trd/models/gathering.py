@@ -33,11 +33,7 @@ class Bucket:
     @functools.cached_property
     def size(self) -> int:
         """Elements of its Hugging Face tensors."""
-        return sum(_size(slot) for slot in self.slots)
-
-
-def _size(slot: Slot) -> int:
-    return sum(torch.Size(shape).numel() for shape in slot.shapes)
+        return sum(slot.size for slot in self.slots)
 
 
 def buckets(table: Sequence[Slot], limit: int) -> list[Bucket]:
@@ -49,7 +45,7 @@ def buckets(table: Sequence[Slot], limit: int) -> list[Bucket]:
     room = 0
     for _, unit in itertools.groupby(table, key=lambda slot: slot.hf if slot.expert is None else slot.layer):
         together = list(unit)
-        size = sum(map(_size, together))
+        size = sum(slot.size for slot in together)
         if size > room:
             filled.append([])
             room = limit
@@ -80,9 +76,8 @@ class GatheredSource:
         # Parameters of each rank of the copy, where this one sees them all.
         self._seen = peers.tensors if peers else [named] if len(grid.copy) == 1 else None
         self._embedding = slots(arch)[0]
-        self._buckets = buckets(table or exported_slots(arch), bucket_bytes // platform.current().dtype.itemsize)
-        self._bucket_of = {slot: number for number, bucket in enumerate(self._buckets) for slot in bucket.slots}
-        self._present: int | None = None
+        self._table, self._limit = table, bucket_bytes // platform.current().dtype.itemsize
+        self._present: Bucket | None = None
         self._full: dict[Slot, Callable[[], list[Tensor]]] = {}
         if peers:
             peers.barrier()  # everyone's weights are as they are to be
@@ -91,12 +86,17 @@ class GatheredSource:
         slot = self._exported(slot)
         if self._seen:
             return merge(slot, self._shards(slot, self._seen), self.arch)
-        number = self._bucket_of[slot]
-        if number != self._present:
+        bucket = self._bucket_of[slot]
+        if bucket is not self._present:
             self._full = {}  # before the next: one bucket at a time
-            self._full = self._exchange(self._buckets[number])
-            self._present = number
+            self._full = self._exchange(bucket)
+            self._present = bucket
         return self._full[slot]()
+
+    @functools.cached_property
+    def _bucket_of(self) -> dict[Slot, Bucket]:
+        filled = buckets(self._table or exported_slots(self.arch), self._limit)
+        return {slot: bucket for bucket in filled for slot in bucket.slots}
 
     def pieces(self, slot: Slot) -> list[Piece]:
         """What `self(slot)` gives, in pieces: where its ranks have them, if this one sees them there."""

@@ -18,6 +18,7 @@ modeling_qwen3_moe.py and modeling_llama.py; megatron-core `SelfAttention.get_qu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -164,6 +165,11 @@ class Slot:
     def whole(self) -> tuple[int, ...]:
         """Shape of the parameter without tensor parallelism, and without padding of the vocabulary."""
         return sum(shape[0] for shape in self.shapes), *self.shapes[0][1:]
+
+    @property
+    def size(self) -> int:
+        """Values in it, and in its Hugging Face tensors together."""
+        return math.prod(self.whole)
 
 
 def slots(arch: Architecture) -> list[Slot]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from megatron_trd.engines.hidden_store import WAVE
 from megatron_trd.losses.head import CHUNK_BYTES
 from megatron_trd.methods import METHODS
@@ -225,8 +223,7 @@ def _refit_buckets(case: Case) -> float:
 
 def _bucket(case: Case, arch: Architecture, layout: Layout) -> float:
     stack = case.stack
-    values = [slot.whole for slot in sizes.one_layer(arch)]
-    largest = max(torch.Size(shape).numel() for shape in values) * stack.weight_bytes
+    largest = max(slot.size for slot in sizes.one_layer(arch)) * stack.weight_bytes
     experts = sizes.whole(arch).experts // arch.layers * stack.weight_bytes  # a layer's stay together
     ranks, holders = copy_ranks(layout), layout.ep if arch.experts else layout.tp
     if ranks == 1 or stack.sees_peers:
