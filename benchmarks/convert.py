@@ -28,7 +28,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.memory import kernel_bytes
+from benchmarks.common import kernel_bytes
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.export import FolderWriter, exported_tensors

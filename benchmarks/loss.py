@@ -36,10 +36,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.memory import kernel_bytes
+from benchmarks.common import kernel_bytes, matches
 from benchmarks.rivals import Case, Loss, cases, loaded
 from megatron_trd.host_memory import keep_freed
 from megatron_trd.losses import dense_divergence
+from megatron_trd.losses.head import CHUNK_BYTES
 from tests.distributed import run_ranks
 
 MIB = 2**20
@@ -68,7 +69,7 @@ class Shape(NamedTuple):
     @property
     def chunk(self) -> int:
         """Bytes of one side's logits in a chunk."""
-        tokens = self.chunk_tokens or max(1, 256 * MIB // (4 * self.width))
+        tokens = self.chunk_tokens or max(1, CHUNK_BYTES // (4 * self.width))
         return 4 * min(tokens, self.tokens) * self.width
 
 
@@ -152,11 +153,6 @@ def _comparison(options: argparse.Namespace) -> str:
     ]
     reasons = [f"- {', '.join(names)}: {reason}." for reason, names in absent.items()]
     return "\n".join([*lines, "", "Without a row:", "", *reasons] if reasons else lines)
-
-
-def matches(name: str, texts: list[str]) -> bool:
-    """Whether one of `texts` is in a case's name, in small letters or large."""
-    return any(text.lower() in name.lower() for text in texts)
 
 
 def _row(name: str, result: Measured, floor: float, shape: Shape) -> str:
@@ -251,6 +247,7 @@ def _settle(world: int, device: str) -> None:
     torch.set_num_threads(max(1, _cores() // world))
     keep_freed()
     warnings.filterwarnings("ignore")
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)  # vLLM's ranks on a CPU compile nothing; a rival does
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if device == "cpu":
         free = int(kernel_bytes("MemAvailable", "/proc/meminfo") * 0.95) // world

@@ -7,7 +7,7 @@ row is done by all ranks at once, `--repeats` times after one to warm up, and co
 those of one rank, of the bytes that its engine ends up with.
 
 - *plain copy*: as many bytes, from touched memory to touched memory;
-- *vLLM's loading*: `reload_weights` from tensors that a rank has already;
+- *vLLM's loading*: its own `reload_weights`, of Hugging Face tensors that a rank has already;
 - *refit*: as in training, from where the student's ranks have their shards.
 
 Memory is the peak of a rank (`VmHWM`) above what it held before its first refit, without what it sees of other ranks'
@@ -33,7 +33,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.memory import kernel_bytes
+from benchmarks.common import kernel_bytes
+from megatron_trd.config import SamplerConfig
 from tests.distributed import run_ranks
 from tests.models import write_model
 
@@ -57,10 +58,10 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     """Rank function: seconds of each row, and bytes."""
     from megatron_trd import platform
     from megatron_trd.config import from_dict
-    from megatron_trd.engines import refit
     from megatron_trd.engines.engine import Engine
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.host_memory import Peers
+    from megatron_trd.models.loading import named_tensors
     from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
 
@@ -86,6 +87,11 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     def present(slot: Any) -> list[Tensor]:
         return [ones(tuple(shape)) for shape in slot.shapes]
 
+    @torch.no_grad()
+    def load() -> None:
+        how = {"weights_iterator": named_tensors(arch, present), "is_checkpoint_format": True}
+        engine.llm.collective_rpc("reload_weights", kwargs=how)
+
     current.release_memory()  # what loading left
     before = kernel_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -94,7 +100,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     copied = sent // sampler_tp
     seconds = {
         COPY: _copy(copied, repeats),
-        LOADING: _timed(lambda: refit.refit(engine.llm, arch, present), repeats),
+        LOADING: _timed(load, repeats),
         REFIT: _timed(whole, repeats),
     }
     return {"seconds": seconds, "bytes": copied, "memory": memory, "different": len(_check(engine, student))}
@@ -149,7 +155,7 @@ def main() -> None:
     """Measure, print the table, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--bucket-mib", type=int, default=512)
+    parser.add_argument("--bucket-mib", type=int, default=SamplerConfig.refit_bucket_mib)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -32,8 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.loss import matches
-from benchmarks.memory import kernel_bytes
+from benchmarks.common import kernel_bytes, matches
 from megatron_trd.config import OptimizerConfig
 from megatron_trd.errors import UserError
 from megatron_trd.reporting.metrics import read_metrics
@@ -240,7 +239,8 @@ def _run(command: list[str], run_dir: Path, steps: int) -> Measured | str:
         done: list[dict[str, Any]] = []
         while process.poll() is None:
             if len(done) < steps:
-                peaks |= _resident(process.pid)
+                for pid, size in _resident(process.pid).items():  # ours begins anew with each phase
+                    peaks[pid] = max(peaks.get(pid, 0), size)
                 done = _steps(run_dir)
             time.sleep(POLL_SECONDS)
         errors.seek(0)

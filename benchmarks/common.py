@@ -1,4 +1,4 @@
-"""What the kernel says of memory."""
+"""What several benchmarks use."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def kernel_bytes(name: str, path: str = "/proc/self/status") -> int:
     """
     [line] = [line for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
+
+
+def matches(name: str, texts: list[str]) -> bool:
+    """Whether one of `texts` is in a case's name, in small letters or large."""
+    return any(text.lower() in name.lower() for text in texts)
