@@ -93,6 +93,10 @@ class SamplerConfig:
     refit_bucket_mib: Positive = 512  # weights exchanged at once on their way from Megatron to vLLM
     enforce_eager: bool = False  # no graph capture: slower steps, faster start
 
+    @property
+    def refit_bucket_bytes(self) -> int:
+        return self.refit_bucket_mib * 2**20
+
 
 @dataclass(config=_STRICT, kw_only=True)
 class DataConfig:
@@ -156,7 +160,8 @@ class LogConfig:
     tensorboard: bool = True
     samples_per_step: NonNegative = 4  # y_o / y_r pairs kept in samples/
     verify_refit: bool = False  # compare checksums of every tensor after each refit
-    # Nats of mean |sampler - trainer| log-probability of a step's sampled tokens above which the run stops.
+    # Nats of mean |sampler - trainer| log-probability of a step's sampled tokens above which the run stops; of steps
+    # that the present weights have sampled.
     max_drift: Annotated[float, Field(gt=0)] | None = None
     drift_tokens: NonNegative = 512  # tokens a step and rank whose sampler and trainer log-probabilities are compared
 
@@ -186,6 +191,21 @@ class TrainConfig:
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+
+    @property
+    def live_teacher(self) -> bool:
+        """Whether the student itself is the teacher: no second copy of its weights."""
+        return self.teacher.model is None and self.teacher.weights == "live"
+
+    @property
+    def averaged_teacher(self) -> bool:
+        """Whether the teacher is a moving average of the student."""
+        return self.teacher.model is None and self.teacher.weights == "ema"
+
+    @property
+    def frozen_teacher(self) -> bool:
+        """Whether the teacher's hidden states outlast an optimizer step."""
+        return not (self.live_teacher or self.averaged_teacher)
 
 
 def _one_line(error: ValidationError, where: str) -> UserError:

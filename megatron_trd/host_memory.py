@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import resource
 import secrets
 import time
 import weakref
@@ -25,7 +26,7 @@ _NAP_SECONDS = 1e-4
 _ORDERED = ("x86_64", "AMD64")  # processors that let nobody see a later write before an earlier one
 _LINE = 64  # bytes of a cache line
 _MARK = 32  # random bytes at the start by which a rank knows that it sees the same memory
-_MOST_STORAGES = 512  # each is an open file of its rank; a process may have 1024 in all
+_FILES_SHARE = 2  # of the files a process may open, this part at most is for storages: its own, and those it looks at
 _SHARED_FILES = Path("/dev/shm")  # where torch puts what it shares; containers may keep it small
 
 
@@ -137,7 +138,7 @@ def show(named: Mapping[str, Tensor], group: Any) -> Peers | None:
     """
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in named.values()}
     together = barrier(group)
-    if not all(_told(together is not None and _fit(list(storages.values())), group)):
+    if not all(_told(together is not None and _fit(list(storages.values()), group.size()), group)):
         return None
     assert together is not None
     numbers = {pointer: number for number, pointer in enumerate(storages)}
@@ -166,13 +167,16 @@ def show(named: Mapping[str, Tensor], group: Any) -> Peers | None:
     return Peers(tensors, foreign, together)
 
 
-def _fit(storages: list[torch.UntypedStorage]) -> bool:
+def _fit(storages: list[torch.UntypedStorage], ranks_of_group: int) -> bool:
     """Whether this machine's ranks can share as much as this one is about to."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError):
         room = os.statvfs(_SHARED_FILES)
         needed = sum(storage.nbytes() for storage in storages if not storage.is_shared())
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return len(storages) <= _MOST_STORAGES and needed * ranks <= room.f_bavail * room.f_frsize
+        return (
+            len(storages) * ranks_of_group <= files // _FILES_SHARE and needed * ranks <= room.f_bavail * room.f_frsize
+        )
     return False
 
 

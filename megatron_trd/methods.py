@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict, cast
 
-from megatron_trd.config import LossConfig, MethodName
+from megatron_trd.config import LossConfig, MethodName, TrainConfig
 from megatron_trd.data.prompts import Context
 
 
@@ -77,3 +77,13 @@ METHODS: dict[MethodName, Method] = {
     **_baselines("opsd", "reference"),
     "opsd-jsd": Method("raw", "reference", Divergence("jsd")),
 }
+
+
+def one_engine(config: TrainConfig) -> bool:
+    """Whether the student's vLLM engine samples all; a teacher that refines with weights of its own has another."""
+    return config.live_teacher or not METHODS[config.method].refines
+
+
+def engine_sleeps(config: TrainConfig) -> bool:
+    """Whether engines may give up their memory between samplings: vLLM can do so with one engine of a process."""
+    return config.sampler.sleep and not config.staleness and one_engine(config)

@@ -14,15 +14,18 @@ import os
 import re
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+import torch.distributed as dist
 
-from megatron_trd import host_memory, megatron_on_cpu
+from megatron_trd import host_memory, megatron_on_cpu, vllm_on_cpu, vllm_on_cuda
 from megatron_trd.config import SamplerConfig
+
+_PATIENCE = timedelta(hours=1)
 
 
 def optimizer_parts(optimizer: Any) -> list[Any]:
@@ -38,10 +41,18 @@ class Platform(ABC):
     device: torch.device
     extra: str  # optional dependencies of pyproject.toml that it needs
     least_bandwidth: float  # GB/s of an all-reduce, below which communication would be most of a step
+    # Sequence lengths of micro-batches are multiples of it: each length has kernels and plans of its own.
+    length_multiple: int
+    threads_communicate: bool  # whether two threads of a rank may be in collectives of different groups at a time
 
     @abstractmethod
     def set_up(self) -> None:
         """Prepare this process (device, patches) before any process group or model is made."""
+
+    def join(self) -> None:
+        """Make the default process group of this rank's job, as torchrun's environment describes it."""
+        # Others wait at a barrier while one rank brings a checkpoint to a slow disk.
+        dist.init_process_group(self.backend, timeout=_PATIENCE)
 
     @abstractmethod
     def prepare_thread(self) -> None:
@@ -74,6 +85,10 @@ class Platform(ABC):
     def starting_sampler(self, job: str) -> contextlib.AbstractContextManager[Any]:
         """Context in which a vLLM engine is made; `job` names this job among others on the machine."""
         return contextlib.nullcontext()
+
+    def engine_context(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+        """For one vLLM engine: makes the context in which it is started, and each in which it works."""
+        return contextlib.nullcontext
 
     def prepare_reload(self, model: torch.nn.Module) -> None:
         """Runs in a vLLM worker before weights are reloaded into its model."""
@@ -140,6 +155,9 @@ class CudaPlatform(Platform):
     extra = "gpu"
     # The gradients of 8 billion parameters, 33 GB, cross the network every step: 7 s at this rate.
     least_bandwidth = 5.0
+    length_multiple = 256  # transformer-engine keeps its attention plans for ever
+    # Ranks whose threads launch NCCL's kernels in another order may wait for each other.
+    threads_communicate = False
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -162,7 +180,15 @@ class CudaPlatform(Platform):
         )
 
     def transformer_config(self) -> dict[str, Any]:
-        return {"params_dtype": self.dtype, "pipeline_dtype": self.dtype, "bf16": True}
+        return {
+            "params_dtype": self.dtype,
+            "pipeline_dtype": self.dtype,
+            "bf16": True,
+            # off by default in megatron-core, on in all that trains with it
+            "bias_activation_fusion": True,
+            "bias_dropout_fusion": True,
+            "apply_rope_fusion": True,
+        }
 
     def optimizer_config(self) -> dict[str, Any]:
         return {"params_dtype": self.dtype, "bf16": True}
@@ -175,10 +201,15 @@ class CudaPlatform(Platform):
             "gpu_memory_utilization": config.memory_fraction,
             "enforce_eager": config.enforce_eager,
             "enable_sleep_mode": sleeps,
+            "moe_backend": "triton",  # others keep experts in an order of their own, which a refit check cannot read
         }
 
+    def engine_context(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+        return vllm_on_cuda.EngineContext(self.device)
+
     def peak_memory_gib(self) -> dict[str, float]:
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        # To torch the memory of an engine that sleeps is still allocated.
+        peak = (torch.cuda.max_memory_allocated() - vllm_on_cuda.asleep_bytes()) / 2**30
         torch.cuda.reset_peak_memory_stats()
         return super().peak_memory_gib() | {"device": peak}
 
@@ -202,26 +233,7 @@ class CudaPlatform(Platform):
 
 
 _set_num_threads = torch.set_num_threads  # a vLLM worker puts a function that does nothing in its place
-_PRIMITIVES = 32  # compiled products that a layer keeps, one a number of tokens: vLLM's own number
 _BATCHED_TOKENS = 4096  # of prompts in one pass of a sampler on a CPU: vLLM's own default there
-
-
-class _PackedLinear:
-    """A linear layer of a vLLM engine on a CPU, by oneDNN from a packed copy of its weights.
-
-    For the few tokens of a decoding step that takes half to a third of the time of torch's product. The copy, which
-    takes as long as some ten such steps save, is made when the layer is first used after a refit.
-    """
-
-    def __init__(self, operations: Any) -> None:
-        self._operations = operations  # vllm._custom_ops
-        self._packed: Any = None
-
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self._packed is None:
-            self._packed = self._operations.create_onednn_mm(weight.t(), _PRIMITIVES)
-        product: torch.Tensor = self._operations.onednn_mm(self._packed, x, bias)
-        return product
 
 
 class CpuPlatform(Platform):
@@ -233,6 +245,8 @@ class CpuPlatform(Platform):
     extra = "cpu"
     # Models that train on a CPU are of 100 million parameters: 0.4 GB of gradients, 4 s at this rate.
     least_bandwidth = 0.1
+    length_multiple = 1
+    threads_communicate = True
 
     def __init__(self) -> None:
         self._depth = 0
@@ -310,63 +324,17 @@ class CpuPlatform(Platform):
             "max_num_batched_tokens": max(_BATCHED_TOKENS, max_length),
         }
 
-    @contextlib.contextmanager
-    def starting_sampler(self, job: str) -> Iterator[None]:
-        # vLLM's ranks of one machine talk through shared memory that it names after its `init_method`: the same name
-        # for every job, and never removed when a process is killed, so that the next job cannot start. Here each job
-        # and machine has a name (ranks whose names differ use gloo), and it is removed once all ranks have it mapped.
-        from vllm import _custom_ops
-        from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
-
-        identifier = f"{job}-{socket.gethostname()}"
-        original = Launcher._distributed_args
-
-        def distributed_args(self: Any) -> tuple[str, int, int]:
-            return f"file://{identifier}", *original(self)[1:]
-
-        _custom_ops._supports_onednn = False  # its packed copies would take the weights' place: see `finish_reload`
-        try:
-            with mock.patch.object(Launcher, "_distributed_args", distributed_args):
-                yield
-        finally:
-            for segment in Path("/dev/shm").glob(f"{identifier}-*cpushm_*"):
-                segment.unlink(missing_ok=True)
+    def starting_sampler(self, job: str) -> contextlib.AbstractContextManager[Any]:
+        return vllm_on_cpu.starting(f"{job}-{socket.gethostname()}")
 
     def prepare_reload(self, model: torch.nn.Module) -> None:
-        # vLLM 0.32 packs experts for its CPU kernel only when it makes the kernel: weights that are reloaded later
-        # would be taken for packed ones.
-        for module in model.modules():
-            method: Any = getattr(module, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
-                method.moe_kernel = None
+        vllm_on_cpu.drop_expert_kernels(model)
 
     def finish_reload(self, model: torch.nn.Module) -> None:
-        from vllm import _custom_ops
-
-        for module in model.modules():
-            if hasattr(module, "cpu_linear"):
-                module.cpu_linear = _PackedLinear(_custom_ops)  # type: ignore[assignment]
+        vllm_on_cpu.pack_when_used(model)
 
     def expert_weights(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        # Packing moves the elements of each expert's matrix the same way: where to is seen on a matrix of indices,
-        # packed in two halves that float32 holds exactly. Packed matrices are padded to what the kernel likes.
-        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import cpu_prepack_moe_weight
-
-        isa = module.quant_method.moe_kernel.fused_experts.isa
-
-        def plain(packed: torch.Tensor) -> torch.Tensor:
-            index = torch.arange(packed[0].numel()).view(1, *packed.shape[1:])
-            low, high = (
-                cpu_prepack_moe_weight(half.float(), isa).flatten().long() for half in (index & 0xFFFF, index >> 16)
-            )
-            found = torch.empty_like(packed.flatten(1))
-            found[:, low | high << 16] = packed.flatten(1)
-            return found.view(packed.shape)
-
-        gate_up, down = plain(module.w13_weight.data), plain(module.w2_weight.data)
-        size = module.moe_config.intermediate_size_per_partition
-        halves = gate_up.view(len(gate_up), 2, -1, gate_up.shape[-1])[:, :, :size]
-        return halves.flatten(1, 2), down[..., :size]
+        return vllm_on_cpu.expert_weights(module)
 
     def release_memory(self) -> None:
         host_memory.give_back()

@@ -51,6 +51,7 @@ class Engine:
     def __init__(self, model: Model, config: TrainConfig, max_length: int, *, sleeps: bool = False) -> None:
         self.model, self.config, self.max_length, self.sleeps = model, config, max_length, sleeps
         self.empty = True  # no weights yet
+        self._working = platform.current().engine_context()
         self.llm: Any = self._start()
 
     def _start(self) -> Any:
@@ -60,7 +61,7 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
         from vllm import LLM
 
-        with current.starting_sampler(_job_name()):
+        with current.starting_sampler(_job_name()), self._working():
             llm = LLM(
                 model=str(self.model.folder.path),
                 load_format="dummy",
@@ -90,13 +91,15 @@ class Engine:
     def sleep(self) -> None:
         """Give up weights and KV cache."""
         if self.sleeps:
-            self.llm.sleep(level=2)
+            with self._working():
+                self.llm.sleep(level=2)
             self.empty = True
 
     def wake(self, memory: Literal["weights", "kv_cache"]) -> None:
         """Take memory back."""
         if self.sleeps and self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up(tags=[memory])
+            with self._working():
+                self.llm.wake_up(tags=[memory])
 
     def add(self, task: Task, seed: int, settings: SamplerConfig) -> None:
         """Queue a request."""
@@ -113,7 +116,9 @@ class Engine:
 
     def step(self) -> Iterator[tuple[str, Completion]]:
         """Advance every running request by a token; yields those that finished, by their task's name."""
-        for output in self.llm.llm_engine.step():
+        with self._working():
+            outputs = self.llm.llm_engine.step()
+        for output in outputs:
             if output.finished:
                 result = output.outputs[0]
                 tokens = tuple(result.token_ids)
@@ -133,11 +138,13 @@ class Engine:
     def refit(self, source: loading.Source) -> int:
         """Take over the weights of `source`; returns their bytes. Collective."""
         self.empty = False
-        return refit.refit(self.llm, self.model.arch, source)
+        with self._working():
+            return refit.refit(self.llm, self.model.arch, source)
 
     def verify(self, source: loading.Source) -> None:
         """Raise `UserError` if a tensor in the engine is not the one in `source`. Collective."""
-        different = refit.verify(self.llm, self.model.arch, source)
+        with self._working():
+            different = refit.verify(self.llm, self.model.arch, source)
         if different:
             raise UserError(
                 f"refit check: {len(different)} tensors in the sampler differ from the trainer's, first {different[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from array import array
@@ -60,6 +61,13 @@ class HiddenStore:
             self._held.pop(name, None)
             if self.place == "disk":
                 self._file(name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        if self.place == "disk":
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another rank's is still in it
+                self.folder.parent.rmdir()
 
     def __getitem__(self, name: str) -> Tensor:
         """On the device; `KeyError` if this rank does not need it."""

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem
 from megatron_trd.engines.engine import Completion, Engine, pre_emptions
-from megatron_trd.engines.work import Capacity, Expectation, Load, Task, assign, at_once
+from megatron_trd.engines.work import Capacity, Expectation, Load, Task, assign, at_once, name_of
 from megatron_trd.errors import UserError
 
 _ROUND = 16  # engine steps between two meetings of the groups
-_AHEAD = 8  # a group takes 1/8 more requests than can run at once, so that its batch stays full until the next meeting
+_SPARE = 8  # a group takes 1/8 more requests than can run at once, so that its batch stays full until the next meeting
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ RefinePrompt = Callable[[Problem, Completion], list[int] | None]
 Finished = Callable[[Sequence[Trajectory]], None]
 
 
-class EngineDied(Exception):
+class EngineDied(UserError):
     """A vLLM engine of some rank failed; known to all ranks, none of which is in a collective."""
+
+    exit_code = 1  # not the user's doing: a job may begin again
 
 
 def request_seed(*parts: object) -> int:
@@ -76,14 +78,17 @@ class _Group:
     idle: float = 0.0  # seconds at meetings, waiting for the others
     idle_queued: float = 0.0  # of them, while requests waited for room
 
+    @property
+    def load(self) -> Load:
+        return Load(len(self.running), sum(task.tokens for task, _ in self.running.values()))
+
     def report(self, timeout: float | None) -> _Report:
         """What has happened since the last meeting; what is told is not told again."""
-        load = Load(len(self.running), sum(task.tokens for task, _ in self.running.values()))
         now = time.monotonic()
         overdue = [name for name, (_, since) in self.running.items() if timeout and now - since > timeout]
         again = next((name for name in overdue if name in self.retried), None)
         failure = self.failure or (f"request {again} ran for {timeout} s, twice" if again else None)
-        report = _Report(load, self.new, self.done, overdue, failure)
+        report = _Report(self.load, self.new, self.done, overdue, failure)
         self.new, self.done = [], []
         return report
 
@@ -170,9 +175,9 @@ class _Step:
         self.refinements = sampler.config.refinements_per_rollout if refine_prompt else 0
         self.expected = Expectation(self.refinements)
         most = self.settings.max_sequences
-        self.capacity = Capacity(most + most // _AHEAD, self.settings.max_running_tokens)
+        self.capacity = Capacity(most + most // _SPARE, self.settings.max_running_tokens)
         self.group = _Group()
-        self.done: dict[str, tuple[Task, Completion]] = {}  # in all groups, by name
+        self.done: dict[str, tuple[Task, Completion]] = {}  # in all groups, by their task's name
 
     def run(self) -> _Group:
         """Work and meet until all groups have done their share."""
@@ -220,14 +225,14 @@ class _Step:
         problem = self.problems[task.index]
         if task.kind == "rollout":
             return Trajectory(problem, completion)
-        return Trajectory(problem, self.done[f"rollout/{task.index}/0"][1], task.prompt, completion)
+        return Trajectory(problem, self.done[name_of("rollout", task.index)][1], task.prompt, completion)
 
     def trajectories(self) -> Iterator[Trajectory]:
         """All that there are in the end, in the problems' order; a rollout that could not be refined is one too."""
         for index in range(len(self.problems)):
-            names = [f"refinement/{index}/{number}" for number in range(self.refinements)]
+            names = [name_of("refinement", index, number) for number in range(self.refinements)]
             refined = [name for name in names if name in self.done]
-            for name in refined or [f"rollout/{index}/0"]:
+            for name in refined or [name_of("rollout", index)]:
                 yield self._trajectory(*self.done[name])
 
     def _ready(self) -> list[Task]:
@@ -237,7 +242,9 @@ class _Step:
         return [task for task in self.waiting if task.kind == "rollout"]
 
     def _advance(self) -> list[tuple[str, Completion]]:
-        """One step of this rank's engines: what finished."""
+        """One step of this rank's engines: what finished. Nothing more once one has failed."""
+        if self.group.failure:
+            return []
         try:
             return [found for engine in self.sampler.engines if engine.busy for found in engine.step()]
         except Exception as error:
@@ -256,9 +263,8 @@ class _Step:
         for number in range(self.refinements if prompt else 0):
             limit = self.settings.max_refinement_tokens
             refinement = Task("refinement", task.index, number, tuple(prompt or ()), limit, length)
-            if self.settings.stream and at_once(
-                refinement, len(self.group.running), share, self.waiting, self.expected
-            ):
+            load, room = self.group.load, self.capacity.with_share(share)
+            if self.settings.stream and at_once(refinement, load, room, self.waiting, self.expected):
                 self._begin(refinement)
             else:
                 self.group.new.append(refinement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_trd import platform
-from megatron_trd.data.batching import MicroBatch
+from megatron_trd.data.batching import MicroBatch, Sample, Side, micro_batches
 from megatron_trd.parallel.grid import Grid
 
 # hidden states `[s, b, hidden]` of a micro-batch on the last stage -> scalar loss
@@ -18,7 +19,7 @@ LossFunction = Callable[[MicroBatch, Tensor], Tensor]
 KeepFunction = Callable[[MicroBatch, Tensor], Tensor]
 
 
-def batch_count(samples: int, size: int, grid: Grid) -> int:
+def _batch_count(samples: int, size: int, grid: Grid) -> int:
     """Micro-batches of `samples` samples, at least one, and as many as on the ranks with which this one shares experts:
     those exchange tokens in every layer of every micro-batch. Collective where experts are shared."""
     count = max(1, -(-samples // size))
@@ -27,6 +28,17 @@ def batch_count(samples: int, size: int, grid: Grid) -> int:
     most = torch.tensor(count, device=platform.current().device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=grid.groups.ep)
     return int(most)
+
+
+def batches_of(
+    samples: Sequence[Sample], mine: Sequence[int], side: Side, *, size: int, grid: Grid, split: bool
+) -> list[MicroBatch]:
+    """Micro-batches of at most `size` of a replica's samples; `split`: tensor-parallel ranks have a part of each
+    sequence (sequence parallelism). Collective where experts are shared."""
+    current = platform.current()
+    multiple = math.lcm(grid.layout.tp if split else 1, current.length_multiple)
+    count = _batch_count(len(mine), size, grid)
+    return micro_batches(samples, mine, side, size=size, multiple=multiple, device=current.device, count=count)
 
 
 def run_schedule(

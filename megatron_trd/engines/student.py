@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
-from megatron_trd.data.batching import MicroBatch, Sample, micro_batches
+from megatron_trd.data.batching import MicroBatch, Sample
 from megatron_trd.engines.offload import Offload
-from megatron_trd.engines.schedule import batch_count, run_schedule
+from megatron_trd.engines.schedule import batches_of, run_schedule
 from megatron_trd.errors import UserError
 from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_parallel_log_prob
 from megatron_trd.methods import METHODS
@@ -85,7 +85,7 @@ class StudentEngine:
             self.model: Any = self._build_model(model.source)  # megatron-core is not typed
             self.optimizer = self._build_optimizer()
             self.scheduler = self._build_scheduler()
-        self._weights = SpreadWeights(self.model, model.arch, grid, config.sampler.refit_bucket_mib * 2**20)
+        self._weights = SpreadWeights(self._named, model.arch, grid, config.sampler.refit_bucket_bytes)
         self._memory = Offload(self._optimizer_tensors)
 
     def _build_model(self, source: loading.Source) -> Any:
@@ -97,7 +97,8 @@ class StudentEngine:
             self.arch, self.grid, sequence_parallel=settings.sequence_parallel, recompute=settings.recompute
         )
         model = build_model(self.arch, self.grid, mcore_config, with_head=True)
-        loading.load(model, self.arch, self.grid, source)
+        self._named = loading.local_parameters(model, self.arch, self.grid)
+        loading.load(self._named, self.arch, self.grid, source)
         for name, parameter in model.named_parameters():
             if ".experts." in name:  # reduced over its own replicas; megatron-core says so for ep > 1 only
                 parameter.allreduce = False  # type: ignore[attr-defined]
@@ -181,10 +182,10 @@ class StudentEngine:
     @property
     def head(self) -> Tensor | None:
         """This rank's shard of the output head `[padded vocab / tp, hidden]`; None off the last stage."""
-        return self.model.module.shared_embedding_or_output_weight() if self.arch.tied else self._untied_head()
-
-    def _untied_head(self) -> Tensor | None:
-        return self.model.module.output_layer.weight if self.grid.is_last_stage else None
+        if not self.grid.is_last_stage:
+            return None
+        network = self.model.module
+        return network.shared_embedding_or_output_weight() if self.arch.tied else network.output_layer.weight
 
     def source(self) -> loading.Source:
         """Full Hugging Face tensors of the present weights. Collective; see `GatheredSource` for how long they last."""
@@ -212,14 +213,7 @@ class StudentEngine:
             self.scheduler.step(increment=1)
         if not math.isfinite(grad_norm):
             raise UserError("the gradient is not finite; the newest checkpoint is of a step before: lower optimizer.lr")
-        result = sums.result(grad_norm=float(grad_norm), lr=lr)
-        bound = self.config.log.max_drift
-        if bound is not None and result.drift_mean > bound:
-            raise UserError(
-                f"sampler and trainer differ by {result.drift_mean:.3g} nats a token, log.max_drift is {bound:g}: "
-                "see whether --verify-refit finds other weights in the sampler, or raise the bound"
-            )
-        return result
+        return sums.result(grad_norm=float(grad_norm), lr=lr)
 
     def backward(
         self,
@@ -248,7 +242,11 @@ class StudentEngine:
         with platform.current().megatron():
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
-        run_schedule(self.model, self.grid, self._micro_batches(samples, share), loss)
+        settings = self.config.student
+        batches = batches_of(
+            samples, share, "student", size=settings.micro_batch_size, grid=self.grid, split=settings.sequence_parallel
+        )
+        run_schedule(self.model, self.grid, batches, loss)
         return sums
 
     def _divergence(self, batch: MicroBatch, student: Tensor, teacher: Tensor, teacher_head: Tensor) -> FusedDivergence:
@@ -264,18 +262,6 @@ class StudentEngine:
             vocab_size=self.arch.vocab_size,
             chunk_tokens=self.config.loss.chunk_tokens,
             **self.method.divergence.arguments(self.config.loss),
-        )
-
-    def _micro_batches(self, samples: Sequence[Sample], share: Sequence[int]) -> list[MicroBatch]:
-        settings = self.config.student
-        return micro_batches(
-            samples,
-            share,
-            "student",
-            size=settings.micro_batch_size,
-            multiple=settings.tp if settings.sequence_parallel else 1,
-            device=platform.current().device,
-            count=batch_count(len(share), settings.micro_batch_size, self.grid),
         )
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
-from megatron_trd.data.batching import MicroBatch, Sample, deal, micro_batches
+from megatron_trd.data.batching import MicroBatch, Sample, deal
 from megatron_trd.engines.hidden_store import WAVE, HiddenStates, HiddenStore, name_of
 from megatron_trd.engines.offload import Offload
-from megatron_trd.engines.schedule import batch_count, run_schedule
+from megatron_trd.engines.schedule import batches_of, run_schedule
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
 from megatron_trd.models import loading, weights
@@ -30,14 +30,12 @@ class TeacherEngine:
 
     def __init__(self, config: TrainConfig, student: StudentEngine, model: Model) -> None:
         self.config, self.student = config, student
-        own = config.teacher.model is None
-        self.live = own and config.teacher.weights == "live"
-        self.averaged = own and config.teacher.weights == "ema"
-        self.frozen = not self.live and not self.averaged
+        self.live, self.averaged = config.live_teacher, config.averaged_teacher
         self.grid: Grid = student.grid
         self.arch, self.folder = model.arch, model.folder
         self.model: torch.nn.Module = student.model
         self._head: Tensor | None = None
+        self._head_average: Tensor | None = None
         self._updates = 0  # of the weights
         self.store = HiddenStore(config.teacher.hidden_in, Path(config.run_dir, "hidden", str(dist.get_rank())))
         # Hidden states that are not with the student yet: on which replica, and those of them that this rank has.
@@ -55,13 +53,21 @@ class TeacherEngine:
             mcore_config = transformer_config(self.arch, self.grid)
             self.model = build_model(self.arch, self.grid, mcore_config, with_head=False)
         self.model.requires_grad_(False).eval()
-        size = self.config.sampler.refit_bucket_mib * 2**20
-        self._weights = SpreadWeights(self.model, self.arch, self.grid, size)
+        size, named = self.config.sampler.refit_bucket_bytes, loading.local_parameters(self.model, self.arch, self.grid)
+        self._named: Mapping[str, Tensor] = named
+        self._weights = self._averages = SpreadWeights(named, self.arch, self.grid, size)
+        # An update of an average is a small part of the value, and 16 bits would lose it.
+        self._average: Mapping[str, Tensor] = named
+        if self.averaged and platform.current().dtype != torch.float32:
+            self._average = {name: parameter.float() for name, parameter in named.items()}
+            self._averages = SpreadWeights(self._average, self.arch, self.grid, size, dtype=torch.float32)
 
     def load(self, source: loading.Source) -> None:
         """Take the weights of a model of this teacher's architecture."""
-        loading.load(self.model, self.arch, self.grid, source)
-        self._head = self._head_shard(source)
+        loading.load(self._average, self.arch, self.grid, source)
+        self._head_average = self._head_shard(source)
+        self._head = None if self._head_average is None else self._head_average.to(platform.current().dtype)
+        self._round()
 
     def _head_shard(self, source: loading.Source) -> Tensor | None:
         """The teacher's output head, cut over the vocabulary the way the student's is; None off its last stage."""
@@ -70,8 +76,17 @@ class TeacherEngine:
             return None
         slot = weights.slots(self.arch)[-1]
         part = weights.shard(slot, source(slot), self.arch, grid.tp_rank, grid.layout.tp)
-        settings = platform.current()
-        return part.to(settings.device, settings.dtype, copy=True)
+        dtype = torch.float32 if self.averaged else platform.current().dtype
+        return part.to(platform.current().device, dtype, copy=True)
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Bring the weights to their averages, where those are kept apart."""
+        if self._average is not self._named:
+            for name, parameter in self._named.items():
+                parameter.copy_(self._average[name])
+        if self._head is not None and self._head_average is not None and self._head is not self._head_average:
+            self._head.copy_(self._head_average)
 
     def offload(self) -> None:
         """Leave the weights to host memory until they are needed, if the configuration asks."""
@@ -80,9 +95,9 @@ class TeacherEngine:
 
     def _own_tensors(self) -> Iterator[Tensor]:
         if not self.live:
-            yield from self.model.parameters()
-            if self._head is not None:
-                yield self._head
+            yield from self._named.values()
+            yield from self._average.values()  # where they are the weights, their storages are not moved twice
+            yield from (head for head in (self._head, self._head_average) if head is not None)
 
     @property
     def head(self) -> Tensor | None:
@@ -93,27 +108,41 @@ class TeacherEngine:
 
     def update(self) -> None:
         """After an optimizer step: move an averaged teacher towards the student. Collective."""
-        self._updates += not self.frozen
+        self._updates += not self.config.frozen_teacher
         if not self.averaged:
             return
         decay = self.config.teacher.ema_decay
         self._weights.settle()
-        loading.load(self.model, self.arch, self.grid, self.student.source(), decay=decay, all_slots=True)
-        if self._head is not None and self.student.head is not None:
-            self._head.lerp_(self.student.head.detach().to(self._head), 1.0 - decay)
+        loading.load(self._average, self.arch, self.grid, self.student.source(), decay=decay, all_slots=True)
+        if self._head_average is not None and self.student.head is not None:
+            self._head_average.lerp_(self.student.head.detach().to(self._head_average), 1.0 - decay)
+        self._round()
 
     def source(self) -> loading.Source:
         """Full Hugging Face tensors of the present weights, as `StudentEngine.source`; the head is the loss's own."""
         self._memory.back()
-        if self.live:
-            return self.student.source()
-        *table, head = weights.slots(self.arch)
-        body = self._weights.source(table)
+        return self.student.source() if self.live else self._source(self._weights, self._head, platform.current().dtype)
+
+    def averages(self) -> loading.Source:
+        """The same of the averages, float32. Collective."""
+        self._memory.back()
+        return self._source(self._averages, self._head_average, torch.float32)
+
+    def _source(self, spread: SpreadWeights, head: Tensor | None, dtype: torch.dtype) -> loading.Source:
+        *table, slot = weights.slots(self.arch)
+        body = spread.source(table)
         if self.arch.tied:
             return body
-        shard = {} if self._head is None else {head.megatron[0]: self._head}
-        last = GatheredSource(shard, self.arch, self.student.grid, self._weights.bucket_bytes, table=[head])
-        return lambda slot: last(slot) if slot == head else body(slot)
+        shard = {} if head is None else {slot.megatron[0]: head}
+        size = self.config.sampler.refit_bucket_bytes
+        last = GatheredSource(shard, self.arch, self.student.grid, size, dtype=dtype, table=[slot])
+        return lambda asked: last(asked) if asked == slot else body(asked)
+
+    def forget(self) -> None:
+        """Drop all hidden states: their step is over."""
+        self.store.keep(())
+        self._made.clear()
+        self._makers.clear()
 
     def hidden(self, samples: Sequence[Sample], student_shares: Sequence[Sequence[int]]) -> HiddenStates:
         """Hidden states after the final norm at response positions, `[tokens, hidden_T]` by sample index.
@@ -163,15 +192,8 @@ class TeacherEngine:
         settings, layout = self.config.teacher, self.grid.layout
         shares = deal(samples, layout.dp, cost=lambda sample: len(sample.tokens("teacher")))
         mine = shares[self.grid.dp_rank]
-        batches = micro_batches(
-            samples,
-            mine,
-            "teacher",
-            size=settings.micro_batch_size,
-            multiple=layout.tp if self.live and self.config.student.sequence_parallel else 1,
-            device=platform.current().device,
-            count=batch_count(len(mine), settings.micro_batch_size, self.grid),
-        )
+        split = self.live and self.config.student.sequence_parallel
+        batches = batches_of(samples, mine, "teacher", size=settings.micro_batch_size, grid=self.grid, split=split)
 
         def of_responses(batch: MicroBatch, hidden: Tensor) -> Tensor:
             return batch.select(self.student.whole_sequence(hidden) if self.live else hidden)

@@ -7,11 +7,16 @@ bit of what is sampled, is a function of the run's seed and weights alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal
 
 Kind = Literal["rollout", "refinement"]
+
+
+def name_of(kind: Kind, index: int, number: int = 0) -> str:
+    """The name of a rollout of a step's list, or of a refinement of it."""
+    return f"{kind}/{index}/{number}"
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}/{self.index}/{self.number}"
+        return name_of(self.kind, self.index, self.number)
 
     @property
     def tokens(self) -> int:
@@ -49,6 +54,10 @@ class Capacity:
 
     requests: int
     tokens: int | None
+
+    def with_share(self, share: int) -> Capacity:
+        """This, and no more than `share` requests."""
+        return replace(self, requests=min(self.requests, share))
 
     def admits(self, load: Load, task: Task) -> bool:
         """Whether a group so loaded may take one more; a task too large for any group is taken by an empty one."""
@@ -88,9 +97,10 @@ def assign(
     return given
 
 
-def at_once(task: Task, running: int, share: int, waiting: Sequence[Task], expected: Expectation) -> bool:
+def at_once(task: Task, load: Load, room: Capacity, waiting: Sequence[Task], expected: Expectation) -> bool:
     """Whether a group begins the refinement of a rollout that it has finished before the groups meet again.
 
-    Not if it runs its `share` of the requests, so that others have more room; nor if a longer task has waited for room.
+    Not if it has no `room` for it, which ends at its share of the requests, so that others have more; nor if a longer
+    task has waited for room.
     """
-    return running < share and expected(task) >= max(map(expected, waiting), default=0.0)
+    return room.admits(load, task) and expected(task) >= max(map(expected, waiting), default=0.0)

@@ -35,7 +35,7 @@ def _evaluate(config: TrainConfig) -> None:
 
         current = platform.current()
         current.set_up()
-        dist.init_process_group(current.backend)
+        current.join()
         model = open_model(config.model)
         check_files(model.path)
         prompts = PromptBuilder(model.folder.tokenizer, config.data.task, config.data.chat_template_kwargs)

@@ -28,7 +28,7 @@ _NONE = tl.constexpr(NO_LOGIT)
 def _load(row, offsets, columns, inverse_temperature):
     logits = tl.load(row + offsets, mask=offsets < columns, other=_NONE)
     # A column that is not there, or masked, has a logit that no real one reaches and that stays finite.
-    return tl.maximum(logits * inverse_temperature, _NONE)
+    return tl.maximum(logits * inverse_temperature, _NONE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

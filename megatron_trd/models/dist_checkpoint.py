@@ -115,15 +115,19 @@ class CheckpointWriter:
 
 
 def write_states(writer: CheckpointWriter, arch: Architecture) -> None:
-    """Write the empty states of a model's linear layers (scales of FP8, which nobody has yet).
+    """Write the empty states of a model's layers (scales of FP8, which nobody has yet).
 
-    megatron-core asks for them when it loads: those of the local layers, and those of transformer-engine's.
+    megatron-core asks for them when it loads: those of the local layers, and those of transformer-engine's, whose norms
+    have one where they are not part of a linear layer.
     """
-    linears = ["self_attention.linear_proj", "self_attention.linear_qkv", "self_attention.core_attention"]
-    linears += [] if arch.experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    modules = ["self_attention.linear_proj", "self_attention.linear_qkv", "self_attention.core_attention"]
+    modules += ["pre_mlp_layernorm"] if arch.experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    norms = "self_attention.q_layernorm", "self_attention.k_layernorm"
+    modules += [norm for norm in norms if arch.has(f"{norm}.weight")]
+    writer.add_object("decoder.final_layernorm._extra_state/shard_0_1", None)
     for layer in range(arch.layers):
-        for linear in linears:
-            writer.add_object(f"decoder.layers.{linear}._extra_state/shard_{layer}_{arch.layers}", None)
+        for module in modules:
+            writer.add_object(f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.layers}", None)
         for linear, expert in itertools.product(("linear_fc1", "linear_fc2"), range(arch.experts)):
             place = f"{layer}.{expert}_{arch.layers}.{arch.experts}"
             writer.add_object(f"decoder.layers.mlp.experts.experts.{linear}._extra_state/shard_{place}", None)
@@ -142,8 +146,8 @@ class CheckpointReader:
                 raise ValueError(f"its format is {kind}, supported is torch_dist")
             self._metadata: Metadata = _MetadataUnpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
             self._places: dict[MetadataIndex, _StorageInfo] = self._metadata.storage_data
-            names = {place.relative_path for place in self._places.values()}
             self._check_structure()
+            names = {place.relative_path for place in self._places.values()}
         except Exception as error:  # a pickle that was tampered with can raise anything
             raise UserError(f"checkpoint '{path}' cannot be read: {' '.join(str(error).split())[:200]}") from None
         for name in sorted(names):
@@ -154,6 +158,9 @@ class CheckpointReader:
 
     def _check_structure(self) -> None:
         """Raise if the metadata is not of the types it should be."""
+        for place in self._places.values():
+            if not (isinstance(place.relative_path, str) and isinstance(place.offset + place.length, int)):
+                raise ValueError(f"it has {place} in place of a part of a file")
         for key, value in self._metadata.state_dict_metadata.items():
             if isinstance(value, BytesStorageMetadata):
                 continue

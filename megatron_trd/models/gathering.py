@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_trd import platform
 from megatron_trd.host_memory import Peers
 from megatron_trd.models.architecture import Architecture
-from megatron_trd.models.loading import find, local_parameters
+from megatron_trd.models.loading import find
 from megatron_trd.models.weights import Piece, Slot, exported_slots, merge, pieces, shard_shape, slots, stage_of, uncut
 from megatron_trd.parallel.grid import Grid
 
@@ -67,16 +67,18 @@ class GatheredSource:
         grid: Grid,
         bucket_bytes: int,
         *,
+        dtype: torch.dtype | None = None,
         table: Sequence[Slot] | None = None,
         peers: Peers | None = None,
     ) -> None:
-        """`named`: this rank's parameters by global Megatron name; `table`: their slots, if not the whole model's;
-        `peers`: the same parameters of the ranks of `grid.copy`, if it can look at them."""
+        """`named`: this rank's parameters by global Megatron name, of `dtype` (the platform's); `table`: their slots,
+        if not the whole model's; `peers`: the same parameters of the ranks of `grid.copy`, if it can look at them."""
         self.named, self.arch, self.grid = named, arch, grid
         # Parameters of each rank of the copy, where this one sees them all.
         self._seen = peers.tensors if peers else [named] if len(grid.copy) == 1 else None
         self._embedding = slots(arch)[0]
-        self._table, self._limit = table, bucket_bytes // platform.current().dtype.itemsize
+        self._dtype = dtype or platform.current().dtype
+        self._table, self._limit = table, bucket_bytes // self._dtype.itemsize
         self._present: Bucket | None = None
         self._full: dict[Slot, Callable[[], list[Tensor]]] = {}
         if peers:
@@ -122,7 +124,7 @@ class GatheredSource:
         shapes = {slot: shard_shape(slot, self.arch, len(self._holders(slot))) for slot in bucket.slots}
         sizes = {rank: [shapes[slot].numel() for slot in held[rank]] for rank in copy}
         longest = max(map(sum, sizes.values()))
-        flat = torch.empty(longest, dtype=current.dtype, device=current.device)
+        flat = torch.empty(longest, dtype=self._dtype, device=current.device)
         mine = dist.get_rank()
         for slot, target in zip(held[mine], flat[: sum(sizes[mine])].split(sizes[mine]), strict=True):
             target.view(shapes[slot]).copy_(self._of(slot, self.named))
@@ -154,17 +156,27 @@ class GatheredSource:
 class SpreadWeights:
     """The weights of a running model, for all who want full tensors of them."""
 
-    def __init__(self, model: torch.nn.Module, arch: Architecture, grid: Grid, bucket_bytes: int) -> None:
-        self.arch, self.grid, self.bucket_bytes = arch, grid, bucket_bytes
-        self._named = local_parameters(model, arch, grid)
+    def __init__(
+        self,
+        named: Mapping[str, Tensor],
+        arch: Architecture,
+        grid: Grid,
+        bucket_bytes: int,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Arguments as of `GatheredSource`."""
+        self._arguments = named, arch, grid, bucket_bytes
+        self._dtype = dtype
 
     @functools.cached_property
     def _peers(self) -> Peers | None:
-        return platform.current().peers(self._named, self.grid.copy_group)
+        named, _, grid, _ = self._arguments
+        return platform.current().peers(named, grid.copy_group)
 
     def source(self, table: Sequence[Slot] | None = None) -> GatheredSource:
         """The present weights, of the slots in `table` or of all. Collective."""
-        return GatheredSource(self._named, self.arch, self.grid, self.bucket_bytes, table=table, peers=self._peers)
+        return GatheredSource(*self._arguments, dtype=self._dtype, table=table, peers=self._peers)
 
     def settle(self) -> None:
         """Return when no rank looks at these weights any more: before they change. Collective."""

@@ -161,7 +161,7 @@ def _same(folder: ModelFolder, left: Slot, right: Slot, arch: Architecture) -> b
 
 @torch.no_grad()
 def load(
-    model: torch.nn.Module,
+    named: Mapping[str, Tensor],
     arch: Architecture,
     grid: Grid,
     source: Source,
@@ -169,20 +169,19 @@ def load(
     decay: float = 0.0,
     all_slots: bool = False,
 ) -> None:
-    """Fill this rank's parameters: `parameter <- decay * parameter + (1 - decay) * source`.
+    """Fill this rank's tensors, named as by `local_parameters`: `tensor <- decay * tensor + (1 - decay) * source`.
 
     `all_slots`: ask `source` for every slot in order, needed where it is collective; otherwise for local ones only.
     """
-    named = local_parameters(model, arch, grid)
     for slot in slots(arch):
-        parameter = find(slot, named)
-        if parameter is None and not all_slots:
+        tensor = find(slot, named)
+        if tensor is None and not all_slots:
             continue
         full = source(slot)
-        if parameter is None:
+        if tensor is None:
             continue
-        part = shard(slot, full, arch, *grid.tensor_rank(expert=slot.expert is not None)).to(parameter)
-        parameter.copy_(part) if decay == 0.0 else parameter.lerp_(part, 1.0 - decay)
+        part = shard(slot, full, arch, *grid.tensor_rank(expert=slot.expert is not None)).to(tensor)
+        tensor.copy_(part) if decay == 0.0 else tensor.lerp_(part, 1.0 - decay)
 
 
 _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)")

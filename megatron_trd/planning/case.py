@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_trd.config import TrainConfig
 from megatron_trd.engines.teacher import check_teacher
 from megatron_trd.errors import UserError
-from megatron_trd.methods import METHODS
+from megatron_trd.methods import METHODS, engine_sleeps, one_engine
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning.devices import Cluster, Device, Stack
@@ -42,21 +42,7 @@ class Case:
     @property
     def teacher_layout(self) -> Layout:
         own = self.config.teacher
-        return self.student_layout if self.live else Layout(own.tp, own.pp, self.cluster.world, own.ep)
-
-    @property
-    def live(self) -> bool:
-        """Whether the student itself is the teacher: no second copy of its weights."""
-        return self.config.teacher.model is None and self.config.teacher.weights == "live"
-
-    @property
-    def averaged(self) -> bool:
-        return self.config.teacher.model is None and self.config.teacher.weights == "ema"
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the teacher's hidden states outlast an optimizer step."""
-        return not (self.live or self.averaged)
+        return self.student_layout if self.config.live_teacher else Layout(own.tp, own.pp, self.cluster.world, own.ep)
 
     @property
     def refines(self) -> bool:
@@ -65,13 +51,12 @@ class Case:
     @property
     def engines(self) -> list[Architecture]:
         """Models of a rank's vLLM engines: the teacher's too where it refines with weights of its own."""
-        return [self.student] if self.live or not self.refines else [self.student, self.teacher]
+        return [self.student] if one_engine(self.config) else [self.student, self.teacher]
 
     @property
     def sleeps(self) -> bool:
-        """Whether the engine gives up its memory while Megatron works: vLLM can do so with one engine of a process."""
-        wanted = self.config.sampler.sleep and not self.config.staleness
-        return self.stack.engine_shares and wanted and len(self.engines) == 1
+        """Whether the engine gives up its memory while Megatron works."""
+        return self.stack.engine_shares and engine_sleeps(self.config)
 
     @property
     def places(self) -> set[tuple[int, int]]:

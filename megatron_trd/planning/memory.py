@@ -107,9 +107,10 @@ def _of_rank(case: Case, student_stage: int, teacher_stage: int) -> dict[str, Pa
     sampling = graphs | away | ({"teacher weights": 0.0} if teacher.offload else {}) | awake | work
     training = graphs | ({} if case.sleeps else awake) | (work if case.config.staleness else {})
     received = _received(case, student_stage)
+    beside = _teacher_parts(case, teacher_stage, 0.0) if case.config.overlap == "teacher" else {}
     return {
         "refit": refitting | {"refit buckets": _refit_buckets(case)},
-        "sample": sampling,
+        "sample": sampling | beside,
         "teacher": training | _teacher_parts(case, teacher_stage, received),
         "train": training | {"teacher's hidden states": received} | _train_parts(case, student_stage),
     }
@@ -123,7 +124,7 @@ def _resident(case: Case, student_stage: int, teacher_stage: int) -> Parts:
         "student weights": own.total * stack.weight_bytes,
         "gradients": own.total * _GRADIENT_BYTES,
         "optimizer": optimizer_values(case, own) * stack.optimizer_bytes,
-        "teacher weights": _teacher_values(case, student_stage, teacher_stage) * stack.weight_bytes,
+        "teacher weights": _teacher_values(case, student_stage, teacher_stage) * _teacher_bytes(case),
         "process": case.device.efficiency.context_gib * GIB,
     }
 
@@ -136,9 +137,15 @@ def optimizer_values(case: Case, own: sizes.Parameters) -> float:
     return own.shared / layout.dp + own.experts * layout.ep / (layout.tp * layout.dp)
 
 
+def _teacher_bytes(case: Case) -> int:
+    """Of a teacher's weight; averages are in float32, apart from narrower weights."""
+    narrow = case.stack.weight_bytes
+    return narrow + 4 if case.config.averaged_teacher and narrow < 4 else narrow
+
+
 def _teacher_values(case: Case, student_stage: int, teacher_stage: int) -> float:
     """Values of the teacher's body, and of its head on the student's last stage."""
-    if case.live:
+    if case.config.live_teacher:
         return 0.0
     body = sizes.of_rank(case.teacher, case.teacher_layout, teacher_stage, with_head=False).total
     last = student_stage == case.student_layout.pp - 1
@@ -190,7 +197,7 @@ def _teacher_parts(case: Case, stage: int, received: float) -> Parts:
     layout, work, stack, size = case.teacher_layout, case.work, case.stack, case.config.teacher.micro_batch_size
     sequences = work.of_replica(layout.dp)
     tokens = min(size, sequences) * work.longest.teacher
-    split = case.live and case.config.student.sequence_parallel
+    split = case.config.live_teacher and case.config.student.sequence_parallel
     layer = sizes.kept_by_layer(case.teacher, layout, int(work.longest.teacher), stack, sequence_parallel=split)
     last = stage == layout.pp - 1
     made = (tokens + _at_once(case, sequences) * work.longest.response) * _hidden_bytes(case) if last else 0.0
@@ -228,7 +235,7 @@ def _bucket(case: Case, arch: Architecture, layout: Layout) -> float:
     ranks, holders = copy_ranks(layout), layout.ep if arch.experts else layout.tp
     if ranks == 1 or stack.sees_peers:
         return experts
-    limit = case.config.sampler.refit_bucket_mib * 2**20
+    limit = case.config.sampler.refit_bucket_bytes
     bucket = max(limit, largest, experts)
     bucket = min(bucket, sizes.whole(arch).total * stack.weight_bytes)
     return largest + bucket * (ranks + 1) / holders  # every rank's shards, and the rank's own

@@ -21,7 +21,7 @@ _OPTIMIZER_BYTES = 4 + 4 + 2 * 12 + 2
 def by_phase(case: Case) -> dict[str, Parts]:
     """Phase -> parts, seconds a step."""
     epochs = case.config.epochs_per_batch
-    teacher = _times(1 if case.frozen else epochs, _teacher(case))
+    teacher = _times(1 if case.config.frozen_teacher else epochs, _teacher(case))
     return dict(zip(PHASES, (_refit(case), _sample(case), teacher, _times(epochs, _train(case))), strict=True))
 
 
@@ -32,7 +32,7 @@ def _times(count: int, parts: Parts) -> Parts:
 def _refit(case: Case) -> Parts:
     """The student's engine, and that of a teacher which has moved; a frozen one's weights come once."""
     sources = [(case.student, case.student_layout)]
-    if len(case.engines) > 1 and case.averaged:
+    if len(case.engines) > 1 and case.config.averaged_teacher:
         sources.append((case.teacher, case.teacher_layout))
     parts: Parts = {"exchange": 0.0, "loading": 0.0}
     for arch, layout in sources:
@@ -129,7 +129,7 @@ def _teacher(case: Case) -> Parts:
     """Forward passes over whole sequences; hidden states to the student's last stages."""
     config, layout, work = case.config, case.teacher_layout, case.work
     share = work.busiest_share(work.mean.teacher, work.longest.teacher, layout.dp)
-    split = case.live and config.student.sequence_parallel
+    split = case.config.live_teacher and config.student.sequence_parallel
     micro = config.teacher.micro_batch_size
     parts = _passes(case, case.teacher, layout, share, work.mean.teacher, micro, passes=1, split=split)
     sent = work.of_replica(case.student_layout.dp) * work.mean.response * case.teacher.hidden_size
@@ -157,7 +157,7 @@ def _train(case: Case) -> Parts:
     parts["gradients over replicas"] = _reduction(case, own, layout, config)
     state = memory.optimizer_values(case, own) * _OPTIMIZER_BYTES
     parts["optimizer"] = state / (device.bandwidth * efficiency.copying)
-    if case.averaged:
+    if case.config.averaged_teacher:
         parts["teacher's average"] = sum(_gathered(case, case.student, layout))
     return parts
 

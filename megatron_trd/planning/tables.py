@@ -157,7 +157,7 @@ def _reasons(forecast: Forecast) -> str:
 
 def layout_cells(case: Case) -> tuple[str, str, str]:
     """Layouts of student, teacher and sampler, in a few letters each."""
-    return _student(case), "the student" if case.live else _grid(case.teacher_layout), _sampler(case)
+    return _student(case), "the student" if case.config.live_teacher else _grid(case.teacher_layout), _sampler(case)
 
 
 def _student(case: Case) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_trd import platform
@@ -73,8 +74,8 @@ def save(
         state = _state(student, step, loading=False)
         dist_checkpointing.save(state, str(partial), sharded_strategy=("torch_dist", 1))
     if teacher.averaged:
-        tensors = named_tensors(teacher.arch, teacher.source())
-        write_folder(partial / "ema", teacher.folder, teacher.arch, tensors, platform.current().dtype)
+        tensors = named_tensors(teacher.arch, teacher.averages())
+        write_folder(partial / "ema", teacher.folder, teacher.arch, tensors, torch.float32)
     if dist.get_rank() == 0:
         (partial / COMPANIONS).mkdir()
         copy_companions(student.folder, partial / COMPANIONS, platform.current().dtype)
@@ -149,7 +150,11 @@ def _state(student: StudentEngine, step: int, *, loading: bool) -> dict[str, Any
     platform.current().complete_optimizer(student.optimizer)  # nothing may have been trained on so far
     model = student.model.module.sharded_state_dict()
     # canonical parameter-shaped optimizer state: loads at any TP x PP x DP
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        # Through the host to one replica: the other way, each GPU gets all replicas' state in float32.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
     return {
         "model": model,
         "optimizer": student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem, load_problems
 from megatron_trd.data.prompts import Context
@@ -98,6 +99,16 @@ def _check_order(config: TrainConfig) -> None:
         )
     stale = "staleness=1" if config.staleness else ""
     overlap = "overlap=teacher" if config.overlap == "teacher" else ""
+    if (stale or overlap) and config.sampler.tp > 1 and not platform.current().threads_communicate:
+        raise UserError(
+            f"{stale or overlap} with sampler.tp={config.sampler.tp}: two threads of a rank would communicate over "
+            "NCCL, each in an order of its own, and could wait for ever: sampler.tp=1, or do without"
+        )
+    if overlap and config.teacher.hidden_in != "device":
+        raise UserError(
+            f"overlap=teacher keeps on the device what teacher.hidden_in={config.teacher.hidden_in} is to move out "
+            "of it: set one of the two"
+        )
     lent = (
         ("student.offload", config.student.offload, stale),
         ("teacher.offload", config.teacher.offload, stale or overlap),
@@ -107,7 +118,7 @@ def _check_order(config: TrainConfig) -> None:
             raise UserError(
                 f"{key}=true lends memory to the sampler, and {other} needs it meanwhile: set one of the two"
             )
-    if config.teacher.offload and config.teacher.model is None and config.teacher.weights == "live":
+    if config.teacher.offload and config.live_teacher:
         raise UserError("teacher.offload=true: a live teacher has no weights of its own; see student.offload")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.engines.student import StepResult, StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
+from megatron_trd.errors import UserError
 from megatron_trd.methods import METHODS
 from megatron_trd.parallel.grid import student_grid
 from megatron_trd.reporting.metrics import MetricsWriter, SampleWriter
@@ -38,7 +40,7 @@ class Run:
         current = platform.current()
         current.set_up()
         if not dist.is_initialized():
-            dist.init_process_group(current.backend)
+            current.join()
         torch.manual_seed(config.seed)
         grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=config.seed)
         for model in sorted({self.inputs.student.path, self.inputs.teacher.path}):
@@ -61,6 +63,7 @@ class Run:
 
     def trajectories(self, step: int) -> list[Trajectory]:
         """A step's trajectories. Collective."""
+        self.teacher.forget()
         self.sampled = self.sampling.take(step)
         return self.sampled.trajectories
 
@@ -69,34 +72,43 @@ class Run:
         return deal(samples, self.student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
 
     def log(self, step: int, trajectories: list[Trajectory], samples: list[Sample], results: list[StepResult]) -> None:
-        """Write a finished step's metrics and samples (rank 0); `results`: of each epoch over them."""
-        seconds, measured = self.phases.seconds, self.phases.metrics() | self.sampling.metrics
-        if self._writers is None:
-            return
-        metrics: dict[str, Any] = self.builder.metrics(trajectories, samples)
-        metrics |= {"overflow/prompt": self.sampled.too_long, "staleness": step - self.sampled.weights}
-        if results:
-            result = results[0]  # before the samples had been trained on
-            metrics |= {
-                "loss": result.loss,
-                "divergence/mean": result.divergence,
-                "grad_norm": result.grad_norm,
-                "lr": result.lr,
-                "drift/mean": result.drift_mean,
-                "drift/max": result.drift_max,
-            }
-        if len(results) > 1:
-            metrics["loss/last_epoch"] = results[-1].loss
-        metrics |= measured | self.sampled.stats
+        """Write a finished step's metrics and samples (rank 0); `results`: of each epoch over them.
+
+        Raises `UserError` on every rank for a drift above `log.max_drift`.
+        """
+        measured = self.phases.metrics()
+        if self._writers is not None:
+            metrics: dict[str, Any] = self.builder.metrics(trajectories, samples)
+            metrics |= {"overflow/prompt": self.sampled.too_long, "staleness": step - self.sampled.weights}
+            metrics |= _trained(results) | measured | self.sampling.metrics | self.sampled.stats
+            metrics |= dict(self._throughput(trajectories, metrics, len(results)))
+            pairs = [self.builder.pair(trajectory) for trajectory in trajectories[: self.config.log.samples_per_step]]
+            self._writers.write(step, metrics, pairs)
+        bound = self.config.log.max_drift
+        # A model that has moved since it sampled has other log-probabilities: nothing is wrong then.
+        if bound is not None and results and self.sampled.weights == step and results[0].drift_mean > bound:
+            raise UserError(
+                f"sampler and trainer differ by {results[0].drift_mean:.3g} nats a token, log.max_drift is {bound:g}: "
+                "see whether --verify-refit finds other weights in the sampler, or raise the bound"
+            )
+
+    def _throughput(
+        self, trajectories: list[Trajectory], metrics: Mapping[str, float], epochs: int
+    ) -> Iterator[tuple[str, float]]:
+        """Tokens a second of sampling, of the teacher and of training, all ranks together."""
         sampled = sum(
-            len(trajectory.rollout.tokens) + (len(trajectory.refinement.tokens) if trajectory.refinement else 0)
-            for trajectory in trajectories
+            len(one.rollout.tokens) + len(one.refinement.tokens if one.refinement else ()) for one in trajectories
         )
-        metrics["throughput/sample"] = sampled / max(seconds.get("sample", 0.0), 1e-9)
-        for phase in ("teacher", "train"):
-            metrics[f"throughput/{phase}"] = metrics["tokens/trained"] / max(seconds.get(phase, 0.0), 1e-9)
-        pairs = [self.builder.pair(trajectory) for trajectory in trajectories[: self.config.log.samples_per_step]]
-        self._writers.write(step, metrics, pairs)
+        yield "throughput/sample", sampled / self.sampled.seconds
+        if not epochs:
+            return
+        trained = metrics["tokens/trained"]
+        yield "throughput/train", epochs * trained / metrics["time/train"]
+        if self.config.overlap == "none":  # otherwise most of it was computed while there was sampling
+            yield (
+                "throughput/teacher",
+                (1 if self.config.frozen_teacher else epochs) * trained / metrics["time/teacher"],
+            )
 
     def save(self, steps_done: int) -> None:
         """Write a checkpoint after `steps_done` steps. Collective."""
@@ -118,10 +130,27 @@ class Run:
 
     def close(self) -> None:
         """Flush the writers and leave the process group."""
+        self.teacher.store.close()
         if self._writers is not None:
             self._writers.close()
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _trained(results: list[StepResult]) -> dict[str, float]:
+    """Metrics of a step's training: of the first epoch, before the samples had been trained on."""
+    if not results:
+        return {}
+    first, *others = results
+    values = {
+        "loss": first.loss,
+        "divergence/mean": first.divergence,
+        "grad_norm": first.grad_norm,
+        "lr": first.lr,
+        "drift/mean": first.drift_mean,
+        "drift/max": first.drift_max,
+    }
+    return values | ({"loss/last_epoch": others[-1].loss} if others else {})
 
 
 class _Writers:

@@ -35,7 +35,8 @@ class SampleBuilder:
     prompts: PromptBuilder
 
     def begin(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]], int]:
-        """Problems that can be sampled, their vanilla prompts, and how many had a prompt that was dropped or cut."""
+        """Problems that can be sampled, each as often as it is to be, their vanilla prompts, and how many of `problems`
+        had a prompt that was dropped or cut."""
         kept, prompts, too_long = [], [], 0
         for problem in problems:
             ids = self.prompts.ids("vanilla", problem.problem)
@@ -43,8 +44,8 @@ class SampleBuilder:
             fits = len(ids) <= prompt_limit(self.config, "vanilla")
             too_long += over or not fits
             if fits and teacher is not None:
-                kept.append(problem)
-                prompts.append(ids)
+                kept += [problem] * self.config.rollouts_per_problem
+                prompts += [ids] * self.config.rollouts_per_problem
         return kept, prompts, too_long
 
     def refine_prompt(self, problem: Problem, rollout: Completion) -> list[int] | None:

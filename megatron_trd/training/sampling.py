@@ -19,8 +19,7 @@ from megatron_trd.engines.engine import Completion, Engine
 from megatron_trd.engines.sampler import EngineDied, Sampler, Trajectory
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
-from megatron_trd.errors import UserError
-from megatron_trd.methods import METHODS
+from megatron_trd.methods import METHODS, engine_sleeps, one_engine
 from megatron_trd.training.checks import Inputs
 from megatron_trd.training.phases import Phases
 from megatron_trd.training.samples import SampleBuilder
@@ -34,6 +33,7 @@ class Sampled:
     weights: int  # of the step whose weights sampled them; on-policy: the step itself
     trajectories: list[Trajectory]
     too_long: int  # problems whose prompt was dropped or cut
+    seconds: float  # it took
     stats: dict[str, float]  # of the sampler
 
     def to_json(self) -> str:
@@ -89,21 +89,22 @@ class Sampling:
     def _sampler(self) -> Sampler:
         """One vLLM engine, and a second one for a teacher whose weights are not the student's."""
         config, inputs = self.config, self.inputs
-        if self.teacher.live or not METHODS[config.method].refines:
-            sleeps = config.sampler.sleep and not config.staleness
-            engine = Engine(inputs.student, config, inputs.max_length, sleeps=sleeps)
+        if one_engine(config):
+            engine = Engine(inputs.student, config, inputs.max_length, sleeps=engine_sleeps(config))
             return Sampler(config, engine, engine)
         models = inputs.student, inputs.teacher
         return Sampler(config, *(Engine(model, config, inputs.max_length) for model in models))
 
     def take(self, step: int) -> Sampled:
         """The trajectories to train on in `step`. Collective."""
-        sampled = self.pending()
+        with self.phases.measure("sample"):
+            sampled = self.pending()
         self._ready = None
         if sampled is None or sampled.step != step:
             self._refit()
             with self.phases.measure("sample"):
                 sampled = self._sample_or_rebuild(step)
+            self.sampler.student.sleep()
         if self._thread and step + 1 < self.config.steps:
             if sampled.weights != step:
                 self._refit()
@@ -116,11 +117,10 @@ class Sampling:
         if self._ahead is None:
             return self._ready
         ahead, self._ahead = self._ahead, None
-        with self.phases.measure("sample"):
-            try:
-                self._ready = ahead.result()
-            except EngineDied as death:
-                self._rebuild(f"a sampler's engine died beside training ({death})")
+        try:
+            self._ready = ahead.result()
+        except EngineDied as death:
+            self._rebuild(f"a sampler's engine died beside training ({death})")
         return self._ready
 
     def restore(self, sampled: Sampled) -> None:
@@ -130,11 +130,12 @@ class Sampling:
             engine.warm_up()
 
     def _sample(self, step: int, weights: int) -> Sampled:
+        begin = time.perf_counter()
         problems, prompts, too_long = self._builder.begin(self.problems(step))
         refine = self._builder.refine_prompt if METHODS[self.config.method].refines else None
         finished = self.teacher_ahead.add if self.teacher_ahead else None
         trajectories = self.sampler.sample(step, problems, prompts, refine, finished)
-        return Sampled(step, weights, trajectories, too_long, self.sampler.stats)
+        return Sampled(step, weights, trajectories, too_long, time.perf_counter() - begin, self.sampler.stats)
 
     def _sample_or_rebuild(self, step: int) -> Sampled:
         """An engine that dies is rebuilt once, and the step's seeds give the same tokens."""
@@ -146,10 +147,9 @@ class Sampling:
             try:
                 sampled = self._sample(step, step)
             except EngineDied as again:
-                raise UserError(f"a sampler's engine died twice in step {step}: {again}") from None
+                raise EngineDied(f"a sampler's engine died twice in step {step}: {again}") from None
         if self.teacher_ahead:
             self.teacher_ahead.finish()
-        self.sampler.student.sleep()
         return sampled
 
     def _rebuild(self, why: str) -> None:
@@ -159,10 +159,10 @@ class Sampling:
         self.sampler.restart()
 
     def problems(self, step: int) -> list[Problem]:
-        """Problems of a step (from 0), each as often as it is to be rolled out."""
+        """Problems of a step, from 0."""
         config, problems = self.config, self.inputs.problems
         indices = step_indices(len(problems), config.batch_size, step, seed=config.seed, shuffle=config.data.shuffle)
-        return [problems[index] for index in indices for _ in range(config.rollouts_per_problem)]
+        return [problems[index] for index in indices]
 
     def _refit(self) -> None:
         """Bring the sampler's engines to the present weights, and prove it where the configuration asks. Collective."""

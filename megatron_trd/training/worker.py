@@ -30,7 +30,7 @@ def main() -> None:
 
         current = platform.current()
         current.set_up()
-        dist.init_process_group(current.backend)
+        current.join()
         config, first = _begin(arguments), dist.get_rank() == 0
         run = Run(config, resume=arguments.resume)
     train(run)

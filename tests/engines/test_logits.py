@@ -32,7 +32,7 @@ def run_logits(rank: int, world: int, model: str, tp: int, pp: int) -> list[torc
     arch = read_architecture(folder)
     with platform.current().megatron():
         network = build_model(arch, grid, transformer_config(arch, grid), with_head=True)
-    loading.load(network, arch, grid, loading.folder_source(folder))
+    loading.load(loading.local_parameters(network, arch, grid), arch, grid, loading.folder_source(folder))
     samples = [
         Sample(prompt, prompt, response, (0.0,) * len(response))
         for prompt, response in zip(PROMPTS, RESPONSES, strict=True)

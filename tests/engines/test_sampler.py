@@ -60,7 +60,7 @@ def sample_ranks(
         return None if problem.index == 3 else [9, *rollout.tokens, 10]
 
     found = {"before": Sampler(greedy, engine, engine).sample(0, problems, PROMPTS, refine)}
-    loading.load(student.model, arch, grid, open_model(other).source)
+    loading.load(loading.local_parameters(student.model, arch, grid), arch, grid, open_model(other).source)
     found["stale"] = refit.verify(engine.llm, arch, student.source())
     engine.refit(student.source())
     found["fresh"] = refit.verify(engine.llm, arch, student.source())

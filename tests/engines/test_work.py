@@ -70,8 +70,17 @@ def test_a_task_too_large_for_any_group_runs_alone() -> None:
 def test_a_refinement_begins_at_once_unless_others_have_room_or_a_longer_task_waits() -> None:
     [short, mean, long] = refinements([(1, 10), (1, 20), (1, 30)])
     rollout, expected = Task("rollout", 9, 0, (0,), limit=50), Expectation(1, [10, 10])
-    assert at_once(short, 2, 3, [], expected)
-    assert not at_once(short, 3, 3, [], expected)
-    assert not at_once(short, 2, 3, [rollout], expected), "with its refinement it is expected to be 20"
-    assert at_once(mean, 2, 3, [short, rollout], expected)
-    assert not at_once(mean, 2, 3, [short, long], expected)
+    room = Capacity(8, None).with_share(3)
+    assert at_once(short, Load(2, 40), room, [], expected)
+    assert not at_once(short, Load(3, 40), room, [], expected)
+    assert not at_once(short, Load(2, 40), room, [rollout], expected), "with its refinement it is expected to be 20"
+    assert at_once(mean, Load(2, 40), room, [short, rollout], expected)
+    assert not at_once(mean, Load(2, 40), room, [short, long], expected)
+
+
+def test_what_begins_at_once_keeps_the_limits() -> None:
+    [task] = refinements([(1, 10)])
+    expected = Expectation(1, [10])
+    assert at_once(task, Load(2, 40), Capacity(8, 40 + task.tokens).with_share(3), [], expected)
+    assert not at_once(task, Load(2, 40), Capacity(8, 39 + task.tokens).with_share(3), [], expected)
+    assert not at_once(task, Load(2, 40), Capacity(2, None).with_share(3), [], expected)

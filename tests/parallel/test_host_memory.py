@@ -69,7 +69,7 @@ def too_little(rank: int, world: int) -> list[Any]:
     room = SimpleNamespace(f_bavail=1 if rank else 10**6, f_frsize=4096)
     with mock.patch.object(host_memory.os, "statvfs", return_value=room):
         found: list[Any] = [host_memory.show(mine, dist.group.WORLD)]
-    with mock.patch.object(host_memory, "_MOST_STORAGES", 1 if rank else 10):
+    with mock.patch.object(host_memory, "_FILES_SHARE", 10**9 if rank else 2):
         found.append(host_memory.show(mine, dist.group.WORLD))
     return [*found, flat.data_ptr() == place]
 

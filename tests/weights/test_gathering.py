@@ -84,7 +84,8 @@ def check_case(folders: list[str], tp: int, pp: int, ep: int, together: bool) ->
         config = transformer_config(arch, grid, sequence_parallel=bool(arch.experts) and tp > 1)
         network = build_model(arch, grid, config, with_head=True)
 
-    spread = SpreadWeights(network, arch, grid, SMALL)
+    named = loading.local_parameters(network, arch, grid)
+    spread = SpreadWeights(named, arch, grid, SMALL)
 
     def is_loaded(folder: str) -> bool:
         expected = load_file(Path(folder, "model.safetensors"))
@@ -102,7 +103,7 @@ def check_case(folders: list[str], tp: int, pp: int, ep: int, together: bool) ->
     with mock.patch.object(current, "peers", current.peers if together else lambda *_: None):
         for number, model in enumerate(opened):
             spread.settle()
-            loading.load(network, arch, grid, model.source)
+            loading.load(named, arch, grid, model.source)
             seen[f"model {number}"] = is_loaded(folders[number])
         left, right = spread.source(), spread.source()
         seen["in pieces"] = all(in_pieces(slot, left) for slot in exported_slots(arch))

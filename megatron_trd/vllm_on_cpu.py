@@ -1,0 +1,99 @@
+"""What vLLM 0.32 does on a CPU that a sampler in a training rank needs otherwise; `platform` alone uses this."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+_PRIMITIVES = 32  # compiled products that a layer keeps, one a number of tokens: vLLM's own number
+
+
+@contextlib.contextmanager
+def starting(identifier: str) -> Iterator[None]:
+    """Context in which an engine is made; `identifier` names its job and machine.
+
+    vLLM's ranks of one machine talk through shared memory that it names after its `init_method`: the same name for
+    every job, and never removed when a process is killed, so that the next job cannot start. Here each job and machine
+    has a name (ranks whose names differ use gloo), and it is removed once all ranks have it mapped.
+    """
+    from vllm import _custom_ops
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
+
+    original = Launcher._distributed_args
+
+    def distributed_args(self: Any) -> tuple[str, int, int]:
+        return f"file://{identifier}", *original(self)[1:]
+
+    _custom_ops._supports_onednn = False  # its packed copies would take the weights' place: see `pack_when_used`
+    try:
+        with mock.patch.object(Launcher, "_distributed_args", distributed_args):
+            yield
+    finally:
+        for segment in Path("/dev/shm").glob(f"{identifier}-*cpushm_*"):
+            segment.unlink(missing_ok=True)
+
+
+def drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Before a reload: experts are packed for their kernel only when it is made, and weights that are reloaded later
+    would be taken for packed ones."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def pack_when_used(model: torch.nn.Module) -> None:
+    """After a reload: linear layers pack their new weights at their first use."""
+    from vllm import _custom_ops
+
+    for module in model.modules():
+        if hasattr(module, "cpu_linear"):
+            module.cpu_linear = _PackedLinear(_custom_ops)  # type: ignore[assignment]
+
+
+class _PackedLinear:
+    """A linear layer by oneDNN, from a packed copy of its weights.
+
+    For the few tokens of a decoding step that takes half to a third of the time of torch's product. The copy, which
+    takes as long as some ten such steps save, is made when the layer is first used after a refit.
+    """
+
+    def __init__(self, operations: Any) -> None:
+        self._operations = operations  # vllm._custom_ops
+        self._packed: Any = None
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self._packed is None:
+            self._packed = self._operations.create_onednn_mm(weight.t(), _PRIMITIVES)
+        product: torch.Tensor = self._operations.onednn_mm(self._packed, x, bias)
+        return product
+
+
+def expert_weights(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Platform.expert_weights`, of packed experts.
+
+    Packing moves the elements of each expert's matrix the same way: where to is seen on a matrix of indices, packed in
+    two halves that float32 holds exactly. Packed matrices are padded to what the kernel likes.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import cpu_prepack_moe_weight
+
+    isa = module.quant_method.moe_kernel.fused_experts.isa
+
+    def plain(packed: torch.Tensor) -> torch.Tensor:
+        index = torch.arange(packed[0].numel()).view(1, *packed.shape[1:])
+        low, high = (
+            cpu_prepack_moe_weight(half.float(), isa).flatten().long() for half in (index & 0xFFFF, index >> 16)
+        )
+        found = torch.empty_like(packed.flatten(1))
+        found[:, low | high << 16] = packed.flatten(1)
+        return found.view(packed.shape)
+
+    gate_up, down = plain(module.w13_weight.data), plain(module.w2_weight.data)
+    size = module.moe_config.intermediate_size_per_partition
+    halves = gate_up.view(len(gate_up), 2, -1, gate_up.shape[-1])[:, :, :size]
+    return halves.flatten(1, 2), down[..., :size]

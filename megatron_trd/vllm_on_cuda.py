@@ -1,0 +1,46 @@
+"""What a vLLM 0.32 engine on a GPU needs to share a process with others; `platform` alone uses this."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class EngineContext:
+    """The stream and the scratch memory of one engine.
+
+    vLLM keeps the stream that is current when it first asks, and hands results over there, whichever thread works
+    later: so it is started and used on one stream of its own, behind what the caller has queued, and the caller goes on
+    behind it. The scratch memory of experts is one for a process in vLLM, the newest engine's; captured graphs write to
+    that of the engine they were captured for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._workspace: Any = None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        from vllm.v1.worker import workspace
+
+        caller, another = torch.cuda.current_stream(), workspace._manager
+        self._stream.wait_stream(caller)
+        workspace._manager = self._workspace
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            self._workspace, workspace._manager = workspace._manager, another
+            caller.wait_stream(self._stream)
+
+
+def asleep_bytes() -> int:
+    """Bytes that sleeping engines of this process have given back; torch's statistics do not know it."""
+    module = sys.modules.get("vllm.device_allocator.cumem")  # vLLM imports it for engines that sleep
+    allocator = module.CuMemAllocator.instance if module else None
+    found = allocator.pointer_to_data.values() if allocator else ()
+    return sum(data.handle[1] for data in found if data.is_asleep)
