@@ -119,6 +119,10 @@ class Platform(ABC):
         for part in optimizer_parts(optimizer):
             part.init_state_fn(part.optimizer, part.config)
 
+    def can_move(self, storage: torch.UntypedStorage) -> bool:
+        """Whether nobody else depends on where a storage is."""
+        return bool(storage.resizable())
+
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in host memory that the device can read without a detour; made behind the work queued so far."""
         pinned = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
@@ -338,6 +342,10 @@ class CpuPlatform(Platform):
 
     def release_memory(self) -> None:
         host_memory.give_back()
+
+    def can_move(self, storage: torch.UntypedStorage) -> bool:
+        # Other ranks look at shared ones, or a checkpoint's writer.
+        return super().can_move(storage) and not storage.is_shared()
 
     def peers(self, named: Mapping[str, torch.Tensor], group: Any) -> host_memory.Peers | None:
         return host_memory.show(named, group) if group.size() > 1 else None

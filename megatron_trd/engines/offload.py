@@ -26,9 +26,9 @@ class Offload:
         if self._away:
             return
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors()}
-        # What is not resizable is in host memory: a checkpoint's writer shares tensors on a CPU with its helpers.
-        for storage in (storage for storage in storages.values() if len(storage) and storage.resizable()):
-            self._away.append((storage, platform.current().host_copy(_bytes_of(storage))))
+        current = platform.current()
+        for storage in (storage for storage in storages.values() if len(storage) and current.can_move(storage)):
+            self._away.append((storage, current.host_copy(_bytes_of(storage))))
         for storage, _ in self._away:
             storage.resize_(0)
 

@@ -68,8 +68,8 @@ def stream_ranks(rank: int, world: int, model: str) -> dict[str, Any]:
     def failing() -> Any:
         nonlocal calls
         calls += 1
-        if rank == 1 and calls == 20:
-            raise RuntimeError("killed")
+        if rank == 1 and calls >= 20:
+            raise RuntimeError("killed" if calls == 20 else "stepped after its death")
         return step()
 
     sampler = Sampler(config, engine, engine)

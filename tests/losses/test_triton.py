@@ -74,6 +74,13 @@ def compare() -> list[str]:
             error = (a.double() - b).abs().max().item()
             if not error <= 2e-6 * max(1.0, b.abs().max().item()):
                 wrong.append(f"{name}, {kind}, {columns} columns: result {place} differs by {error}")
+    for options, side in itertools.product(CASES.values(), (0, 1)):
+        sides = logits("plain", 1003)
+        sides[side][1, 7] = torch.nan
+        *statistics, gradient = passes(TritonKernels(*sides, Objective(**options)))
+        of_rows = torch.stack([*statistics, gradient.sum(dim=1)]).isnan().any(dim=0)
+        if of_rows.tolist() != [False, True, False]:
+            wrong.append(f"a logit that is NaN shows in rows {of_rows.tolist()}")
     x, y = logits("plain", 1003)
     narrow, wide = (TritonKernels(x.clone(), y.clone(), Objective()) for _ in range(2))
     for kernels in (narrow, wide):

@@ -233,6 +233,7 @@ def test_a_method_without_what_it_needs(run: Run) -> None:
         ({"staleness": 1, "student": {"offload": True}}, ["student.offload=true", "staleness=1"]),
         ({"staleness": 1, "teacher": {"offload": True}}, ["teacher.offload=true", "staleness=1"]),
         ({"overlap": "teacher", "teacher": {"offload": True}}, ["teacher.offload=true", "overlap=teacher"]),
+        ({"overlap": "teacher", "teacher": {"hidden_in": "host"}}, ["overlap=teacher", "teacher.hidden_in=host"]),
         ({"teacher": {"offload": True, "weights": "live"}}, ["teacher.offload=true", "student.offload"]),
     ],
 )

@@ -183,7 +183,7 @@ def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> list[s
         try:
             run.sampling.take(0)
         except UserError as error:
-            said.append(str(error))
+            said.append(f"{error}, exit code {error.exit_code}")
     return said
 
 
@@ -195,7 +195,7 @@ def test_an_engine_that_dies_and_memory_lent_change_nothing(unbroken: tuple[Path
         once, again, twice = [text for text in said if "died" in text]
         assert once.startswith("step 1: a sampler's engine died (RuntimeError: out of luck)")
         assert again.startswith("step 0: a sampler's engine died (RuntimeError: always)")
-        assert twice == "a sampler's engine died twice in step 0: RuntimeError: always"
+        assert twice == "a sampler's engine died twice in step 0: RuntimeError: always, exit code 1"
     assert_same_run(run, expected)
 
 
@@ -204,11 +204,13 @@ def test_a_run_that_samples_beside_training_is_marked_and_resumes_exactly(
 ) -> None:
     job, on_policy, _ = unbroken
     expected, run = tmp_path / "unbroken", tmp_path / "run"
-    settings = ["staleness=1", "teacher.hidden_in=host"]
+    settings = ["staleness=1", "teacher.hidden_in=host", "log.max_drift=1e-4"]
     jobs.finish(jobs.start("train", job, f"run_dir={expected}", *settings))
     rows = jobs.metrics(expected)
     assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
     assert [row["staleness"] for row in jobs.metrics(on_policy)] == [0] * jobs.STEPS
+    assert max(row["drift/mean"] for row in rows[1:]) > 1e-4, "the model has moved since, which is no fault"
+    assert all(row["throughput/sample"] < 1e5 for row in rows), "sampling takes its time wherever it is done"
     assert rows[0]["loss"] == jobs.metrics(on_policy)[0]["loss"]
     assert rows[1]["loss"] != jobs.metrics(on_policy)[1]["loss"]
     process = jobs.start("train", job, f"run_dir={run}", *settings)

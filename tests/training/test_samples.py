@@ -151,6 +151,13 @@ def test_a_problem_too_long_is_dropped_never_cut_and_counted_once(method: str, o
     assert too_long == 1
 
 
+def test_a_problem_that_is_rolled_out_several_times_is_counted_once() -> None:
+    made = builder(**limits(200, 60, 20), rollouts_per_problem=3)
+    problems, prompts, too_long = made.begin([PROBLEM, LONG])
+    assert (problems, too_long) == ([PROBLEM] * 3, 1)
+    assert prompts == [made.prompts.ids("vanilla", PROBLEM.problem)] * 3
+
+
 def test_the_count_of_too_long_problems_begins_anew_each_step() -> None:
     made = builder("opsd-jsd", **limits(200, 60, 20))
     assert made.begin([LONG, LONG])[2] == 2
