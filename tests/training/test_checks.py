@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_trd import platform
 from megatron_trd.config import TrainConfig, from_dict, save
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.training.checks import Inputs, check
@@ -239,6 +240,17 @@ def test_a_method_without_what_it_needs(run: Run) -> None:
 )
 def test_memory_is_lent_to_one_at_a_time(run: Run, changes: dict[str, Any], parts: list[str]) -> None:
     says(run(**changes), *parts)
+
+
+@pytest.mark.parametrize("beside", [{"staleness": 1}, {"overlap": "teacher"}])
+def test_two_threads_communicate_only_where_they_may(
+    run: Run, beside: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = beside | {"sampler": {"tp": 2}}
+    check(run(**both))
+    monkeypatch.setattr(type(platform.current()), "threads_communicate", False)
+    says(run(**both), "sampler.tp=2", "NCCL", "sampler.tp=1")
+    check(run(**beside))
 
 
 @pytest.mark.parametrize("weights", ["live", "ema"])
