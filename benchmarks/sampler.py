@@ -27,11 +27,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
+from megatron_trd.engines.work import Kind, name_of
 from tests.distributed import run_ranks
 from tests.models import write_model
 
@@ -55,71 +56,78 @@ def lengths(problems: int, longest: int, kind: str) -> dict[str, int]:
     draw = random.Random(0)
     found = {}
     for index in range(problems):
-        for name in ("rollout", "refinement"):
+        for name in get_args(Kind):
             length = min(longest, max(1, round(draw.lognormvariate(4.16, 0.9))))
-            found[f"{name}/{index}/0"] = length
+            found[name_of(name, index)] = length
         if kind == "as its rollout":
-            found[f"refinement/{index}/0"] = found[f"rollout/{index}/0"]
+            found[name_of("refinement", index)] = found[name_of("rollout", index)]
     return found
+
+
+class _Bench:
+    """This rank's engine, made to sample as many tokens as a case wants of each request."""
+
+    def __init__(self, folder: str, options: argparse.Namespace) -> None:
+        from megatron_trd.config import from_dict
+        from megatron_trd.data.problems import Problem
+        from megatron_trd.engines import engine as module
+        from megatron_trd.models.model import open_model
+
+        self.options, self.config, opened = options, from_dict({"model": folder}, "benchmark"), open_model(folder)
+        self.engine = module.Engine(opened, self.config, max_length=2 * options.longest + 64)
+        self.engine.refit(opened.source)
+        self.problems = [Problem(index, "", None, None) for index in range(options.problems)]
+        self.prompts = [[2 + (7 * index + place) % 1000 for place in range(32)] for index in range(options.problems)]
+        self._add, parameters = self.engine.add, module._parameters
+
+        def to_the_limit(*arguments: Any) -> Any:
+            found = parameters(*arguments)
+            found.ignore_eos = True  # which random weights draw once in so many thousand tokens
+            return found
+
+        module._parameters = to_the_limit
+
+    def run(self, forced: dict[str, int], stream: bool, few: bool) -> tuple[float, list[Any], dict[str, float]]:
+        """Seconds, trajectories, and what the sampler says of itself."""
+        from megatron_trd.engines.sampler import Sampler
+
+        self.engine.add = lambda task, *rest: self._add(  # type: ignore[method-assign]
+            dataclasses.replace(task, limit=forced[task.name]), *rest
+        )
+        most = self.options.sequences if few else self.config.sampler.max_sequences
+        settings = dataclasses.replace(self.config.sampler, stream=stream, max_sequences=most)
+        sampler = Sampler(dataclasses.replace(self.config, sampler=settings), self.engine, self.engine)
+        dist.barrier()
+        begin = time.perf_counter()
+        found = sampler.sample(0, self.problems, self.prompts, lambda _, rollout: [5, *rollout.tokens, 6])
+        return time.perf_counter() - begin, found, sampler.stats
 
 
 def measure(rank: int, world: int, folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rank function: for each case, seconds in both ways and what the sampler says of itself."""
     from megatron_trd import platform
-    from megatron_trd.config import from_dict
-    from megatron_trd.data.problems import Problem
-    from megatron_trd.engines import engine as module
-    from megatron_trd.engines.engine import Engine
-    from megatron_trd.engines.sampler import Sampler
-    from megatron_trd.models.model import open_model
 
     platform.current().set_up()
-    config = from_dict({"model": folder}, "benchmark")
-    opened = open_model(folder)
-    engine = Engine(opened, config, max_length=2 * options.longest + 64)
-    engine.refit(opened.source)
-    problems = [Problem(index, "", None, None) for index in range(options.problems)]
-    prompts = [[2 + (7 * index + place) % 1000 for place in range(32)] for index in range(options.problems)]
-    add, parameters = engine.add, module._parameters
+    bench = _Bench(folder, options)
+    return [_case(bench, lengths(options.problems, options.longest, kind), few) for kind, few in CASES]
 
-    def to_the_limit(*arguments: Any) -> Any:
-        found = parameters(*arguments)
-        found.ignore_eos = True  # which random weights draw once in so many thousand tokens
-        return found
 
-    module._parameters = to_the_limit
-
-    def run(forced: dict[str, int], stream: bool, few: bool) -> tuple[float, list[Any], dict[str, float]]:
-        engine.add = lambda task, *rest: add(  # type: ignore[method-assign]
-            dataclasses.replace(task, limit=forced[task.name]), *rest
-        )
-        most = options.sequences if few else config.sampler.max_sequences
-        settings = dataclasses.replace(config.sampler, stream=stream, max_sequences=most)
-        sampler = Sampler(dataclasses.replace(config, sampler=settings), engine, engine)
-        dist.barrier()
-        begin = time.perf_counter()
-        found = sampler.sample(0, problems, prompts, lambda _, rollout: [5, *rollout.tokens, 6])
-        return time.perf_counter() - begin, found, sampler.stats
-
-    results = []
-    for kind, few in CASES:
-        forced = lengths(options.problems, options.longest, kind)
-        times: dict[bool, list[float]] = {True: [], False: []}
-        stats: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-        tokens = []
-        for _ in range(options.repeats):
-            for stream in (True, False):
-                seconds, found, said = run(forced, stream, few)
-                times[stream].append(seconds)
-                stats[stream].append(said)
-                tokens.append([(one.rollout.tokens, one.refinement and one.refinement.tokens) for one in found])
-        if any(other != tokens[0] for other in tokens):
-            raise RuntimeError("streamed and two-phase sampling gave different tokens")
-        sampled = sum(len(rollout) + len(refined or ()) for rollout, refined in tokens[0])
-        if sampled != sum(forced.values()):
-            raise RuntimeError(f"{sampled} tokens were sampled, {sum(forced.values())} were to be")
-        results.append({"seconds": times, "stats": stats, "tokens": sampled})
-    return results
+def _case(bench: _Bench, forced: dict[str, int], few: bool) -> dict[str, Any]:
+    times: dict[bool, list[float]] = {True: [], False: []}
+    stats: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    tokens = []
+    for _ in range(bench.options.repeats):
+        for stream in (True, False):
+            seconds, found, said = bench.run(forced, stream, few)
+            times[stream].append(seconds)
+            stats[stream].append(said)
+            tokens.append([(one.rollout.tokens, one.refinement and one.refinement.tokens) for one in found])
+    if any(other != tokens[0] for other in tokens):
+        raise RuntimeError("streamed and two-phase sampling gave different tokens")
+    sampled = sum(len(rollout) + len(refined or ()) for rollout, refined in tokens[0])
+    if sampled != sum(forced.values()):
+        raise RuntimeError(f"{sampled} tokens were sampled, {sum(forced.values())} were to be")
+    return {"seconds": times, "stats": stats, "tokens": sampled}
 
 
 def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:

@@ -14,6 +14,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.reporting import figures, tables
 from megatron_trd.reporting.metrics import METRICS_FILE, read_metrics, replace_text
 from megatron_trd.reporting.pairs import Pair, make_pair, newest_pairs, with_refinement
+from megatron_trd.reporting.progress import PHASES
 
 PAIRS_SHOWN = 3
 
@@ -99,7 +100,7 @@ def write_report(
         window=window,
         refines=any("length/refinement" in row for run in loaded for row in run.rows),
         pairs=_pairs(pairs),
-        parts=[*tables.PARTS, "rest"],
+        parts=[*PHASES, "rest"],
         time_figure=figures.stacked([run.name for run in loaded], [run.times.parts for run in loaded]),
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,7 @@ from statistics import median
 from typing import Any
 
 from megatron_trd.reporting.figures import Interval
-
-PARTS = ("refit", "sample", "teacher", "train")
+from megatron_trd.reporting.progress import PHASES
 
 Rows = Sequence[dict[str, Any]]
 
@@ -28,7 +27,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Times:
-    """Mean seconds a step: of each of `PARTS`, of what is left, and of the whole step."""
+    """Mean seconds a step: of each of `PHASES`, of what is left, and of the whole step."""
 
     parts: list[float]
     step: float
@@ -36,11 +35,11 @@ class Times:
 
 @dataclass(frozen=True)
 class Use:
-    """Peak memory in GiB, median tokens/s of sampling and of teacher and student together, and the run's extent."""
+    """Peak memory in GiB, median tokens/s of sampling and of training, and the run's extent."""
 
     device_gib: float | None
     host_gib: float | None
-    phase_gib: list[float | None]  # peak in each of `PARTS`: of the device if there is one, else of the host
+    phase_gib: list[float | None]  # peak in each of `PHASES`: of the device if there is one, else of the host
     sample: float | None
     train: float | None
     tokens: int  # response tokens trained on
@@ -76,7 +75,7 @@ def scores_table(scores: dict[str, Any], colours: dict[str, str]) -> list[Score]
 
 def times(rows: Rows) -> Times:
     """Where a step's time went, on average over the run."""
-    parts = [_mean(rows, f"time/{part}") for part in PARTS]
+    parts = [_mean(rows, f"time/{part}") for part in PHASES]
     step = max(_mean(rows, "time/step"), sum(parts))
     return Times([*parts, step - sum(parts)], step)
 
@@ -87,7 +86,7 @@ def use(rows: Rows) -> Use:
     return Use(
         device_gib=max(column(rows, "memory/device_gib"), default=None),
         host_gib=max(column(rows, "memory/host_gib"), default=None),
-        phase_gib=[max(column(rows, f"memory/{part}/{kind}_gib"), default=None) for part in PARTS],
+        phase_gib=[max(column(rows, f"memory/{part}/{kind}_gib"), default=None) for part in PHASES],
         sample=_median(rows, "throughput/sample"),
         train=_median(rows, "throughput/train"),
         tokens=int(sum(column(rows, "tokens/trained"))),
