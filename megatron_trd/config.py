@@ -160,8 +160,8 @@ class LogConfig:
     tensorboard: bool = True
     samples_per_step: NonNegative = 4  # y_o / y_r pairs kept in samples/
     verify_refit: bool = False  # compare checksums of every tensor after each refit
-    # Nats of mean |sampler - trainer| log-probability of a step's sampled tokens above which the run stops; of steps
-    # that the present weights have sampled.
+    # Nats of mean |sampler - trainer| log-probability of a step's sampled tokens above which the run stops, unless
+    # the model that sampled has been trained since (`staleness`).
     max_drift: Annotated[float, Field(gt=0)] | None = None
     drift_tokens: NonNegative = 512  # tokens a step and rank whose sampler and trainer log-probabilities are compared
 

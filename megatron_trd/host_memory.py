@@ -26,7 +26,7 @@ _NAP_SECONDS = 1e-4
 _ORDERED = ("x86_64", "AMD64")  # processors that let nobody see a later write before an earlier one
 _LINE = 64  # bytes of a cache line
 _MARK = 32  # random bytes at the start by which a rank knows that it sees the same memory
-_FILES_SHARE = 2  # of the files a process may open, this part at most is for storages: its own, and those it looks at
+_FILES_SHARE = 2  # a storage is an open file of each rank that looks at it: half of those allowed are left for others
 _SHARED_FILES = Path("/dev/shm")  # where torch puts what it shares; containers may keep it small
 
 
@@ -174,9 +174,8 @@ def _fit(storages: list[torch.UntypedStorage], ranks_of_group: int) -> bool:
         room = os.statvfs(_SHARED_FILES)
         needed = sum(storage.nbytes() for storage in storages if not storage.is_shared())
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return (
-            len(storages) * ranks_of_group <= files // _FILES_SHARE and needed * ranks <= room.f_bavail * room.f_frsize
-        )
+        opened = len(os.listdir("/proc/self/fd")) + len(storages) * ranks_of_group
+        return opened <= files // _FILES_SHARE and needed * ranks <= room.f_bavail * room.f_frsize
     return False
 
 

@@ -12,6 +12,7 @@ from typing import Literal, TypedDict, cast
 
 from megatron_trd.config import LossConfig, MethodName, TrainConfig
 from megatron_trd.data.prompts import Context
+from megatron_trd.errors import UserError
 
 
 class DivergenceArguments(TypedDict):
@@ -82,6 +83,16 @@ METHODS: dict[MethodName, Method] = {
 def one_engine(config: TrainConfig) -> bool:
     """Whether the student's vLLM engine samples all; a teacher that refines with weights of its own has another."""
     return config.live_teacher or not METHODS[config.method].refines
+
+
+def check_threads(config: TrainConfig) -> None:
+    """Raise `UserError` where two threads of a rank would communicate: for devices on which that can hang."""
+    beside = "staleness=1" if config.staleness else "overlap=teacher" if config.overlap == "teacher" else ""
+    if beside and config.sampler.tp > 1:
+        raise UserError(
+            f"{beside} with sampler.tp={config.sampler.tp}: two threads of a rank would communicate over NCCL, each in "
+            "an order of its own, and could wait for ever: sampler.tp=1, or do without"
+        )
 
 
 def engine_sleeps(config: TrainConfig) -> bool:

@@ -82,7 +82,8 @@ class Engine:
 
     def restart(self) -> None:
         """A new engine, without weights, in place of one that died. Collective."""
-        self.llm.llm_engine.model_executor.shutdown()
+        with self._working():
+            self.llm.llm_engine.model_executor.shutdown()
         self.llm, self.empty = None, True
         gc.unfreeze()  # vLLM froze what it made
         gc.collect()

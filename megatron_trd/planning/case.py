@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_trd.config import TrainConfig
 from megatron_trd.engines.teacher import check_teacher
 from megatron_trd.errors import UserError
-from megatron_trd.methods import METHODS, engine_sleeps, one_engine
+from megatron_trd.methods import METHODS, check_threads, engine_sleeps, one_engine
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning.devices import Cluster, Device, Stack
@@ -71,6 +71,8 @@ class Case:
         case.teacher.check_layout(config.teacher.tp, config.teacher.pp, "teacher", config.teacher.ep)
         for arch in case.engines:
             arch.check_layout(config.sampler.tp, 1, "sampler")
+        if not case.stack.threads_communicate:
+            check_threads(config)
         _ = case.student_layout, case.teacher_layout  # which raise if they do not divide the ranks
         if self.cluster.world % config.sampler.tp:
             raise UserError(

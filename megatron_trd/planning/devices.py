@@ -29,6 +29,7 @@ class Stack:
     # Ranks look at each other's weights where they lie, without buckets.
     sees_peers: bool = False
     engine_copies: int = 1  # of an engine's weights; 2: as they are, and packed for its kernels
+    threads_communicate: bool = False  # as `Platform` says
 
 
 # Two norms keep their input and output; a query is kept in the fused product, reshaped, rotated, and as the attention's
@@ -36,7 +37,18 @@ class Stack:
 # transformer-engine 2; not measured.
 TRANSFORMER_ENGINE = Stack(2, 12, 4, 4, 4, tiled_attention=True, engine_shares=True)
 # Measured with `saved_tensors_hooks` on megatron-core's local layers: tests/planning/test_sizes.py.
-LOCAL_LAYERS = Stack(4, 8, 6, 7, 4, tiled_attention=False, engine_shares=False, sees_peers=True, engine_copies=2)
+LOCAL_LAYERS = Stack(
+    4,
+    8,
+    6,
+    7,
+    4,
+    tiled_attention=False,
+    engine_shares=False,
+    sees_peers=True,
+    engine_copies=2,
+    threads_communicate=True,
+)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def save(
     dist.barrier()
     with platform.current().megatron():
         state = _state(student, step, loading=False)
-        dist_checkpointing.save(state, str(partial), sharded_strategy=("torch_dist", 1))
+        how = {"sharded_strategy": ("torch_dist", 1), "preprocess_common_before_consistancy_check": _comparable}
+        dist_checkpointing.save(state, str(partial), **how)
     if teacher.averaged:
         tensors = named_tensors(teacher.arch, teacher.averages())
         write_folder(partial / "ema", teacher.folder, teacher.arch, tensors, torch.float32)
@@ -91,6 +92,13 @@ def save(
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return target
+
+
+def _comparable(state: Any) -> Any:
+    """What all ranks have alike: `param_state` is None on those that have given away their part of it."""
+    if isinstance(state, dict):
+        return {key: _comparable(value) for key, value in state.items() if key != "param_state"}
+    return [_comparable(value) for value in state] if isinstance(state, list) else state
 
 
 def _shared_digests(folder: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from megatron_trd.data.problems import Problem, load_problems
 from megatron_trd.data.prompts import Context
 from megatron_trd.engines.teacher import check_teacher
 from megatron_trd.errors import UserError
-from megatron_trd.methods import METHODS
+from megatron_trd.methods import METHODS, check_threads
 from megatron_trd.models.loading import check_tokenizer
 from megatron_trd.models.model import Model, open_model
 from megatron_trd.parallel.grid import Layout
@@ -99,11 +99,8 @@ def _check_order(config: TrainConfig) -> None:
         )
     stale = "staleness=1" if config.staleness else ""
     overlap = "overlap=teacher" if config.overlap == "teacher" else ""
-    if (stale or overlap) and config.sampler.tp > 1 and not platform.current().threads_communicate:
-        raise UserError(
-            f"{stale or overlap} with sampler.tp={config.sampler.tp}: two threads of a rank would communicate over "
-            "NCCL, each in an order of its own, and could wait for ever: sampler.tp=1, or do without"
-        )
+    if not platform.current().threads_communicate:
+        check_threads(config)
     if overlap and config.teacher.hidden_in != "device":
         raise UserError(
             f"overlap=teacher keeps on the device what teacher.hidden_in={config.teacher.hidden_in} is to move out "

@@ -166,6 +166,10 @@ class Sampling:
 
     def _refit(self) -> None:
         """Bring the sampler's engines to the present weights, and prove it where the configuration asks. Collective."""
+        # Three blocks, so that none counts together what follows one another in the same memory.
+        with self.phases.measure("refit"):
+            self.student.offload()
+            platform.current().release_memory()  # what training leaves in torch's cache
         with self.phases.measure("refit"):
             engines = [(self.sampler.student, self.student.source())]
             if self.sampler.teacher is not self.sampler.student:
@@ -174,8 +178,6 @@ class Sampling:
                 elif self.sampler.teacher.empty:  # a frozen teacher's weights come once
                     engines.append((self.sampler.teacher, self.inputs.teacher.source))
             sent, seconds = 0, 0.0
-            self.student.offload()
-            platform.current().release_memory()  # what training leaves in torch's cache
             for engine, source in engines:
                 engine.wake("weights")
                 begin = time.perf_counter()
@@ -183,6 +185,7 @@ class Sampling:
                 seconds += time.perf_counter() - begin
                 if self.config.log.verify_refit:
                     engine.verify(source)
+        with self.phases.measure("refit"):
             self.teacher.offload()
             platform.current().release_memory()  # the buckets
             self.sampler.student.wake("kv_cache")

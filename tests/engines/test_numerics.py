@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -219,6 +220,22 @@ def test_layouts_agree_with_dense_float64(
     path = str(models[teacher]) if teacher else None
     found = run_ranks(run_layouts, world, str(models[student]), path, cases)[0]
     want = expected(models[student], models[teacher or student])
+    for case, result in zip(cases, found, strict=True):
+        compare(result, want, case)
+
+
+def run_padded(rank: int, world: int, *arguments: Any) -> list[Any]:
+    """Rank function: `run_layouts` with sequences padded as for a GPU: to a multiple, far above the longest here."""
+    from megatron_trd import platform
+
+    with mock.patch.object(type(platform.current()), "length_multiple", 48):
+        return run_layouts(rank, world, *arguments)
+
+
+def test_padding_to_a_multiple_changes_nothing(models: dict[str, Path]) -> None:
+    cases = [layout(2, 1, 2, 1, "live", sequence_parallel=True), layout(1, 2, 2, 1)]
+    found = run_ranks(run_padded, 2, str(models["untied"]), None, cases)[0]
+    want = expected(models["untied"], models["untied"])
     for case, result in zip(cases, found, strict=True):
         compare(result, want, case)
 

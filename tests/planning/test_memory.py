@@ -150,6 +150,19 @@ def test_a_live_teacher_takes_no_memory_of_its_own() -> None:
     assert len(case.engines) == 1
 
 
+def test_an_average_is_kept_in_float32_beside_the_weights() -> None:
+    frozen, averaged = (memory.by_phase(make({"teacher": {"weights": weights}})) for weights in ("frozen", "ema"))
+    for phase in memory.PHASES:
+        assert averaged[phase]["teacher weights"] == 3 * frozen[phase]["teacher weights"]
+
+
+def test_a_teacher_beside_the_sampler_takes_its_memory_there() -> None:
+    alone, beside = (memory.by_phase(make({"overlap": overlap})) for overlap in ("none", "teacher"))
+    assert "activations" not in alone["sample"]
+    assert beside["sample"]["activations"] == alone["teacher"]["activations"]
+    assert beside["sample"]["teacher's hidden states"] > 0
+
+
 def test_what_does_not_fit_is_named_with_its_phase_and_size() -> None:
     found = forecast(make({"student": {"tp": 1}, "sampler": {"tp": 4, "memory_fraction": 0.2}}))
     assert not found.fits

@@ -50,6 +50,14 @@ def test_the_best_layout_is_that_of_all_combinations(settings: dict[str, Any], g
     assert found.fitting[0].step == pytest.approx(min(each.step for each in fitting), rel=0.01)
 
 
+@pytest.mark.parametrize("beside", [{"staleness": 1}, {"overlap": "teacher"}])
+def test_what_trains_beside_sampling_has_samplers_of_one_rank(beside: dict[str, Any]) -> None:
+    found = search.alternatives(make(beside))
+    assert {each.case.config.sampler.tp for each in (*found.fitting, *found.too_large)} == {1}
+    with pytest.raises(UserError, match=r"sampler\.tp=2: two threads"):
+        make(beside | {"sampler": {"tp": 2}})
+
+
 def test_layouts_are_sorted_and_sorted_apart() -> None:
     found = search.alternatives(make({}))
     for quicker, slower in pairwise(found.fitting):

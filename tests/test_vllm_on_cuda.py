@@ -1,0 +1,107 @@
+"""What a GPU's engines share, with a GPU's streams taken for granted: vLLM's own scratch memory, ours around it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_trd.vllm_on_cuda import EngineContext, asleep_bytes
+
+
+class Stream:
+    """Remembers whom it has waited for."""
+
+    def __init__(self, *_: Any) -> None:
+        self.waited: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+@pytest.fixture
+def caller(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """The stream that is current outside of an engine's context."""
+    streams = [Stream()]
+
+    @contextlib.contextmanager
+    def stream(inner: Stream) -> Iterator[None]:
+        streams.append(inner)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: streams[-1])
+    return streams[0]
+
+
+@pytest.fixture
+def workspace(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from vllm.v1.worker import workspace
+
+    monkeypatch.setattr(workspace, "_manager", None)
+    return workspace
+
+
+def test_each_engine_has_its_own_scratch_memory(caller: Stream, workspace: Any) -> None:
+    first, second = EngineContext(torch.device("cpu")), EngineContext(torch.device("cpu"))
+    managers = []
+    for context in (first, second):
+        with context():
+            assert workspace._manager is None, "an engine starts without that of another"
+            workspace.init_workspace_manager(torch.device("cpu"))
+            managers.append(workspace.current_workspace_manager())
+    assert workspace._manager is None, "outside it is as it was"
+    for context, manager in ((first, managers[0]), (second, managers[1]), (first, managers[0])):
+        with context():
+            assert workspace._manager is manager
+
+
+def test_an_engine_that_is_shut_down_leaves_none_to_the_next(caller: Stream, workspace: Any) -> None:
+    context = EngineContext(torch.device("cpu"))
+    with context():
+        workspace.init_workspace_manager(torch.device("cpu"))
+    with context():
+        workspace.reset_workspace_manager()  # as vLLM's shutdown does
+    with context():
+        assert workspace._manager is None
+
+
+def test_work_is_behind_the_caller_s_and_before_what_follows_also_after_an_error(
+    caller: Stream, workspace: Any
+) -> None:
+    context = EngineContext(torch.device("cpu"))
+    inner = None
+
+    def fail() -> None:
+        nonlocal inner
+        with context():
+            inner = torch.cuda.current_stream()
+            workspace.init_workspace_manager(torch.device("cpu"))
+            assert caller.waited == []
+            raise RuntimeError("died")
+
+    with pytest.raises(RuntimeError, match="died"):
+        fail()
+    assert isinstance(inner, Stream)
+    assert inner is not caller
+    assert inner.waited == [caller]
+    assert caller.waited == [inner]
+    assert workspace._manager is None
+    with context():
+        assert workspace.current_workspace_manager() is not None
+
+
+def test_bytes_that_sleeping_engines_have_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vllm.device_allocator.cumem", raising=False)
+    assert asleep_bytes() == 0, "no engine that can sleep has been made"
+    tensors = {number: SimpleNamespace(handle=(0, 100 + number), is_asleep=number > 0) for number in range(3)}
+    allocator = SimpleNamespace(instance=SimpleNamespace(pointer_to_data=tensors))
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", SimpleNamespace(CuMemAllocator=allocator))
+    assert asleep_bytes() == 101 + 102

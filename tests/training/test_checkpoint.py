@@ -1,0 +1,86 @@
+"""A checkpoint goes on in another layout: weights, moments and step count, to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_trd.data.batching import deal
+from tests.distributed import run_ranks
+from tests.engines.test_numerics import LR, expert_layout, full_tensors, layout, make_config, make_samples
+from tests.models import write_model
+
+# Steps before the save and after it: the second moments are then far from those of a first step.
+BEFORE, AFTER = 3, 2
+
+
+def go_on(rank: int, world: int, model: str, run_dir: str, cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> Any:
+    """Rank function: for each (layout that saves, layout that goes on), how far apart the two are in
+    the end, in steps of the optimizer."""
+    from megatron.core import parallel_state
+
+    from megatron_trd import platform
+    from megatron_trd.engines.student import StudentEngine
+    from megatron_trd.engines.teacher import TeacherEngine
+    from megatron_trd.models.model import open_model
+    from megatron_trd.parallel.grid import student_grid
+    from megatron_trd.training import checkpoint
+
+    platform.current().set_up()
+    opened, samples = open_model(model), make_samples()
+
+    def engines(settings: dict[str, Any]) -> tuple[StudentEngine, TeacherEngine]:
+        config = make_config(model, **settings)
+        grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=0)
+        student = StudentEngine(config, opened, grid)
+        return student, TeacherEngine(config, student, opened)
+
+    def train(student: StudentEngine, teacher: TeacherEngine, steps: int) -> None:
+        shares = deal(samples, student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
+        for _ in range(steps):
+            hidden = teacher.hidden(samples, shares)
+            student.train_step(samples, shares[student.grid.dp_rank], hidden, teacher.head)
+
+    found = []
+    for number, (first, second) in enumerate(cases):
+        folder = f"{run_dir}/{number}"
+        student, teacher = engines(first)
+        train(student, teacher, BEFORE)
+        checkpoint.save(folder, BEFORE, student, teacher, keep=1)
+        saved = full_tensors(student)
+        train(student, teacher, AFTER)
+        expected = full_tensors(student)
+        parallel_state.destroy_model_parallel()
+        student, teacher = engines(second)
+        assert checkpoint.resume(folder, student, teacher) == BEFORE
+        assert all(full.equal(saved[name]) for name, full in full_tensors(student).items()), "weights are exact"
+        train(student, teacher, AFTER)
+        now = full_tensors(student)
+        found.append(max(float((now[name] - expected[name]).abs().max()) for name in expected) / LR)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def distributed(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | {"student": settings["student"] | {"distributed_optimizer": True}}
+
+
+DENSE = [
+    (layout(1, 1, 1, 1), layout(2, 1, 1, 1)),
+    (layout(2, 1, 1, 1), layout(1, 2, 1, 1)),
+    (layout(1, 2, 1, 1), layout(1, 1, 1, 1)),
+]
+EXPERTS = [
+    (expert_layout(1, 1, 2, 1), expert_layout(1, 1, 1, 1)),
+    (expert_layout(1, 1, 1, 1), expert_layout(2, 1, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("family", "cases"), [("qwen3", DENSE), ("qwen3_moe", EXPERTS)])
+def test_a_checkpoint_goes_on_in_another_layout(family: str, cases: list[Any], tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", family=family)
+    cases = [(distributed(first), distributed(second)) for first, second in cases]
+    for error, case in zip(run_ranks(go_on, 2, str(model), str(tmp_path), cases)[0], cases, strict=True):
+        assert error < 2e-3, case
