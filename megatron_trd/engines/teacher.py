@@ -53,12 +53,15 @@ class TeacherEngine:
             mcore_config = transformer_config(self.arch, self.grid)
             self.model = build_model(self.arch, self.grid, mcore_config, with_head=False)
         self.model.requires_grad_(False).eval()
-        size, named = self.config.sampler.refit_bucket_bytes, loading.local_parameters(self.model, self.arch, self.grid)
+        named = loading.local_parameters(self.model, self.arch, self.grid)
         self._named: Mapping[str, Tensor] = named
-        self._weights = self._averages = SpreadWeights(named, self.arch, self.grid, size)
-        # An update of an average is a small part of the value, and 16 bits would lose it.
         self._average: Mapping[str, Tensor] = named
-        if self.averaged and platform.current().dtype != torch.float32:
+        if not self.averaged:
+            return
+        size = self.config.sampler.refit_bucket_bytes
+        self._weights = self._averages = SpreadWeights(named, self.arch, self.grid, size)
+        if platform.current().dtype != torch.float32:
+            # An update of an average is a small part of the value, and 16 bits would lose it.
             self._average = {name: parameter.float() for name, parameter in named.items()}
             self._averages = SpreadWeights(self._average, self.arch, self.grid, size, dtype=torch.float32)
 
@@ -119,12 +122,13 @@ class TeacherEngine:
         self._round()
 
     def source(self) -> loading.Source:
-        """Full Hugging Face tensors of the present weights, as `StudentEngine.source`; the head is the loss's own."""
+        """Full Hugging Face tensors of the present weights of a teacher that follows the student, as
+        `StudentEngine.source`; the head is the loss's own."""
         self._memory.back()
         return self.student.source() if self.live else self._source(self._weights, self._head, platform.current().dtype)
 
     def averages(self) -> loading.Source:
-        """The same of the averages, float32. Collective."""
+        """The same of the averages, float32."""
         self._memory.back()
         return self._source(self._averages, self._head_average, torch.float32)
 

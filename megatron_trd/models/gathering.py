@@ -165,14 +165,11 @@ class SpreadWeights:
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Arguments as of `GatheredSource`."""
+        """Arguments as of `GatheredSource`. Collective."""
         self._arguments = named, arch, grid, bucket_bytes
         self._dtype = dtype
-
-    @functools.cached_property
-    def _peers(self) -> Peers | None:
-        named, _, grid, _ = self._arguments
-        return platform.current().peers(named, grid.copy_group)
+        # At once: to move tensors where others see them takes memory for the largest storage, later in short supply.
+        self._peers = platform.current().peers(named, grid.copy_group)
 
     def source(self, table: Sequence[Slot] | None = None) -> GatheredSource:
         """The present weights, of the slots in `table` or of all. Collective."""

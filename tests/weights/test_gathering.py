@@ -85,7 +85,8 @@ def check_case(folders: list[str], tp: int, pp: int, ep: int, together: bool) ->
         network = build_model(arch, grid, config, with_head=True)
 
     named = loading.local_parameters(network, arch, grid)
-    spread = SpreadWeights(named, arch, grid, SMALL)
+    with mock.patch.object(current, "peers", current.peers if together else lambda *_: None):
+        spread = SpreadWeights(named, arch, grid, SMALL)
 
     def is_loaded(folder: str) -> bool:
         expected = load_file(Path(folder, "model.safetensors"))
@@ -100,19 +101,18 @@ def check_case(folders: list[str], tp: int, pp: int, ep: int, together: bool) ->
         return copied == elements(slot) and all(map(torch.equal, found, full))
 
     seen = {}
-    with mock.patch.object(current, "peers", current.peers if together else lambda *_: None):
-        for number, model in enumerate(opened):
-            spread.settle()
-            loading.load(named, arch, grid, model.source)
-            seen[f"model {number}"] = is_loaded(folders[number])
-        left, right = spread.source(), spread.source()
-        seen["in pieces"] = all(in_pieces(slot, left) for slot in exported_slots(arch))
-        seen["two sources in turn"] = all(
-            a.equal(b)
-            for slot in (*exported_slots(arch)[::5], *exported_slots(arch))  # some buckets left out, then none
-            for first, second in ((left, right), (right, left))
-            for a, b in zip([full.clone() for full in first(slot)], second(slot), strict=True)
-        )
+    for number, model in enumerate(opened):
+        spread.settle()
+        loading.load(named, arch, grid, model.source)
+        seen[f"model {number}"] = is_loaded(folders[number])
+    left, right = spread.source(), spread.source()
+    seen["in pieces"] = all(in_pieces(slot, left) for slot in exported_slots(arch))
+    seen["two sources in turn"] = all(
+        a.equal(b)
+        for slot in (*exported_slots(arch)[::5], *exported_slots(arch))  # some buckets left out, then none
+        for first, second in ((left, right), (right, left))
+        for a, b in zip([full.clone() for full in first(slot)], second(slot), strict=True)
+    )
     seen["together"] = together == (spread._peers is not None)
     parallel_state.destroy_model_parallel()
     return seen
