@@ -10,8 +10,8 @@ those of one rank, of the bytes that its engine ends up with.
 - *vLLM's loading*: its own `reload_weights`, of Hugging Face tensors that a rank has already;
 - *refit*: as in training, from where the student's ranks have their shards.
 
-Memory is the peak of a rank (`VmHWM`) above what it held before its first refit, without what it sees of other ranks'
-memory.
+Memory is the peak of a rank (`VmHWM`) above what it held before its first refit; the shards of all ranks lie in shared
+memory since the student was made.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     from megatron_trd.config import from_dict
     from megatron_trd.engines.engine import Engine
     from megatron_trd.engines.student import StudentEngine
-    from megatron_trd.host_memory import Peers
     from megatron_trd.models.loading import named_tensors
     from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
@@ -96,7 +95,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     before = kernel_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     whole()
-    memory = kernel_bytes("VmHWM") - Peers.foreign_bytes() - before
+    memory = kernel_bytes("VmHWM") - before
     copied = sent // sampler_tp
     seconds = {
         COPY: _copy(copied, repeats),

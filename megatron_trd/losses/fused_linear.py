@@ -69,7 +69,8 @@ def fused_linear_divergence(
         token_weights: `[tokens]`, any sign, 0 for a token to leave out.
         chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 256 MiB of float32
             logits a side. At that size at most two and a half times these are allocated (`jsd`: three times); smaller
-            chunks need more scratch in proportion. The result does not depend on it beyond rounding.
+            chunks need more scratch in proportion. The result does not depend on it beyond rounding. In backward the
+            chunks are gone, and the gradients there twice, but for one that goes to `main_grad`.
         group, divergence, beta, temperature, vocab_size, clip, top_k: as in `vocab_parallel_divergence`.
 
     Returns:
