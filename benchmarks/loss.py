@@ -10,9 +10,8 @@ of weight), whole, into buffers already touched. It is measured first and last, 
 so that a machine that changes its speed shows. Every case runs in fresh processes, one a tensor-parallel rank, on the
 same tensors: after one call to warm up, `--repeats` timed ones, each as long as its slowest rank. Memory is the peak
 of a rank above what it holds with the inputs and one gradient of each student input: resident bytes on a CPU (the
-`VmHWM` of the process), allocated ones on a GPU. A chunk
-is one side's float32 logits for the tokens of `--chunk-tokens` (default: 256 MiB). Errors are norms relative to a
-float64 computation, on a small problem of its own.
+`VmHWM` of the process), allocated ones on a GPU. A chunk is one side's float32 logits for the tokens of
+`--chunk-tokens` (default: 256 MiB). Errors are norms relative to a float64 computation, on a small problem of its own.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ from tests.distributed import run_ranks
 MIB = 2**20
 FLOOR, AGAIN = "four products alone", "four products alone, again"
 SWEPT_TOKENS = [2**power for power in range(10, 17)]
-SWEPT_CHUNK = 512  # tokens
 SWEPT_VOCABULARIES = [2**power for power in range(13, 19)]
 SWEPT_RANKS = [1, 2, 4]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -107,7 +105,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, help="default: 1024; of a sweep, 256")
     parser.add_argument("--vocab", type=int, help="default: 151936; of a sweep over tokens, 16384")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--chunk-tokens", type=int, help="of ours; the rivals keep their defaults")
@@ -128,7 +126,7 @@ def _machine(options: argparse.Namespace) -> str:
 def _comparison(options: argparse.Namespace) -> str:
     """The table of all cases at one shape, and a line for each that has no row."""
     shape = Shape(
-        options.tokens, options.hidden, options.vocab or 151936, options.tp, options.chunk_tokens,
+        options.tokens, options.hidden or 1024, options.vocab or 151936, options.tp, options.chunk_tokens,
         options.device, options.dtype,
     )  # fmt: skip
     measured: dict[str, Measured] = {}
@@ -166,9 +164,9 @@ def _row(name: str, result: Measured, floor: float, shape: Shape) -> str:
 
 def _sweep(options: argparse.Namespace) -> str:
     """Ours alone: one table for each thing that grows."""
-    hidden, vocabulary, chunk = options.hidden, options.vocab or 16384, options.chunk_tokens
+    hidden, vocabulary, chunk = options.hidden or 256, options.vocab or 16384, options.chunk_tokens
     # As many tokens a chunk at the first point as at the last, or the first would be one short chunk.
-    by_tokens = [(tokens, vocabulary, 1, chunk or SWEPT_CHUNK) for tokens in SWEPT_TOKENS]
+    by_tokens = [(tokens, vocabulary, 1, chunk or SWEPT_TOKENS[0]) for tokens in SWEPT_TOKENS]
     by_vocabulary = [(options.tokens, size, 1, chunk) for size in SWEPT_VOCABULARIES]
     by_ranks = [(options.tokens, 8 * vocabulary, ranks, chunk) for ranks in SWEPT_RANKS]
     tables = {"Tokens": by_tokens, "Vocabulary": by_vocabulary}
