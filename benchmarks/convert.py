@@ -152,7 +152,7 @@ def _architecture(folder: Path, layers: int, vocabulary: int) -> Architecture:
 def _largest_layer(arch: Architecture) -> int:
     table = slots(arch)
     layer = sum(slot.size for slot in table if slot.index and slot.layer == 0)
-    return 2 * max(layer, torch.Size(table[0].whole).numel())
+    return 2 * max(layer, table[0].size)
 
 
 def _bytes(folder: Path) -> int:

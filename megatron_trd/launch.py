@@ -41,9 +41,8 @@ _GRACE_SECONDS = 5  # between asking the ranks of a failed job to end and killin
 _POLL_SECONDS = 0.2
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_USER_ERROR = re.compile(
-    r"^(UserError|RefusedElsewhere|EngineDied): "
-)  # as torch names an exception; what follows says it all
+# As torch names an exception; what follows says it all.
+_USER_ERROR = re.compile(r"^(UserError|RefusedElsewhere|EngineDied): ")
 
 
 class JobFailed(UserError):

@@ -19,7 +19,7 @@ from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
 from megatron_trd.models import loading, weights
 from megatron_trd.models.architecture import Architecture, build_model, transformer_config
-from megatron_trd.models.gathering import GatheredSource, SpreadWeights
+from megatron_trd.models.gathering import SpreadWeights
 from megatron_trd.models.model import Model
 from megatron_trd.parallel.exchange import Route, exchange_hidden
 from megatron_trd.parallel.grid import Grid, teacher_grid
@@ -125,21 +125,21 @@ class TeacherEngine:
         """Full Hugging Face tensors of the present weights of a teacher that follows the student, as
         `StudentEngine.source`; the head is the loss's own."""
         self._memory.back()
-        return self.student.source() if self.live else self._source(self._weights, self._head, platform.current().dtype)
+        return self.student.source() if self.live else self._source(self._weights, self._head)
 
     def averages(self) -> loading.Source:
         """The same of the averages, float32."""
         self._memory.back()
-        return self._source(self._averages, self._head_average, torch.float32)
+        return self._source(self._averages, self._head_average)
 
-    def _source(self, spread: SpreadWeights, head: Tensor | None, dtype: torch.dtype) -> loading.Source:
+    def _source(self, body_weights: SpreadWeights, head: Tensor | None) -> loading.Source:
         *table, slot = weights.slots(self.arch)
-        body = spread.source(table)
+        body = body_weights.source(table)
         if self.arch.tied:
             return body
         shard = {} if head is None else {slot.megatron[0]: head}
-        size = self.config.sampler.refit_bucket_bytes
-        last = GatheredSource(shard, self.arch, self.student.grid, size, dtype=dtype, table=[slot])
+        grid, size, dtype = self.student.grid, body_weights.bucket_bytes, body_weights.dtype
+        last = SpreadWeights(shard, self.arch, grid, size, dtype=dtype, shown=False).source([slot])
         return lambda asked: last(asked) if asked == slot else body(asked)
 
     def forget(self) -> None:

@@ -60,25 +60,14 @@ class GatheredSource:
     What it gives is valid until a slot of another bucket is asked for, or the weights change: copy what is kept.
     """
 
-    def __init__(
-        self,
-        named: Mapping[str, Tensor],
-        arch: Architecture,
-        grid: Grid,
-        bucket_bytes: int,
-        *,
-        dtype: torch.dtype | None = None,
-        table: Sequence[Slot] | None = None,
-        peers: Peers | None = None,
-    ) -> None:
-        """`named`: this rank's parameters by global Megatron name, of `dtype` (the platform's); `table`: their slots,
-        if not the whole model's; `peers`: the same parameters of the ranks of `grid.copy`, if it can look at them."""
-        self.named, self.arch, self.grid = named, arch, grid
+    def __init__(self, weights: SpreadWeights, table: Sequence[Slot] | None = None) -> None:
+        """`table`: the slots of `weights`, if not the whole model's."""
+        self.named, self.arch, self.grid, peers = weights.named, weights.arch, weights.grid, weights.peers
         # Parameters of each rank of the copy, where this one sees them all.
-        self._seen = peers.tensors if peers else [named] if len(grid.copy) == 1 else None
-        self._embedding = slots(arch)[0]
-        self._dtype = dtype or platform.current().dtype
-        self._table, self._limit = table, bucket_bytes // self._dtype.itemsize
+        self._seen = peers.tensors if peers else [self.named] if len(self.grid.copy) == 1 else None
+        self._embedding = slots(self.arch)[0]
+        self._dtype = weights.dtype
+        self._table, self._limit = table, weights.bucket_bytes // self._dtype.itemsize
         self._present: Bucket | None = None
         self._full: dict[Slot, Callable[[], list[Tensor]]] = {}
         if peers:
@@ -164,18 +153,21 @@ class SpreadWeights:
         bucket_bytes: int,
         *,
         dtype: torch.dtype | None = None,
+        shown: bool = True,
     ) -> None:
-        """Arguments as of `GatheredSource`. Collective."""
-        self._arguments = named, arch, grid, bucket_bytes
-        self._dtype = dtype
-        # At once: to move tensors where others see them takes memory for the largest storage, later in short supply.
-        self._peers = platform.current().peers(named, grid.copy_group)
+        """`named`: this rank's tensors by global Megatron name, of `dtype` (the platform's); `shown`: moved to where
+        the other ranks of `grid.copy` can look at them, if there is such a place. Collective then."""
+        current = platform.current()
+        self.named, self.arch, self.grid, self.bucket_bytes = named, arch, grid, bucket_bytes
+        self.dtype = dtype or current.dtype
+        # At once: to move tensors takes memory for the largest storage, later in short supply.
+        self.peers: Peers | None = current.peers(named, grid.copy_group) if shown else None
 
     def source(self, table: Sequence[Slot] | None = None) -> GatheredSource:
         """The present weights, of the slots in `table` or of all. Collective."""
-        return GatheredSource(*self._arguments, dtype=self._dtype, table=table, peers=self._peers)
+        return GatheredSource(self, table)
 
     def settle(self) -> None:
         """Return when no rank looks at these weights any more: before they change. Collective."""
-        if self._peers:
-            self._peers.barrier()
+        if self.peers:
+            self.peers.barrier()

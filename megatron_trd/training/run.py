@@ -86,9 +86,8 @@ class Run:
             self._writers.write(step, metrics, pairs)
         bound = self.config.log.max_drift
         # A model that has moved since it sampled has other log-probabilities: nothing is wrong then.
-        moves = not (self.method.refines and self.config.frozen_teacher)
-        moved = moves and self.sampled.weights != step
-        if bound is not None and results and not moved and results[0].drift_mean > bound:
+        unmoved = self.sampled.weights == step or (self.method.refines and self.config.frozen_teacher)
+        if bound is not None and results and unmoved and results[0].drift_mean > bound:
             raise UserError(
                 f"sampler and trainer differ by {results[0].drift_mean:.3g} nats a token, log.max_drift is {bound:g}: "
                 "see whether --verify-refit finds other weights in the sampler, or raise the bound"
@@ -107,10 +106,8 @@ class Run:
         trained = metrics["tokens/trained"]
         yield "throughput/train", epochs * trained / metrics["time/train"]
         if self.config.overlap == "none":  # otherwise most of it was computed while there was sampling
-            yield (
-                "throughput/teacher",
-                (1 if self.config.frozen_teacher else epochs) * trained / metrics["time/teacher"],
-            )
+            passes = 1 if self.config.frozen_teacher else epochs
+            yield "throughput/teacher", passes * trained / metrics["time/teacher"]
 
     def save(self, steps_done: int) -> None:
         """Write a checkpoint after `steps_done` steps. Collective."""

@@ -113,7 +113,7 @@ def check_case(folders: list[str], tp: int, pp: int, ep: int, together: bool) ->
         for first, second in ((left, right), (right, left))
         for a, b in zip([full.clone() for full in first(slot)], second(slot), strict=True)
     )
-    seen["together"] = together == (spread._peers is not None)
+    seen["together"] = together == (spread.peers is not None)
     parallel_state.destroy_model_parallel()
     return seen
 
