@@ -232,7 +232,7 @@ def _measure(rank: int, world: int, name: str, shape: Shape, repeats: int) -> Me
     if isinstance(loss, str) or isinstance(in_small_chunks, str):
         return str(loss)
     # First: what it imports meanwhile is not its memory.
-    errors = _errors(in_small_chunks, case.divergence, shape, rank, group)
+    errors = _errors(in_small_chunks, case, shape, rank, group)
     return _timed(lambda inputs: lambda: _gradients(loss, inputs, group), _inputs(shape, rank), repeats, errors)
 
 
@@ -299,16 +299,15 @@ def _products(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_
     return step
 
 
-def _errors(
-    loss: Loss, divergence: str, shape: Shape, rank: int, group: dist.ProcessGroup | None
-) -> tuple[float, float]:
+def _errors(loss: Loss, case: Case, shape: Shape, rank: int, group: dist.ProcessGroup | None) -> tuple[float, float]:
     """Of the gradients (the worse) and of the loss, on a small problem that float64 can have whole."""
     small = shape._replace(tokens=96, hidden=64, vocabulary=-(-1003 // shape.ranks) * shape.ranks)
     mine, shards = _inputs(small, rank), [_inputs(small, other) for other in range(small.ranks)]
     student, teacher = (mine[place].detach().double().requires_grad_(place == 0) for place in (0, 2))
     weight, teacher_weight = (torch.cat([shard[place].detach().double() for shard in shards]) for place in (1, 3))
     weight.requires_grad_()
-    exact = dense_divergence(student @ weight.t(), teacher @ teacher_weight.t(), divergence).mean()
+    logits = student @ weight.t(), teacher @ teacher_weight.t()
+    exact = dense_divergence(*logits, case.divergence, top_k=case.top_k, tail=case.tail).mean()
     hidden_gradient, weight_gradient = torch.autograd.grad(exact, (student, weight))
     value, *gradients = _gradients(loss, mine, group)
     wanted = (hidden_gradient, weight_gradient.chunk(small.ranks)[rank])

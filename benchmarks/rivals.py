@@ -30,6 +30,8 @@ class Case(NamedTuple):
     name: str
     divergence: str
     load: Callable[[], Loss]
+    top_k: int | None = None
+    tail: bool = False
     package: str = "torch"
     sharded: bool = False  # works on a vocabulary cut over ranks
 
@@ -47,21 +49,28 @@ def loaded(case: Case) -> Loss | str:
 
 def cases(chunk_tokens: int | None) -> list[Case]:
     """All there is to compare, ours first and with this many tokens a chunk."""
-    ours: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd")
-    return [*(Case(f"ours {name}", name, partial(_ours, name, chunk_tokens), sharded=True) for name in ours), *_RIVALS]
+    ours: list[tuple[Divergence, int | None, bool]] = [
+        ("forward_kl", None, False),
+        ("reverse_kl", None, False),
+        ("jsd", None, False),
+        ("reverse_kl", 32, False),
+        ("reverse_kl", 32, True),
+    ]
+    return [*(_our_case(*what, chunk_tokens) for what in ours), *_RIVALS]
 
 
-def _ours(divergence: Divergence, chunk_tokens: int | None) -> Loss:
+def _our_case(divergence: Divergence, top_k: int | None, tail: bool, chunk_tokens: int | None) -> Case:
     def loss(
         student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, group: dist.ProcessGroup | None
     ) -> Tensor:
         weights = torch.full((len(student),), 1 / len(student), device=student.device)
         return fused_linear_divergence(
             student, weight, teacher, teacher_weight, weights,
-            group=group, divergence=divergence, chunk_tokens=chunk_tokens,
+            group=group, divergence=divergence, top_k=top_k, tail=tail, chunk_tokens=chunk_tokens,
         ).loss  # fmt: skip
 
-    return loss
+    name = f"ours {divergence}" + (f" top-{top_k}" if top_k else "") + (" and tail" if tail else "")
+    return Case(name, divergence, lambda: loss, top_k, tail, sharded=True)
 
 
 def _plain(divergence: str) -> Loss:
@@ -158,20 +167,20 @@ def _logits(
 _RIVALS = (
     *(Case(f"plain torch {name}", name, partial(_plain, name)) for name in ("forward_kl", "jsd")),
     *(
-        Case(f"Liger {name}{how}", name, partial(_liger, beta, not how), "liger_kernel")
+        Case(f"Liger {name}{how}", name, partial(_liger, beta, not how), package="liger_kernel")
         for name, beta in (("forward_kl", 0.0), ("jsd", 0.5))
         for how in ("", " eager")
     ),
     *(
-        Case(f"TRL chunked {name}", name, partial(_trl_chunked, beta), "trl")
+        Case(f"TRL chunked {name}", name, partial(_trl_chunked, beta), package="trl")
         for name, beta in (("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5))
     ),
     *(
-        Case(f"TRL generalized {name}", name, partial(_trl_generalized, beta), "trl")
+        Case(f"TRL generalized {name}", name, partial(_trl_generalized, beta), package="trl")
         for name, beta in (("forward_kl", 0.0), ("jsd", 0.5))
     ),
     *(
-        Case(f"ModelOpt {name}", name, partial(_modelopt, reverse), "modelopt", sharded=True)
+        Case(f"ModelOpt {name}", name, partial(_modelopt, reverse), package="modelopt", sharded=True)
         for name, reverse in (("forward_kl", False), ("reverse_kl", True))
     ),
 )

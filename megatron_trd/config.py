@@ -126,6 +126,7 @@ class LossConfig:
     beta: Annotated[float, Field(ge=0.001, le=0.999)] = 0.5  # weight of the teacher in JSD, zero at either end
     clip: Annotated[float, Field(gt=0)] = 0.1  # bound of one token's divergence, `*-clip` methods (paper)
     top_k: Positive = 32  # teacher tokens kept, `*-topk` methods (paper)
+    tail: bool = False  # `*-topk`: all other tokens as one more outcome; false: both sides renormalised (paper)
     normalize: Literal["sequence", "token"] = "sequence"  # mean of means over sequences (paper), or over all tokens
     chunk_tokens: Positive | None = None  # response tokens whose logits exist at once; None: chosen by the loss
 

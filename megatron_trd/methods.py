@@ -23,6 +23,7 @@ class DivergenceArguments(TypedDict):
     temperature: float
     clip: float | None
     top_k: int | None
+    tail: bool
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Divergence:
             "temperature": config.temperature,
             "clip": config.clip if self.clipped else None,
             "top_k": config.top_k if self.top_k else None,
+            "tail": config.tail and self.top_k,
         }
 
 

@@ -47,7 +47,7 @@ def test_every_teacher_context_is_used_and_known() -> None:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_divergence_passes_only_the_numbers_it_uses(name: MethodName) -> None:
-    numbers = LossConfig(temperature=2.0, beta=0.25, clip=0.3, top_k=7)
+    numbers = LossConfig(temperature=2.0, beta=0.25, clip=0.3, top_k=7, tail=True)
     *_, kind, clipped, top_k, _, _ = TABLE[name]
     assert METHODS[name].divergence.arguments(numbers) == {
         "divergence": kind,
@@ -55,6 +55,7 @@ def test_divergence_passes_only_the_numbers_it_uses(name: MethodName) -> None:
         "temperature": 2.0,
         "clip": 0.3 if clipped else None,
         "top_k": 7 if top_k else None,
+        "tail": top_k,
     }
 
 

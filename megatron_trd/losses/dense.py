@@ -16,6 +16,7 @@ def dense_divergence(
     temperature: float = 1.0,
     clip: float | None = None,
     top_k: int | None = None,
+    tail: bool = False,
 ) -> Tensor:
     """Divergence of every token, straight from the definitions in docs/method.md.
 
@@ -28,17 +29,19 @@ def dense_divergence(
         clip: upper bound of one token's divergence.
         top_k: keep only the teacher's `top_k` most probable tokens (the lower index first among equals) and
             renormalise both sides on them.
+        tail: with `top_k`, do not renormalise: the other tokens together are one more outcome.
 
     Returns:
         `[tokens]`, differentiable in `student_logits`.
     """
-    teacher_logits = teacher_logits.detach()
+    logits = [student_logits / temperature, teacher_logits.detach() / temperature]
     if top_k is not None:
-        kept = torch.sort(teacher_logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
-        student_logits = student_logits.gather(-1, kept)
-        teacher_logits = teacher_logits.gather(-1, kept)
-    log_s = torch.log_softmax(student_logits / temperature, dim=-1)
-    log_t = torch.log_softmax(teacher_logits / temperature, dim=-1)
+        order = torch.sort(teacher_logits.detach(), dim=-1, descending=True, stable=True).indices
+        kept, rest = order[..., :top_k], order[..., top_k:]
+        logits = [
+            torch.cat([side.gather(-1, kept), *_together(side.gather(-1, rest), tail)], dim=-1) for side in logits
+        ]
+    log_s, log_t = (torch.log_softmax(side, dim=-1) for side in logits)
     if divergence == "forward_kl":
         result = _kl(log_t, log_s)
     elif divergence == "reverse_kl":
@@ -49,6 +52,11 @@ def dense_divergence(
     else:
         raise ValueError(f"unknown divergence {divergence!r}")
     return result if clip is None else result.clamp(max=clip)
+
+
+def _together(logits: Tensor, wanted: bool) -> list[Tensor]:
+    """The logit, `[tokens, 1]`, of an outcome with the probability of all of these; none if there is none of these."""
+    return [logits.logsumexp(dim=-1, keepdim=True)] if wanted and logits.shape[-1] else []
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def fused_linear_divergence(
     chunk_tokens: int | None = None,
     clip: float | None = None,
     top_k: int | None = None,
+    tail: bool = False,
 ) -> FusedDivergence:
     """`sum_t token_weights[t] * D_t` from hidden states, without ever holding the logits of more than a chunk.
 
@@ -70,15 +71,15 @@ def fused_linear_divergence(
         chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 256 MiB of float32
             logits a side. At that size at most two and a half times these are allocated (`jsd`: three times); smaller
             chunks need more scratch in proportion. The result does not depend on it beyond rounding. In backward the
-            chunks are gone, and the gradients there twice, but for one that goes to `main_grad`.
-        group, divergence, beta, temperature, vocab_size, clip, top_k: as in `vocab_parallel_divergence`.
+            chunks are gone, and float32 gradients are scaled where they are, unless the graph is retained.
+        group, divergence, beta, temperature, vocab_size, clip, top_k, tail: as in `vocab_parallel_divergence`.
 
     Returns:
         loss and per-token divergences, float32 (float64 if an input is), the same bits on every rank of `group`,
         all of whose ranks must call with as many tokens. Zero tokens give 0 and zero gradients.
     """
     _check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights)
-    objective = Objective(divergence, beta, temperature, clip, top_k)
+    objective = Objective(divergence, beta, temperature, clip, top_k, tail)
     shard = VocabShard.of(group, student_weight.shape[0], vocab_size)
     inputs = [student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), token_weights]
     if not torch.is_grad_enabled():  # a Function is told which inputs require gradients, not whether they are wanted
@@ -122,7 +123,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
             _weight_gradient(ctx.weight, weight, upstream) if needs_weight else None,
             None,
             None,
-            _scaled(per_token, upstream, ctx.dtypes[1]) if needs_weights else None,
+            (per_token * upstream).to(ctx.dtypes[1]) if needs_weights else None,  # also an output: not in place
             None,
             None,
             None,
@@ -130,6 +131,10 @@ class _FusedLinearDivergence(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient * upstream`, in the gradient's own memory if it has that dtype and no other backward will want it."""
+    # How torch's own compiled functions tell whether what is saved may be reused (`donated_buffer`).
+    if gradient.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient.mul_(upstream)
     return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
 
 
@@ -141,7 +146,7 @@ def _weight_gradient(weight: Any, gradient: Tensor, upstream: Tensor) -> Tensor:
     if weight.main_grad.dtype == gradient.dtype:
         weight.main_grad.addcmul_(gradient, upstream)
     else:
-        weight.main_grad.add_(gradient * upstream)
+        weight.main_grad.add_(_scaled(gradient, upstream, gradient.dtype))
     weight.grad_added_to_main_grad = True
     # A tied head's stand-in is added to the embedding's gradient, and must not change it.
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
@@ -166,7 +171,9 @@ def _over_chunks(
     student_head, teacher_head = student.weight[: shard.columns], teacher.weight[: shard.columns]
     per_token = torch.empty_like(scale)
     hidden_gradient = scale.new_empty(student.hidden.shape) if needs_hidden else None
-    weight_gradient = scale.new_zeros(student.weight.shape) if needs_weight else None
+    weight_gradient = scale.new_empty(student.weight.shape) if needs_weight else None
+    if weight_gradient is not None:
+        weight_gradient[shard.columns if tokens else 0 :].zero_()  # the rest is the first chunk's
     depth = 1 if shard.size == 1 else 2
     slices = chunks(tokens, width, chunk_tokens, scale.dtype, under_way=depth)
     # The same buffers serve every chunk: fresh ones cost a CPU more in page faults than the softmaxes do.
@@ -184,7 +191,7 @@ def _over_chunks(
             sums.extend(shard.start_sum_(hidden_gradient[here]))  # rides under the products that follow
         if weight_gradient is not None:
             left = narrow if narrow.is_cuda else gradient  # tensor cores want it narrow, a CPU has no mixed product
-            add_product(weight_gradient[: shard.columns], left.t(), student.hidden[here])
+            add_product(weight_gradient[: shard.columns], left.t(), student.hidden[here], first=here.start == 0)
 
     under_way: deque[tuple[slice, PendingRows | PendingRestrictedRows]] = deque()
     for number, here in enumerate(slices):

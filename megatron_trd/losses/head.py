@@ -36,8 +36,12 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return out.copy_(left @ right)
 
 
-def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`out += left @ right`, summed in the dtype of `out`, which is at least as wide as that of `right`."""
+def add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> Tensor:
+    """`out += left @ right`, summed in the dtype of `out`, which is at least as wide as that of `right`.
+
+    The `first` one is written over whatever is there.
+    """
+    kept = 0 if first else 1
     if out.is_cuda and right.dtype != out.dtype:
-        return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-    return out.addmm_(left, right.to(out.dtype))
+        return torch.addmm(out, left, right, beta=kept, out_dtype=out.dtype, out=out)
+    return out.addmm_(left, right.to(out.dtype), beta=kept)

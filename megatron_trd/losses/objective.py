@@ -20,6 +20,7 @@ class Objective:
     temperature: float = 1.0
     clip: float | None = None
     top_k: int | None = None
+    tail: bool = False
 
     def __post_init__(self) -> None:
         if self.divergence not in get_args(Divergence):

@@ -1,8 +1,11 @@
 """The divergence on the teacher's k most probable tokens of the whole vocabulary, wherever their columns are.
 
-Each rank sends the logits of its own k best columns once; every rank then ranks the same candidates, and the rest is
-the ordinary divergence on k columns that all ranks hold. Equal logits go by the lower index, so every sharding of the
-same logits picks the same tokens.
+Each rank sends the logits of its own k best columns once; every rank then ranks the same candidates, and what is left
+is the ordinary divergence on k columns that all ranks hold. Equal logits go by the lower index, so every sharding of
+the same logits picks the same tokens.
+
+With a tail there is one column more, whose logit is the log-sum-exp of all that are not kept: candidates that lost, and
+the rest, of which each rank sends its maximum and its sum along with the candidates.
 """
 
 from __future__ import annotations
@@ -16,46 +19,95 @@ from torch import Tensor
 from megatron_trd.losses.objective import Objective
 from megatron_trd.losses.rows import PendingRows, start_rows_
 from megatron_trd.losses.shard import Gathering, VocabShard
-from megatron_trd.losses.torch_kernels import blocks
+from megatron_trd.losses.torch_kernels import NO_LOGIT, blocks, shift_
+
+
+class _Tail(NamedTuple):
+    """The columns of one side that are not kept, of all ranks; logits over the temperature."""
+
+    lost: Tensor  # [rows, ranks * k] logits of candidates; NO_LOGIT of those that are kept
+    maxima: Tensor  # [rows, ranks] of the rest
+    maximum: Tensor  # [rows] of all these
+    total: Tensor  # [rows] sum of all exp(logit - maximum)
+
+    @classmethod
+    def of(cls, values: Tensor, place: Tensor, maxima: Tensor, sums: Tensor) -> _Tail:
+        """`values`, `[rows, ranks * k]`, are the candidates, `place` of which are kept; `sums` go with `maxima`."""
+        lost = values.scatter(1, place, NO_LOGIT)
+        maximum = torch.maximum(lost.amax(dim=1), maxima.amax(dim=1))
+        total = (lost - maximum[:, None]).exp_().sum(dim=1) + ((maxima - maximum[:, None]).exp_() * sums).sum(dim=1)
+        return cls(lost, maxima, maximum, total)
 
 
 class _Kept(NamedTuple):
-    student: Tensor  # [rows, k] logits, the same on every rank
+    student: Tensor  # [rows, k] logits over the temperature, the same on every rank; with a tail [rows, k + 1]
     teacher: Tensor
     column: Tensor  # [rows, k] where each is here; 0 where it is another rank's
     here: Tensor  # [rows, k] whether it is here
+    tail: _Tail | None  # of the student
 
 
 class PendingRestrictedRows(NamedTuple):
     """Rows whose candidates are on their way between the ranks."""
 
-    student: Tensor
+    student: Tensor  # with a tail: exp(logit - maximum) of this rank's rest, 0 where a candidate was
     columns: Tensor  # [rows, k] of this rank's candidates
     shard: VocabShard
     objective: Objective
-    candidates: Gathering  # [ranks, 2, rows, k] logits of student and teacher
+    candidates: Gathering  # [ranks, 2, rows, k] logits of student and teacher; with a tail + 2, of the rest
 
     def finish(self, scale: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-        """As `PendingRows.finish`, on the kept columns; the gradient is 0 elsewhere."""
-        kept = self._keep()
-        on_kept = replace(self.objective, top_k=None)
-        whole = VocabShard.whole(kept.column.shape[1])
+        """As `PendingRows.finish`, on the kept columns; the gradient is 0 elsewhere, or the tail's."""
+        kept, k = self._keep(), self.columns.shape[1]
+        on_kept = replace(self.objective, temperature=1.0, top_k=None, tail=False)
+        whole = VocabShard.whole(kept.student.shape[1])
         rows = start_rows_(kept.student, kept.teacher, whole, on_kept)
-        divergence, gradient = rows.finish(scale, None if dtype is None else self.student.dtype)
+        kept_scale = scale / self.objective.temperature
+        divergence, gradient = rows.finish(kept_scale, None if dtype is None else self.student.dtype)
         if gradient is None:
             return divergence, None
         if self.shard.columns > 0:
-            self.student.zero_().scatter_add_(1, kept.column, gradient.masked_fill_(~kept.here, 0))
+            if kept.tail is None:
+                self.student.zero_()
+            else:
+                self._spread_(kept.tail, gradient[:, k])
+            self.student.scatter_add_(1, kept.column, gradient[:, :k].masked_fill(~kept.here, 0))
         return divergence, self.student
 
     def _keep(self) -> _Kept:
-        k = self.columns.shape[1]
+        k, temperature = self.columns.shape[1], self.objective.temperature
+        gathered = self.candidates.wait().permute(1, 2, 0, 3)  # [2, rows, ranks, ...]
         # [rows, ranks * k]: by rank, then by each rank's order, hence by index among equals; the sort keeps that.
-        student_all, teacher_all = self.candidates.wait().permute(1, 2, 0, 3).flatten(start_dim=2)
+        student_all, teacher_all = gathered[..., :k].flatten(start_dim=2)
         place = torch.sort(teacher_all, dim=1, descending=True, stable=True).indices[:, :k]
         here = place // k == self.shard.rank
         column = self.columns.gather(1, place % k).masked_fill_(~here, 0)
-        return _Kept(student_all.gather(1, place), teacher_all.gather(1, place), column, here)
+        student_all, teacher_all = student_all / temperature, teacher_all / temperature
+        student, teacher = student_all.gather(1, place), teacher_all.gather(1, place)
+        if not self.objective.tail:
+            return _Kept(student, teacher, column, here, None)
+        student_tail, teacher_tail = (
+            _Tail.of(values, place, rest[..., 0], rest[..., 1])
+            for values, rest in zip((student_all, teacher_all), gathered[..., k:], strict=True)
+        )
+        student, teacher = _with_tail(student, student_tail), _with_tail(teacher, teacher_tail)
+        return _Kept(student, teacher, column, here, student_tail)
+
+    def _spread_(self, tail: _Tail, gradient: Tensor) -> None:
+        """Write the gradient of the tail's logit, `[rows]`, to this rank's columns, by their shares of the tail."""
+        k = self.columns.shape[1]
+        rank, held = self.shard.rank, min(k, self.shard.columns)
+        gradient = gradient / tail.total
+        self.student.mul_((gradient * (tail.maxima[:, rank] - tail.maximum).exp_())[:, None])
+        lost = (tail.lost[:, rank * k : rank * k + held] - tail.maximum[:, None]).exp_()
+        self.student.scatter_(1, self.columns[:, :held], lost.mul_(gradient[:, None]))
+
+
+def _with_tail(kept: Tensor, tail: _Tail) -> Tensor:
+    """`[rows, k + 1]` logits, less a maximum of the row first: a log-sum-exp would be as coarse as large logits are."""
+    maximum = torch.maximum(kept.amax(dim=1), tail.maximum)
+    together = tail.maximum - maximum + tail.total.log()
+    return torch.cat([kept - maximum[:, None], together[:, None]], dim=1)
 
 
 def start_divergence_(
@@ -63,18 +115,24 @@ def start_divergence_(
 ) -> PendingRows | PendingRestrictedRows:
     """`start_rows_`, on the teacher's `objective.top_k` best columns where that is set; same arguments."""
     if objective.top_k is None or objective.top_k >= shard.vocabulary:
-        return start_rows_(student, teacher, shard, objective)
+        return start_rows_(student, teacher, shard, replace(objective, top_k=None, tail=False))
     rows, k = student.shape[0], objective.top_k
     # Slots beyond a short shard's columns are never picked: -inf loses to every logit, and k real ones exist.
-    candidates = student.new_full((2, rows, k), -torch.inf)
+    packed = student.new_full((2, rows, k + 2 * objective.tail), -torch.inf)
     columns = torch.zeros(rows, k, dtype=torch.int64, device=student.device)
     held = min(k, shard.columns)
     if held > 0:
         for block in blocks(rows, teacher.shape[1] * teacher.element_size(), teacher.device):
             columns[block, :held] = _best_columns(teacher[block], held)
-        torch.gather(student, 1, columns[:, :held], out=candidates[0, :, :held])
-        torch.gather(teacher, 1, columns[:, :held], out=candidates[1, :, :held])
-    return PendingRestrictedRows(student, columns, shard, objective, shard.start_gather(candidates))
+        torch.gather(student, 1, columns[:, :held], out=packed[0, :, :held])
+        torch.gather(teacher, 1, columns[:, :held], out=packed[1, :, :held])
+    if objective.tail:
+        for logits, rest in zip((student, teacher), packed[..., k:], strict=True):
+            logits.scatter_(1, columns[:, :held], NO_LOGIT).div_(objective.temperature)
+            for block in blocks(rows, logits.shape[1] * logits.element_size(), logits.device):
+                rest[block, 0] = shift_(logits[block])
+                rest[block, 1] = logits[block].exp_().sum(dim=1)
+    return PendingRestrictedRows(student, columns, shard, objective, shard.start_gather(packed))
 
 
 def _best_columns(logits: Tensor, k: int) -> Tensor:

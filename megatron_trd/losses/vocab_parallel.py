@@ -27,6 +27,7 @@ def vocab_parallel_divergence(
     vocab_size: int | None = None,
     clip: float | None = None,
     top_k: int | None = None,
+    tail: bool = False,
 ) -> Tensor:
     """Divergence of every token between two sets of vocabulary-sharded logits.
 
@@ -44,6 +45,7 @@ def vocab_parallel_divergence(
         clip: D_t becomes min(D_t, clip), with no gradient where D_t is larger.
         top_k: the divergence on the teacher's top_k tokens of the whole vocabulary, both sides renormalised on
             them; the lower index first among equal logits.
+        tail: not renormalised: all tokens but the top_k count together, as one more outcome.
 
     Returns:
         `[tokens]`, float32 (float64 if an input is), the same on every rank. Its gradient reaches
@@ -55,7 +57,7 @@ def vocab_parallel_divergence(
             "logits must both be [tokens, vocabulary / ranks], not "
             f"{list(student_logits.shape)} (student) and {list(teacher_logits.shape)} (teacher)"
         )
-    objective = Objective(divergence, beta, temperature, clip, top_k)
+    objective = Objective(divergence, beta, temperature, clip, top_k, tail)
     shard = VocabShard.of(group, student_logits.shape[1], vocab_size)
     gradient = torch.is_grad_enabled() and student_logits.requires_grad
     apply: Callable[..., Tensor] = _VocabParallelDivergence.apply

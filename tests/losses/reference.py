@@ -22,6 +22,7 @@ class Case:
     temperature: float = 1.0
     clip: float | None = None
     top_k: int | None = None
+    tail: bool = False
     tokens: int = 6
     vocabulary: int = 24
     width: int | None = None  # columns of a shard; None: the fewest that hold the vocabulary
@@ -41,7 +42,7 @@ class Case:
 
     def objective(self) -> dict[str, Any]:
         """Keyword arguments that say what is measured."""
-        names = ("divergence", "beta", "temperature", "clip", "top_k")
+        names = ("divergence", "beta", "temperature", "clip", "top_k", "tail")
         return {name: getattr(self, name) for name in names}
 
 
@@ -132,14 +133,13 @@ def shard(whole: Tensor, rank: int, ranks: int, width: int, dim: int = 0) -> Ten
 def divergence(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
     """`[tokens]` in float64 from whole logits, by the definitions alone."""
     student, teacher = student.double() / case.temperature, teacher.detach().double() / case.temperature
-    if case.top_k is not None and len(teacher) > 0:
-        order = [
-            [column for _, column in sorted((-y, column) for column, y in enumerate(row))] for row in teacher.tolist()
-        ]
-        kept = torch.tensor(order)[:, : case.top_k]
-        student, teacher = student.gather(1, kept), teacher.gather(1, kept)
-    s, t = student.softmax(dim=1), teacher.softmax(dim=1)
     log_s, log_t = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
+    if case.top_k is not None and case.top_k < case.vocabulary and len(teacher) > 0:
+        order = torch.tensor(
+            [[column for _, column in sorted((-y, column) for column, y in enumerate(row))] for row in teacher.tolist()]
+        )
+        log_s, log_t = (_on_kept(log_p.gather(1, order), case.top_k, case.tail) for log_p in (log_s, log_t))
+    s, t = log_s.exp(), log_t.exp()
     if case.divergence == "forward_kl":
         result = _kl(t, log_t, log_s)
     elif case.divergence == "reverse_kl":
@@ -150,6 +150,12 @@ def divergence(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
         parts = [(case.beta, t, log_t), (1 - case.beta, s, log_s)]
         result = torch.stack([weight * _kl(p, log_p, log_m) for weight, p, log_p in parts if weight > 0]).sum(dim=0)
     return result if case.clip is None else torch.where(result <= case.clip, result, case.clip)
+
+
+def _on_kept(ordered: Tensor, k: int, tail: bool) -> Tensor:
+    """Log-probabilities of the first k columns, renormalised; or these and that of all the others together."""
+    kept, rest = ordered[:, :k], ordered[:, k:]
+    return torch.cat([kept, rest.logsumexp(1, keepdim=True)], dim=1) if tail else kept.log_softmax(dim=1)
 
 
 def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:

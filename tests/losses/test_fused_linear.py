@@ -92,6 +92,7 @@ OPTIONS = st.fixed_dictionaries(
         "temperature": st.floats(0.25, 4),
         "clip": st.one_of(st.none(), st.floats(0.01, 5)),
         "top_k": st.one_of(st.none(), st.integers(1, 12)),
+        "tail": st.booleans(),
         "tokens": st.integers(0, 9),
         "vocabulary": st.integers(1, 11),
         "width": st.integers(11, 13),
@@ -130,7 +131,9 @@ def test_the_result_does_not_depend_on_chunk_tokens(options: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("name", [*cases.THREE, "jsd(0.001)", "jsd(0.999)"])
-@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"clip": 0.6, "temperature": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 4}, {"top_k": 3, "tail": True}, {"clip": 0.6, "temperature": 1.5}], ids=str
+)
 def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     base = cases.DIVERGENCES[name]
     case = Case(**base.objective() | options, tokens=5, vocabulary=7, hidden=3, dtype=torch.float64, seed=4)

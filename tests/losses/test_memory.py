@@ -24,6 +24,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"divergence": "reverse_kl"},
     {"divergence": "jsd"},
     {"top_k": 32},
+    {"top_k": 32, "tail": True},
     {"top_k": VOCABULARY},
     {"clip": 0.1, "temperature": 2.0},
 ]
@@ -71,6 +72,16 @@ def test_without_gradients_the_heads_gradient_is_not_allocated() -> None:
     with torch.no_grad():
         (found,) = ranks.memory(0, 1, [sizes(4 * CHUNK, hidden=64)])
     assert found.peak <= 2 * LOGITS + SMALL < 2 * LOGITS + VOCABULARY * 64 * 4
+
+
+@pytest.mark.parametrize("retained", [False, True])
+def test_backward_scales_gradients_where_they_are_unless_they_are_wanted_again(retained: bool) -> None:
+    student, teacher = ([torch.randn(512, 64), torch.randn(2048, 64)] for _ in range(2))
+    leaves = [tensor.requires_grad_() for tensor in student]
+    loss = fused_linear_divergence(*student, *teacher, torch.ones(512)).loss
+    found = ranks.allocated(lambda: torch.autograd.grad(loss, leaves, retain_graph=retained))
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    assert found.peak >= gradients if retained else found.peak < 0.01 * gradients
 
 
 class _NarrowCopies(TorchDispatchMode):

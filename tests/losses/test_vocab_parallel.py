@@ -51,7 +51,9 @@ def test_the_clipped_cases_have_tokens_on_both_sides_of_the_bound(name: str) -> 
 
 
 @pytest.mark.parametrize("name", [*cases.THREE, "jsd(0.001)", "jsd(0.999)"])
-@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"clip": 0.6, "temperature": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 4}, {"top_k": 3, "tail": True}, {"clip": 0.6, "temperature": 1.5}], ids=str
+)
 def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     case = Case(**cases.DIVERGENCES[name].objective() | options, tokens=5, vocabulary=7, dtype=torch.float64, seed=5)
     student, teacher, _ = reference.logits(case)
@@ -71,6 +73,7 @@ OBJECTIVES = st.fixed_dictionaries(
         "temperature": st.floats(0.05, 20),
         "clip": st.one_of(st.none(), st.floats(0.01, 100)),
         "top_k": st.one_of(st.none(), st.integers(1, 7)),
+        "tail": st.booleans(),
     }
 )
 
