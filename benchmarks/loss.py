@@ -12,6 +12,9 @@ same tensors: after one call to warm up, `--repeats` timed ones, each as long as
 of a rank above what it holds with the inputs and one gradient of each student input: resident bytes on a CPU (the
 `VmHWM` of the process), allocated ones on a GPU. A chunk is one side's float32 logits for the tokens of
 `--chunk-tokens` (default: 256 MiB). Errors are norms relative to a float64 computation, on a small problem of its own.
+
+In a sweep each point is measured beside its own four products, chunk by chunk and in turn: their work is linear in
+everything, and what else the machine does happens to both.
 """
 
 from __future__ import annotations
@@ -89,6 +92,14 @@ class Measured(NamedTuple):
     loss_error: float
 
 
+class Beside(NamedTuple):
+    """What one rank saw of ours and of the products alone, in turn."""
+
+    seconds: list[float]
+    products: list[float]
+    memory: int
+
+
 def main() -> None:
     options = _parser().parse_args()
     if options.device == "cuda" and options.tp > 1:
@@ -105,7 +116,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, help="default: 1024; of a sweep, 256")
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, help="default: 151936; of a sweep over tokens, 16384")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--chunk-tokens", type=int, help="of ours; the rivals keep their defaults")
@@ -126,7 +137,7 @@ def _machine(options: argparse.Namespace) -> str:
 def _comparison(options: argparse.Namespace) -> str:
     """The table of all cases at one shape, and a line for each that has no row."""
     shape = Shape(
-        options.tokens, options.hidden or 1024, options.vocab or 151936, options.tp, options.chunk_tokens,
+        options.tokens, options.hidden, options.vocab or 151936, options.tp, options.chunk_tokens,
         options.device, options.dtype,
     )  # fmt: skip
     measured: dict[str, Measured] = {}
@@ -164,9 +175,9 @@ def _row(name: str, result: Measured, floor: float, shape: Shape) -> str:
 
 def _sweep(options: argparse.Namespace) -> str:
     """Ours alone: one table for each thing that grows."""
-    hidden, vocabulary, chunk = options.hidden or 256, options.vocab or 16384, options.chunk_tokens
-    # As many tokens a chunk at the first point as at the last, or the first would be one short chunk.
-    by_tokens = [(tokens, vocabulary, 1, chunk or SWEPT_TOKENS[0]) for tokens in SWEPT_TOKENS]
+    hidden, vocabulary, chunk = options.hidden, options.vocab or 16384, options.chunk_tokens
+    # As many tokens a chunk at the first point as at the last, and chunks enough.
+    by_tokens = [(tokens, vocabulary, 1, chunk or SWEPT_TOKENS[0] // 2) for tokens in SWEPT_TOKENS]
     by_vocabulary = [(options.tokens, size, 1, chunk) for size in SWEPT_VOCABULARIES]
     by_ranks = [(options.tokens, 8 * vocabulary, ranks, chunk) for ranks in SWEPT_RANKS]
     tables = {"Tokens": by_tokens, "Vocabulary": by_vocabulary}
@@ -181,23 +192,25 @@ def _sweep(options: argparse.Namespace) -> str:
 
 def _growth(shapes: list[Shape], repeats: int) -> str:
     rows = [
-        "| tokens | vocabulary | ranks | median s | µs a token | a token, of the first | a logit, of the first | "
+        "| tokens | vocabulary | ranks | median s | µs a token | of the products | of the first | "
         "memory of a rank, MiB | in chunks |",
         "|" + "---:|" * 9,
     ]
-    first: tuple[float, float] | None = None
+    first: float | None = None
     for shape in shapes:
-        result = _run("ours forward_kl", shape, repeats)
-        start = f"| {shape.tokens:,} | {shape.vocabulary:,} | {shape.ranks} |"
-        if isinstance(result, str):
-            rows.append(f"{start} {result} | | | | | |")
-            continue
-        token = median(result.seconds) / shape.tokens
-        logit = token / shape.vocabulary
-        first = first or (token, logit)
+        print(f"{tuple(shape)} ...", file=sys.stderr)
+        ranks = run_ranks(_measure_beside_products, shape.ranks, shape, repeats, timeout=3600)
+        ours, products = (
+            [max(times) for times in zip(*(getattr(rank, side) for rank in ranks), strict=True)]
+            for side in ("seconds", "products")
+        )
+        ratio = median(mine / floor for mine, floor in zip(ours, products, strict=True))
+        first = first or ratio
+        memory = max(rank.memory for rank in ranks)
         rows.append(
-            f"{start} {median(result.seconds):.3g} | {token * 1e6:,.1f} | {token / first[0]:.3f} | "
-            f"{logit / first[1]:.3f} | {result.memory / MIB:,.0f} | {result.memory / shape.chunk:.2f} |"
+            f"| {shape.tokens:,} | {shape.vocabulary:,} | {shape.ranks} | {median(ours):.3g} | "
+            f"{median(ours) / shape.tokens * 1e6:,.1f} | {ratio:.3f} | {ratio / first:.3f} | {memory / MIB:,.0f} | "
+            f"{memory / shape.chunk:.2f} |"
         )
     return "\n".join(rows)
 
@@ -234,6 +247,23 @@ def _measure(rank: int, world: int, name: str, shape: Shape, repeats: int) -> Me
     # First: what it imports meanwhile is not its memory.
     errors = _errors(in_small_chunks, case, shape, rank, group)
     return _timed(lambda inputs: lambda: _gradients(loss, inputs, group), _inputs(shape, rank), repeats, errors)
+
+
+def _measure_beside_products(rank: int, world: int, shape: Shape, repeats: int) -> Beside:
+    """Ours and the four products of the same chunks in turn: what the machine does meanwhile happens to both."""
+    _settle(world, shape.device)
+    group = dist.group.WORLD if world > 1 else None
+    loss, inputs = loaded(_case("ours forward_kl", shape.chunk_tokens)), _inputs(shape, rank)
+    assert not isinstance(loss, str)
+    memory = _timed(lambda inputs: lambda: _gradients(loss, inputs, group), inputs, 1, (0.0, 0.0)).memory
+    products = _products(*inputs, tokens=shape.chunk // (4 * shape.width))
+    products()
+    pairs = [
+        (_seconds(lambda: _gradients(loss, inputs, group), shape.device), _seconds(products, shape.device))
+        for _ in range(repeats)
+    ]
+    ours, floor = zip(*pairs, strict=True)
+    return Beside(list(ours), list(floor), memory)
 
 
 def _case(name: str, chunk_tokens: int | None) -> Case:
@@ -275,26 +305,35 @@ def _timed(
     before = _held(device)
     del gradients
     step = build(inputs)
-    seconds = []
-    for _ in range(1 + repeats):
-        _wait(device)
-        start = time.perf_counter()
-        step()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
+    seconds = [_seconds(step, device) for _ in range(1 + repeats)]
     return Measured(seconds[1:], max(0, _peak(device) - before), *errors)
 
 
-def _products(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Callable[[], object]:
+def _seconds(step: Callable[[], object], device: str) -> float:
+    """Until the last rank has done it."""
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _products(
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, tokens: int | None = None
+) -> Callable[[], object]:
+    """The four products, of all tokens at once or of so many at a time."""
     left, right = student.detach(), student_weight.detach()
-    logits = left.new_empty(2, len(left), len(right))
+    rows = tokens or len(left)
+    logits = left.new_empty(2, rows, len(right))
     hidden_gradient, weight_gradient = torch.empty_like(left), torch.empty_like(right)
 
-    def step() -> object:
-        torch.mm(left, right.t(), out=logits[0])
-        torch.mm(teacher, teacher_weight.t(), out=logits[1])
-        torch.mm(logits[0], right, out=hidden_gradient)
-        return torch.mm(logits[0].t(), left, out=weight_gradient)
+    def step() -> None:
+        for here in (slice(first, first + rows) for first in range(0, len(left), rows)):
+            x, y = logits[:, : len(left[here])]
+            torch.mm(left[here], right.t(), out=x)
+            torch.mm(teacher[here], teacher_weight.t(), out=y)
+            torch.mm(x, right, out=hidden_gradient[here])
+            torch.addmm(weight_gradient, x.t(), left[here], beta=float(here.start > 0), out=weight_gradient)
 
     return step
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -107,13 +108,16 @@ class DataConfig:
     split: str = "train"
     problem_field: str = "problem"
     answer_field: str | None = "answer"
-    reference_field: str | None = "solution"
+    reference_field: str | None = "solution"  # may be null or blank where a problem has no reference solution
     task: Literal["math", "code"] = "math"  # chooses the prompt templates
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # e.g. {enable_thinking: false}
     max_prompt_tokens: Positive = 2048  # paper
     max_reference_tokens: Positive = 4096  # paper
+    # Problems without a reference solution, for a method that shows the teacher one.
+    missing_reference: Literal["refuse", "drop"] = "refuse"
     # What happens to a problem whose prompt, or a sample whose refinement prompt, is too long. `cut` shortens the
-    # reference solution or the rollout inside the prompt, never the problem itself.
+    # reference solution or the rollout inside the prompt, never the problem itself. A response that was cut off at its
+    # longest is trained on under `cut` only.
     overlong: Literal["drop", "cut"] = "drop"
     shuffle: bool = True
 
@@ -182,7 +186,7 @@ class TrainConfig:
     epochs_per_batch: Positive = 1  # optimizer steps on the same samples; all but the first are off-policy
     overlap: Literal["none", "teacher"] = "none"  # teacher: its hidden states are made while others are sampled
     staleness: Literal[0, 1] = 0  # 1: a step's samples are made beside the step before, by the weights before it
-    world_size: Positive | None = None  # ranks; None: the fewest that hold every layout
+    world_size: Positive | None = None  # ranks; None: this machine's GPUs, on a CPU the fewest that hold every layout
     seed: NonNegative = 0
     student: StudentConfig = Field(default_factory=StudentConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -192,6 +196,12 @@ class TrainConfig:
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest number of ranks that holds every layout; all that do are multiples of it."""
+        layouts = (part.pp * math.lcm(part.tp, part.ep) for part in (self.student, self.teacher))
+        return math.lcm(*layouts, self.sampler.tp)
 
     @property
     def live_teacher(self) -> bool:

@@ -142,6 +142,10 @@ class Platform(ABC):
         """GPUs that this process may use; 0: ranks run on the host's processors."""
         return 0
 
+    def ranks(self, fewest: int) -> int:
+        """Ranks of a job on this machine, unless told: a multiple of `fewest`, on GPUs as many as there are."""
+        return max(fewest, self.gpu_count() // fewest * fewest)
+
     def gpu(self, index: int) -> tuple[str, float, float]:
         """Name of one of them, GiB in use by anyone, and all its GiB."""
         raise IndexError(index)

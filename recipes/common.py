@@ -71,7 +71,8 @@ def paper_run(name: str, model: str, *, tp: int) -> TrainConfig:
         student=StudentConfig(tp=tp, sequence_parallel=tp > 1, recompute=True),
         teacher=TeacherConfig(tp=tp),
         sampler=SamplerConfig(tp=tp, memory_fraction=0.2),  # ours: there are two of them
-        data=DataConfig(path="data/DeepScaleR-Preview-Dataset"),  # the paper's mathematics, its fields named as ours
+        # The paper's mathematics, its fields named as ours. Many of its problems have no solution to show a teacher.
+        data=DataConfig(path="data/DeepScaleR-Preview-Dataset", missing_reference="drop"),
         checkpoint=CheckpointConfig(every=50),  # ours: what a node that dies without warning may cost
     )
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # TRD-OPSD of Qwen3-30B-A3B: sbatch slurm/opsd_qwen3_30b_a3b.sh [key=value ...]; see docs/slurm.md.
 #SBATCH --job-name=opsd_qwen3_30b_a3b
-#SBATCH --nodes=4
+#SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@600
+#SBATCH --signal=B:USR1@1800
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out

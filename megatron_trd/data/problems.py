@@ -21,7 +21,7 @@ class Problem:
     index: int
     problem: str
     answer: str | None  # for grading; None: this data set cannot be graded
-    reference: str | None  # y*, for OPSD
+    reference: str | None  # y*, for OPSD; None: this problem has none
 
 
 def load_problems(config: DataConfig) -> list[Problem]:
@@ -104,9 +104,11 @@ def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
 
     problem = field(config.problem_field, "problem_field")
     assert problem is not None
-    return Problem(
-        index, problem, field(config.answer_field, "answer_field"), field(config.reference_field, "reference_field")
-    )
+    answer = field(config.answer_field, "answer_field")
+    if config.reference_field in row and row[config.reference_field] is None:
+        return Problem(index, problem, answer, None)
+    reference = field(config.reference_field, "reference_field")
+    return Problem(index, problem, answer, reference if reference and reference.strip() else None)
 
 
 def step_indices(count: int, batch_size: int, step: int, *, seed: int, shuffle: bool) -> list[int]:

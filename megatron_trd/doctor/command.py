@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -44,6 +45,8 @@ def run_doctor(config: TrainConfig | None, *, ranks: int | None, quick: bool, se
 def _one_of_many(config: TrainConfig | None, quick: bool, seconds: int) -> int:
     """One rank's part. Rank 0 has the verdict; another fails only if it cannot reach rank 0."""
     place = Place.from_environment()
+    if config is not None and config.world_size is None:
+        config = dataclasses.replace(config, world_size=place.world)
     task = Task(config, nodes=place.nodes, ranks=place.world, quick=quick, seconds=seconds)
     first_of_node = place.local_rank == 0
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_trd import config as configuration
+from megatron_trd import platform
 from megatron_trd.config import DataConfig, SamplerConfig, TrainConfig
 from megatron_trd.data.problems import load_problems
 from megatron_trd.data.prompts import PromptBuilder
@@ -21,6 +22,8 @@ from megatron_trd.models.dist_checkpoint import is_checkpoint
 from megatron_trd.models.loading import check_tokenizer
 from megatron_trd.models.model import Model, open_model
 from megatron_trd.training.run_folder import make_folder
+
+_MEMORY_FRACTION = 0.9  # of a GPU, vLLM's own default
 
 
 def run_evaluation(
@@ -39,8 +42,13 @@ def run_evaluation(
         run_dir=str(out),
         rollouts_per_problem=samples,
         seed=seed,
-        # a checkpoint is asked the way it was trained
-        sampler=SamplerConfig(temperature=run.sampler.temperature, top_p=run.sampler.top_p),
+        # a checkpoint is asked the way it was trained, by an engine that has its GPU to itself
+        sampler=SamplerConfig(
+            tp=run.sampler.tp,
+            temperature=run.sampler.temperature,
+            top_p=run.sampler.top_p,
+            memory_fraction=_MEMORY_FRACTION,
+        ),
         data=DataConfig(
             path=data,
             task=run.data.task,
@@ -81,7 +89,7 @@ def _check(config: TrainConfig) -> TrainConfig:
     """The configuration with the number of ranks and the response limit settled. Raises `UserError`."""
     model = open_model(config.model)
     model.arch.check_layout(config.sampler.tp, 1, "sampler")
-    world = config.world_size or config.sampler.tp
+    world = config.world_size or platform.current().ranks(config.sampler.tp)
     if world % config.sampler.tp:
         raise UserError(f"world size {world} does not fit sampler.tp={config.sampler.tp}: use a multiple of it")
     if config.data.answer_field is None:

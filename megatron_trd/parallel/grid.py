@@ -38,7 +38,10 @@ class Layout:
                 f"use a multiple of {self.tp * self.pp} ranks (world_size=…) or a smaller layout"
             )
         if self.tp * self.dp % self.ep:
-            raise UserError(f"ep={self.ep} does not divide the {self.tp * self.dp} ranks of a pipeline stage (tp x dp)")
+            raise UserError(
+                f"ep={self.ep} does not divide the {self.tp * self.dp} ranks of a pipeline stage (tp x dp): use a "
+                f"multiple of {self.pp * math.lcm(self.tp, self.ep)} ranks (world_size=…) or a smaller layout"
+            )
 
     @property
     def dp(self) -> int:

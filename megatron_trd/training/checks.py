@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_trd import platform
@@ -53,7 +52,7 @@ def check(config: TrainConfig) -> Inputs:
             )
     _check_method(config)
     _check_order(config)
-    problems = load_problems(config.data)
+    problems = _with_references(config, load_problems(config.data))
     student.check()
     if config.teacher.model:
         teacher.check()
@@ -91,6 +90,20 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError("student.sequence_parallel=true needs student.tp > 1")
 
 
+def _with_references(config: TrainConfig, problems: list[Problem]) -> list[Problem]:
+    """The problems that the method can use; their places in the data set stay theirs."""
+    if not METHODS[config.method].needs_reference:
+        return problems
+    kept = [problem for problem in problems if problem.reference is not None]
+    if not kept or (len(kept) < len(problems) and config.data.missing_reference == "refuse"):
+        drop = " (data.missing_reference=drop leaves them out)" if kept else ""
+        raise UserError(
+            f"data '{config.data.path}': {len(problems) - len(kept):,} of {len(problems):,} problems have no "
+            f"'{config.data.reference_field}', which method {config.method} shows the teacher{drop}"
+        )
+    return kept
+
+
 def _check_order(config: TrainConfig) -> None:
     """What works beside what, and whose memory is lent meanwhile."""
     if config.staleness and config.overlap != "none":
@@ -120,8 +133,7 @@ def _check_order(config: TrainConfig) -> None:
 
 
 def _world_size(config: TrainConfig) -> int:
-    student, teacher = config.student.tp * config.student.pp, config.teacher.tp * config.teacher.pp
-    world = config.world_size or math.lcm(student, teacher, config.sampler.tp)
+    world = config.world_size or platform.current().ranks(config.fewest_ranks)
     Layout(config.student.tp, config.student.pp, world, config.student.ep)
     Layout(config.teacher.tp, config.teacher.pp, world, config.teacher.ep)
     if world % config.sampler.tp:

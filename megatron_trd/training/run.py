@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ class Run:
 
     def save(self, steps_done: int) -> None:
         """Write a checkpoint after `steps_done` steps. Collective."""
-        ahead = self.sampling.pending()
+        ahead, begin = self.sampling.pending(), time.perf_counter()
         path = checkpoint.save(
             self.config.run_dir,
             steps_done,
@@ -120,7 +121,7 @@ class Run:
             self.config.checkpoint.keep,
             sampled_ahead=ahead.to_json() if ahead else None,
         )
-        self.note(f"saved {path}")
+        self.note(f"saved {path} in {time.perf_counter() - begin:.0f} s")
 
     def note(self, text: str) -> None:
         """A line for whoever watches the run."""

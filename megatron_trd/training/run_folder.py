@@ -11,6 +11,14 @@ from megatron_trd.errors import UserError
 from megatron_trd.training.run_lock import check_lock, release_lock, take_lock
 
 _MAY_CHANGE = ("log.", "checkpoint.", "run_dir")  # settings that a resumed run may have otherwise
+_LAYOUT = {  # these too: where and in what parts the same is computed, of which the rounding depends
+    *("world_size", "overlap", "loss.chunk_tokens"),
+    *(f"student.{key}" for key in ("tp", "pp", "ep", "sequence_parallel", "micro_batch_size", "recompute", "offload")),
+    *(f"teacher.{key}" for key in ("tp", "pp", "ep", "micro_batch_size", "hidden_in", "offload")),
+    *(f"sampler.{key}" for key in ("tp", "stream", "max_sequences", "max_running_tokens", "request_timeout")),
+    *(f"sampler.{key}" for key in ("memory_fraction", "host_kv_cache_gib", "sleep", "refit_bucket_mib")),
+    "sampler.enforce_eager",
+}
 _PROBE_BYTES = 1 << 20
 
 
@@ -23,7 +31,9 @@ def claim(config: TrainConfig, *, resume: bool) -> None:
     make_folder(folder)
     take_lock(folder)
     try:
-        _check_begun(config, folder, resume)
+        changes = _check_begun(config, folder, resume)
+        if changes:
+            print(f"going on with {', '.join(changes)}: the same training, no longer to the same bits", flush=True)
         fresh = folder / "config.yaml.new"
         configuration.save(config, fresh)
         fresh.replace(folder / "config.yaml")  # whole or not at all, whenever this process is killed
@@ -40,24 +50,27 @@ def check_run_folder(config: TrainConfig, resume: bool) -> None:
     _check_begun(config, folder, resume)
 
 
-def _check_begun(config: TrainConfig, folder: Path, resume: bool) -> None:
+def _check_begun(config: TrainConfig, folder: Path, resume: bool) -> list[str]:
+    """What is computed otherwise than when the run was begun, as text."""
     begun = folder / "config.yaml"
     if not begun.exists():
-        return
+        return []
     if not resume:
         raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
-    _check_unchanged(configuration.load(begun), config, folder)
+    return _changes(configuration.load(begun), config, folder)
 
 
-def _check_unchanged(begun: TrainConfig, config: TrainConfig, folder: Path) -> None:
+def _changes(begun: TrainConfig, config: TrainConfig, folder: Path) -> list[str]:
     """A run goes on as it began, or its checkpoints, its data order and its learning rates do not belong together."""
     before, now = configuration.flatten(begun), configuration.flatten(config)
-    for key, value in now.items():
-        if value != before[key] and not key.startswith(_MAY_CHANGE):
+    changed = [key for key, value in now.items() if value != before[key] and not key.startswith(_MAY_CHANGE)]
+    for key in changed:
+        if key not in _LAYOUT:
             raise UserError(
-                f"run folder '{folder}' was begun with {key}={before[key]}, not {value}: "
-                "resume with the same settings, or set another run_dir="
+                f"run folder '{folder}' was begun with {key}={before[key]}, not {now[key]}: resume with the same "
+                f"settings, set another run_dir=, or change it on purpose: in '{folder}/config.yaml' too"
             )
+    return [f"{key}={now[key]} instead of {before[key]}" for key in changed]
 
 
 def make_folder(folder: Path) -> None:

@@ -40,7 +40,7 @@ def slurm() -> Any:
         time="04:00:00",
         exclusive=True,
         mem="0",  # all of it
-        signal="TERM@600",  # seconds ahead of the time limit: the ranks finish their step and save
+        signal="TERM@1800",  # seconds ahead of the time limit: the ranks finish their step and save
         launcher=run.Config(run.Torchrun),
         packager=run.Config(run.Packager),  # nothing is copied
         tunnel=run.Config(run.LocalTunnel, job_dir=""),
@@ -51,23 +51,16 @@ for _factory, _made in ((local, run.LocalExecutor), (slurm, run.SlurmExecutor)):
     run.cli.factory(_factory, target=_made)  # executor=local, executor=slurm
 
 
-def fewest_ranks(config: TrainConfig) -> int:
-    """The smallest number of ranks that holds every layout; all that do are multiples of it."""
-
-    def layout(part: StudentConfig | TeacherConfig) -> int:
-        return part.pp * math.lcm(part.tp, part.ep)
-
-    return math.lcm(layout(config.student), layout(config.teacher), config.sampler.tp)
-
-
 def allocate(executor: run.Executor, config: TrainConfig) -> int:
     """Number of ranks that the executor starts, after filling in what it leaves open.
 
     Raises `UserError` if the layouts of `config` do not fit them.
     """
-    fewest = fewest_ranks(config)
+    fewest = config.fewest_ranks
     if isinstance(executor, run.LocalExecutor) and executor.ntasks_per_node == AS_NEEDED:
-        executor.ntasks_per_node = config.world_size or fewest
+        from megatron_trd import platform  # imports torch, which is not where only jobs are submitted
+
+        executor.ntasks_per_node = config.world_size or platform.current().ranks(fewest)
     if isinstance(executor, run.SlurmExecutor):
         if executor.ntasks_per_node == AS_NEEDED:
             gpus = executor.gpus_per_node or _GPUS_A_NODE

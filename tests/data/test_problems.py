@@ -175,9 +175,15 @@ def test_no_path_says_what_to_give() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "field"), [("problem_field", "problem"), ("answer_field", "answer"), ("reference_field", "solution")]
+    ("key", "field", "null"),
+    [
+        ("problem_field", "problem", False),
+        ("problem_field", "problem", True),
+        ("answer_field", "answer", False),
+        ("answer_field", "answer", True),
+        ("reference_field", "solution", False),
+    ],
 )
-@pytest.mark.parametrize("null", [False, True])
 def test_a_missing_field_is_named_with_the_fields_there_are(tmp_path: Path, key: str, field: str, null: bool) -> None:
     second = {name: value for name, value in ROWS[1].items() if name != field} | {"level": 3}
     if null:
@@ -187,6 +193,13 @@ def test_a_missing_field_is_named_with_the_fields_there_are(tmp_path: Path, key:
         assert part in message, message
     assert ("is null" in message) == null, "a field that is there must not be called missing"
     assert ("null for none" in message) == (key != "problem_field")
+
+
+@pytest.mark.parametrize("nothing", [None, "", " \n"])
+def test_a_problem_may_have_no_reference_solution(tmp_path: Path, nothing: str | None) -> None:
+    rows = [ROWS[0], ROWS[1] | {"solution": nothing}]
+    first, second = load_problems(write(tmp_path / "data.jsonl", jsonl(rows)))
+    assert (first.reference, second.reference) == (ROWS[0]["solution"], None)
 
 
 # Steps

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_trd.config import from_dict
 from megatron_trd.planning import memory, sizes
@@ -120,6 +121,13 @@ def test_parts_are_the_arithmetic_of_the_design() -> None:
     assert train["gradients"] == pytest.approx(33e9 / 2, rel=0.01)
     assert train["optimizer"] == pytest.approx(98e9 / 8, rel=0.01)
     assert train["activations"] > 36 * 18432 * 4096 / 2 * 2  # every layer's input, halved by sequence parallelism
+
+
+def test_the_readme_s_own_run_fits_a_node() -> None:
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    [text] = re.findall(r"```yaml\n(model:.*?)```", readme, flags=re.DOTALL)
+    found = forecast(make(yaml.safe_load(text) | {"model": "models/Qwen3-8B"}))
+    assert found.fits, found.worst
 
 
 def test_each_phase_shows_its_fullest_rank() -> None:

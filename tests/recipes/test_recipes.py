@@ -87,6 +87,13 @@ def test_only_weights_are_missing(name: str, files: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", QWEN3)
+def test_a_job_script_asks_for_the_nodes_that_the_recipe_needs(name: str) -> None:
+    script = (PROJECT / "slurm" / f"{name}.sh").read_text()
+    assert f"#SBATCH --nodes={NODES[name]}\n#SBATCH --gpus-per-node=8\n" in script
+    assert 8 * NODES[name] % find_recipe(name).fewest_ranks == 0
+
+
+@pytest.mark.parametrize("name", QWEN3)
 def test_settings_are_the_papers(name: str) -> None:
     config = find_recipe(name)
     assert (config.batch_size, config.data.max_prompt_tokens, config.data.max_reference_tokens) == (16, 2048, 4096)

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_trd import platform
-from megatron_trd.config import TrainConfig, from_dict, save
+from megatron_trd.config import TrainConfig, from_dict, known_keys, load, save
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.training.checks import Inputs, check
-from megatron_trd.training.run_folder import check_run_folder
+from megatron_trd.training.run_folder import _LAYOUT, check_run_folder, claim
+from megatron_trd.training.run_lock import release_lock
 from tests.data.errors import user_error
 from tests.models import VOCAB, write_model
 
@@ -137,6 +138,17 @@ def test_the_world_is_a_multiple_of_layouts_that_do_not_divide_each_other(run: R
     assert check(run(model=model, student={"pp": 2}, teacher={"pp": 3})).world_size == 6
 
 
+def test_experts_count_in_the_smallest_world() -> None:
+    layouts = {"student": {"tp": 4, "pp": 2, "ep": 8}, "sampler": {"tp": 4}}
+    assert from_dict(layouts, "test").fewest_ranks == 16
+
+
+def test_a_machine_s_gpus_are_the_world_where_layouts_fit_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = platform.current()
+    monkeypatch.setattr(current, "gpu_count", lambda: 8)
+    assert [current.ranks(fewest) for fewest in (1, 2, 3, 8, 16)] == [8, 8, 6, 8, 16]
+
+
 def test_a_larger_teacher_of_the_same_vocabulary_passes(run: Run, models: Path) -> None:
     found = check(run(teacher={"model": str(models / "larger")}))
     assert (found.student.arch.hidden_size, found.teacher.arch.hidden_size) == (32, 64)
@@ -225,6 +237,22 @@ def test_a_method_without_what_it_needs(run: Run) -> None:
     assert check(run(method="trd-opd", data={"reference_field": None})).problems[0].reference is None
     says(run(corpus="corrected", data={"answer_field": None}), "corpus=corrected", "data.answer_field")
     says(run(corpus="corrected", method="opd-forward-kl"), "corpus=corrected", "refines")
+
+
+def test_problems_without_a_reference_are_refused_or_dropped(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+
+    def write(*solutions: str | None) -> None:
+        rows = ({"problem": "1 + 1 = ?", "answer": "2", "solution": solution} for solution in solutions)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("", "2", None, "2")
+    says(run(data={"path": str(path)}), "2 of 4 problems", "'solution'", "trd-opsd", "data.missing_reference=drop")
+    kept = check(run(data={"path": str(path), "missing_reference": "drop"})).problems
+    assert [problem.index for problem in kept] == [1, 3]
+    assert len(check(run(method="trd-opd", data={"path": str(path)})).problems) == 4
+    write("", None)
+    says(run(data={"path": str(path), "missing_reference": "drop"}), "2 of 2 problems", "'solution'")
 
 
 @pytest.mark.parametrize(
@@ -497,6 +525,21 @@ def test_a_run_folder_that_holds_a_run_is_not_overwritten(run: Run, tmp_path: Pa
     message = user_error(check_run_folder, run(run_dir=str(tmp_path), seed=5), resume=True)
     assert "seed=0, not 5" in message
     assert (tmp_path / "config.yaml").read_text() == begun
+
+
+def test_a_run_may_go_on_in_another_layout(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(run(run_dir=str(tmp_path)), tmp_path / "config.yaml")
+    changes: dict[str, Any] = {"world_size": 2, "student": {"tp": 2, "recompute": True}, "loss": {"chunk_tokens": 9}}
+    claim(run(run_dir=str(tmp_path), **changes), resume=True)
+    release_lock(tmp_path)
+    line = capsys.readouterr().out
+    for part in ("world_size=2 instead of None", "student.tp=2", "student.recompute=True", "loss.chunk_tokens=9"):
+        assert part in line
+    assert load(tmp_path / "config.yaml").student.tp == 2
+
+
+def test_settings_of_a_layout_are_settings() -> None:
+    assert set(known_keys()) >= _LAYOUT
 
 
 @pytest.mark.parametrize("resume", [False, True])
