@@ -156,6 +156,7 @@ class CheckpointConfig:
 
     every: NonNegative = 0  # steps; 0: only at the end and when stopped
     keep: Positive = 2  # newest ones kept
+    keep_every: Positive | None = None  # and those after each so many steps
 
 
 @dataclass(config=_STRICT, kw_only=True)

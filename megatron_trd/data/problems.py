@@ -105,9 +105,9 @@ def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
     problem = field(config.problem_field, "problem_field")
     assert problem is not None
     answer = field(config.answer_field, "answer_field")
-    if config.reference_field in row and row[config.reference_field] is None:
-        return Problem(index, problem, answer, None)
-    reference = field(config.reference_field, "reference_field")
+    name = config.reference_field
+    has_none = name is not None and name in row and row[name] is None
+    reference = None if has_none else field(name, "reference_field")
     return Problem(index, problem, answer, reference if reference and reference.strip() else None)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_trd import platform
+from megatron_trd.config import CheckpointConfig
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
 from megatron_trd.errors import UserError
@@ -49,11 +50,11 @@ def save(
     step: int,
     student: StudentEngine,
     teacher: TeacherEngine,
-    keep: int,
+    config: CheckpointConfig,
     *,
     sampled_ahead: str | None = None,
 ) -> Path:
-    """Write `step_N` (after `step` steps) and drop all but the newest `keep`. Collective.
+    """Write `step_N` (after `step` steps) and drop all that `config` does not keep. Collective.
 
     sampled_ahead: what the next step trains on, where that has been sampled already; kept as it is.
     """
@@ -88,10 +89,16 @@ def save(
         write_sums(partial, digests)
         to_disk(partial)
         os.rename(partial, target)
-        for _, old in list(checkpoints(run_dir).items())[:-keep]:
+        for old in _superseded(checkpoints(run_dir), config):
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return target
+
+
+def _superseded(saved: dict[int, Path], config: CheckpointConfig) -> list[Path]:
+    """Checkpoints, by their steps in order, that are neither of the newest nor to be kept for good."""
+    older = list(saved.items())[: -config.keep]
+    return [path for step, path in older if config.keep_every is None or step % config.keep_every]
 
 
 def _comparable(state: Any) -> Any:

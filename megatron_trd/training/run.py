@@ -118,7 +118,7 @@ class Run:
             steps_done,
             self.student,
             self.teacher,
-            self.config.checkpoint.keep,
+            self.config.checkpoint,
             sampled_ahead=ahead.to_json() if ahead else None,
         )
         self.note(f"saved {path} in {time.perf_counter() - begin:.0f} s")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_trd.config import CheckpointConfig
 from megatron_trd.data.batching import deal
 from tests.distributed import run_ranks
 from tests.engines.test_numerics import LR, expert_layout, full_tensors, layout, make_config, make_samples
@@ -48,7 +49,7 @@ def go_on(rank: int, world: int, model: str, run_dir: str, cases: list[tuple[dic
         folder = f"{run_dir}/{number}"
         student, teacher = engines(first)
         train(student, teacher, BEFORE)
-        checkpoint.save(folder, BEFORE, student, teacher, keep=1)
+        checkpoint.save(folder, BEFORE, student, teacher, CheckpointConfig())
         saved = full_tensors(student)
         train(student, teacher, AFTER)
         expected = full_tensors(student)
@@ -61,6 +62,18 @@ def go_on(rank: int, world: int, model: str, run_dir: str, cases: list[tuple[dic
         found.append(max(float((now[name] - expected[name]).abs().max()) for name in expected) / LR)
         parallel_state.destroy_model_parallel()
     return found
+
+
+def test_the_newest_and_each_so_many_are_kept() -> None:
+    from megatron_trd.training.checkpoint import _superseded
+
+    def dropped(**settings: Any) -> list[int]:
+        saved = {step: Path(f"step_{step}") for step in (50, 100, 150, 200, 230)}
+        return [int(path.name.removeprefix("step_")) for path in _superseded(saved, CheckpointConfig(**settings))]
+
+    assert dropped() == [50, 100, 150]
+    assert dropped(keep=1, keep_every=100) == [50, 150]
+    assert dropped(keep=9) == []
 
 
 def distributed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_trd.config import CheckpointConfig
 from megatron_trd.errors import UserError
 from megatron_trd.launch import JobFailed, launch
 from tests.checkpoint_tools.folders import tensors
 from tests.distributed import run_ranks
 from tests.training import jobs
 
+NAME = re.compile(r"`([a-z_/<>]+)`")
 # What must not differ between an unbroken and a resumed run, to the bit.
 SAME = ("loss", "grad_norm", "lr", "divergence/mean", "tokens/trained", "length/rollout", "length/refinement")
 
@@ -90,6 +93,15 @@ def test_a_run_writes_what_is_promised(unbroken: tuple[Path, Path, str]) -> None
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_2", "step_4"]
     assert list((run / "checkpoints/step_4/ema").glob("*.safetensors"))
     assert output.count("step ") >= jobs.STEPS
+
+
+def test_every_metric_is_documented(unbroken: tuple[Path, Path, str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    documented = {name for line in page.splitlines() if line.startswith("| `") for name in NAME.findall(line)}
+    names = set().union(*jobs.metrics(unbroken[1])) - {"step"}
+    names = {re.sub("memory/[a-z]+/", "memory/<phase>/", name) for name in names}
+    assert len(names) > 25
+    assert names <= documented
 
 
 def test_a_checkpoint_exports_the_student_and_the_averaged_teacher(
@@ -245,7 +257,7 @@ def save_and_resume_untrained(rank: int, world: int, job: str, run_dir: str) -> 
     model = open_model(config.model)
     student = StudentEngine(config, model, student_grid(2, 1, seed=0))
     teacher = TeacherEngine(config, student, model)
-    checkpoint.save(run_dir, 3, student, teacher, keep=1)
+    checkpoint.save(run_dir, 3, student, teacher, CheckpointConfig())
     assert checkpoint.resume(run_dir, student, teacher) == 3
     found, expected = (loading.named_tensors(model.arch, source) for source in (student.source(), model.source))
     return all(full.equal(tensor) for (_, full), (_, tensor) in zip(found, expected, strict=True))
