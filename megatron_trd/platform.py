@@ -90,6 +90,9 @@ class Platform(ABC):
         """For one vLLM engine: makes the context in which it is started, and each in which it works."""
         return contextlib.nullcontext
 
+    def prepare_restart(self) -> None:
+        """Runs before an engine is shut down to be made again."""
+
     def prepare_reload(self, model: torch.nn.Module) -> None:
         """Runs in a vLLM worker before weights are reloaded into its model."""
 
@@ -214,6 +217,9 @@ class CudaPlatform(Platform):
 
     def engine_context(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
         return vllm_on_cuda.EngineContext(self.device)
+
+    def prepare_restart(self) -> None:
+        vllm_on_cuda.keep_allocators()
 
     def peak_memory_gib(self) -> dict[str, float]:
         # To torch the memory of an engine that sleeps is still allocated.

@@ -38,9 +38,25 @@ class EngineContext:
             caller.wait_stream(self._stream)
 
 
+_kept: list[Any] = []  # for the life of the process
+
+
+def keep_allocators() -> None:
+    """Before an engine that sleeps is shut down: keep what its tensors were allocated with.
+
+    vLLM forgets it there, but some of the engine's tensors are freed later, by a call into it.
+    """
+    for entries in (_allocator().allocator_and_pools if _allocator() else {}).values():
+        _kept.extend(allocator for _, allocator, *_ in entries)
+
+
+def _allocator() -> Any:
+    module = sys.modules.get("vllm.device_allocator.cumem")  # vLLM imports it for engines that sleep
+    return module.CuMemAllocator.instance if module else None
+
+
 def asleep_bytes() -> int:
     """Bytes that sleeping engines of this process have given back; torch's statistics do not know it."""
-    module = sys.modules.get("vllm.device_allocator.cumem")  # vLLM imports it for engines that sleep
-    allocator = module.CuMemAllocator.instance if module else None
+    allocator = _allocator()
     found = allocator.pointer_to_data.values() if allocator else ()
     return sum(data.handle[1] for data in found if data.is_asleep)

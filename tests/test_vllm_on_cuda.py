@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_trd import vllm_on_cuda
 from megatron_trd.vllm_on_cuda import EngineContext, asleep_bytes
 
 
@@ -96,6 +98,22 @@ def test_work_is_behind_the_caller_s_and_before_what_follows_also_after_an_error
     assert workspace._manager is None
     with context():
         assert workspace.current_workspace_manager() is not None
+
+
+def test_what_allocated_an_engine_s_memory_outlives_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vllm.device_allocator.cumem", raising=False)
+    vllm_on_cuda.keep_allocators()  # no engine that can sleep has been made
+
+    class Allocator:
+        pass
+
+    pools = {tag: [(object(), Allocator())] for tag in ("weights", "kv_cache")}
+    alive = [weakref.ref(entry[1]) for entries in pools.values() for entry in entries]
+    module = SimpleNamespace(CuMemAllocator=SimpleNamespace(instance=SimpleNamespace(allocator_and_pools=pools)))
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", module)
+    vllm_on_cuda.keep_allocators()
+    pools.clear()  # as vLLM's shutdown does
+    assert all(allocator() is not None for allocator in alive)
 
 
 def test_bytes_that_sleeping_engines_have_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,9 +82,11 @@ class Engine:
 
     def restart(self) -> None:
         """A new engine, without weights, in place of one that died. Collective."""
+        platform.current().prepare_restart()
         with self._working():
             self.llm.llm_engine.model_executor.shutdown()
         self.llm, self.empty = None, True
+        self._working = platform.current().engine_context()  # what the old one holds is the old engine's
         gc.unfreeze()  # vLLM froze what it made
         gc.collect()
         self.llm = self._start()
@@ -134,7 +136,10 @@ class Engine:
 
     def forget(self) -> None:
         """Drop cached prefixes: they are of earlier weights, and a step's tokens must not depend on earlier steps."""
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM keeps the prefixes of earlier weights: it holds some of their blocks for a request"
+            )
 
     def refit(self, source: loading.Source) -> int:
         """Take over the weights of `source`; returns their bytes. Collective."""

@@ -37,6 +37,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> int:
     Raises `UserError` for bad input and `JobFailed` if a rank died.
     """
     inputs = check_start(config, resume=resume)
+    print(describe(config, inputs.world_size), flush=True)
     logs = Path(config.run_dir) / "logs"
     logs.mkdir(exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=logs, prefix="config-", suffix=".yaml") as file:

@@ -53,6 +53,10 @@ class Run:
             self.inputs.student.folder.tokenizer, config.data.task, config.data.chat_template_kwargs
         )
         self.builder = SampleBuilder(config, prompts)
+        # An engine starts only if its share of the memory is free, which it is when these are away.
+        self.student.offload()
+        self.teacher.offload()
+        current.release_memory()
         self.phases = Phases()
         self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
         self.sampling = Sampling(
