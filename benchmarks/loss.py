@@ -49,6 +49,7 @@ FLOOR, AGAIN = "four products alone", "four products alone, again"
 SWEPT_TOKENS = [2**power for power in range(10, 17)]
 SWEPT_VOCABULARIES = [2**power for power in range(13, 19)]
 SWEPT_RANKS = [1, 2, 4]
+SWEEPS = ["tokens", "vocabulary", "ranks"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -104,7 +105,7 @@ def main() -> None:
     options = _parser().parse_args()
     if options.device == "cuda" and options.tp > 1:
         raise SystemExit("one GPU is measured: --device cuda goes with --tp 1")
-    table = _sweep(options) if options.sweep else _comparison(options)
+    table = _sweep(options) if options.sweep is not None else _comparison(options)
     text = f"{_machine(options)}\n\n{table}"
     print(text)
     if options.write:
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of hidden states and weights")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only cases with one of these in their names")
-    parser.add_argument("--sweep", action="store_true", help="how ours grows with tokens, vocabulary and ranks")
+    parser.add_argument("--sweep", nargs="*", choices=SWEEPS, help="how ours grows with these; alone: with all")
     parser.add_argument("--write", type=Path, help="also write the table here")
     return parser
 
@@ -180,17 +181,20 @@ def _sweep(options: argparse.Namespace) -> str:
     by_tokens = [(tokens, vocabulary, 1, chunk or SWEPT_TOKENS[0] // 2) for tokens in SWEPT_TOKENS]
     by_vocabulary = [(options.tokens, size, 1, chunk) for size in SWEPT_VOCABULARIES]
     by_ranks = [(options.tokens, 8 * vocabulary, ranks, chunk) for ranks in SWEPT_RANKS]
-    tables = {"Tokens": by_tokens, "Vocabulary": by_vocabulary}
-    if options.device == "cpu":
-        tables["Ranks (on the same cores)"] = by_ranks
+    tables = dict(zip(SWEEPS, (by_tokens, by_vocabulary, by_ranks), strict=True))
+    if options.device == "cuda":
+        del tables["ranks"]
     parts = [f"Ours, forward_kl, hidden {hidden:,}."]
     for title, points in tables.items():
         shapes = [Shape(t, hidden, v, p, c, options.device, options.dtype) for t, v, p, c in points]
-        parts.append(f"## {title}\n\n{_growth(shapes, options.repeats)}")
+        if not options.sweep or title in options.sweep:
+            parts.append(f"## {title.capitalize()}\n\n{_growth(shapes, options.repeats)}")
     return "\n\n".join(parts)
 
 
-def _growth(shapes: list[Shape], repeats: int) -> str:
+def _growth(shapes: list[Shape], least: int) -> str:
+    """A table of these points, each measured `least` times or more: as often as makes it the tokens of the largest."""
+    most = max(shape.tokens for shape in shapes)
     rows = [
         "| tokens | vocabulary | ranks | median s | µs a token | of the products | of the first | "
         "memory of a rank, MiB | in chunks |",
@@ -199,6 +203,7 @@ def _growth(shapes: list[Shape], repeats: int) -> str:
     first: float | None = None
     for shape in shapes:
         print(f"{tuple(shape)} ...", file=sys.stderr)
+        repeats = max(least, most // shape.tokens)
         ranks = run_ranks(_measure_beside_products, shape.ranks, shape, repeats, timeout=3600)
         ours, products = (
             [max(times) for times in zip(*(getattr(rank, side) for rank in ranks), strict=True)]

@@ -69,9 +69,9 @@ def fused_linear_divergence(
         teacher_weight: `[V / p, teacher's hidden]`, sharded as the student's; never receives a gradient.
         token_weights: `[tokens]`, any sign, 0 for a token to leave out.
         chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 256 MiB of float32
-            logits a side. At that size at most two and a half times these are allocated (`jsd`: three times); smaller
-            chunks need more scratch in proportion. The result does not depend on it beyond rounding. In backward the
-            chunks are gone, and float32 gradients are scaled where they are, unless the graph is retained.
+            logits a side. Twice these are allocated, and scratch of some 50 MiB. The result does not depend on it
+            beyond rounding. In backward the chunks are gone, and float32 gradients are scaled where they are, unless
+            the graph is retained.
         group, divergence, beta, temperature, vocab_size, clip, top_k, tail: as in `vocab_parallel_divergence`.
 
     Returns:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# Logits of one chunk and one side. The peak of the fused loss is about two and a half of these; larger chunks buy
+# Logits of one chunk and one side. The peak of the fused loss is a little over two of these; larger chunks buy
 # longer products, which are full-speed well before this size.
 CHUNK_BYTES = 256 * 2**20
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from megatron_trd.engines.hidden_store import WAVE
-from megatron_trd.losses.head import CHUNK_BYTES
-from megatron_trd.methods import METHODS
+from megatron_trd.losses.head import chunks
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning import sizes
@@ -21,9 +22,9 @@ Parts = dict[str, float]  # bytes by what they are for
 # Parts that an engine takes; on a GPU they are its `memory_fraction` while it samples.
 _ENGINE = _WEIGHTS, _CACHE, _WORK, _GRAPHS = "engine weights", "KV cache", "engine activations", "engine graphs"
 
-# Chunks of float32 logits that the loss has at its peak: what `fused_linear_divergence` promises, and
-# benchmarks/results/loss_cpu*.md measured (1.9 to 2.8).
-_CHUNKS, _CHUNKS_JSD = 2.5, 3.0
+# What the loss takes beside its chunks, of a matrix library and for a few rows at a time: 7 to 108 MiB were measured
+# (benchmarks/results/loss_cpu*.md).
+_LOSS_SCRATCH = 56 * 2**20
 _STEP = 0.05  # of a memory fraction that is proposed
 _GRADIENT_BYTES = 4  # gradients are summed in float32
 
@@ -181,15 +182,16 @@ def _loss(case: Case, tokens: int) -> float:
     narrow, tp, settings = case.stack.weight_bytes, case.student_layout.tp, case.config
     head = (4 + narrow) * sizes.head_shard(case.student, tp)
     hidden = tokens * ((4 + 2 * narrow) * case.student.hidden_size + narrow * case.teacher.hidden_size)
-    jsd = METHODS[settings.method].divergence.kind == "jsd"
     width = case.student.padded_vocab(tp) // tp
-    return loss_chunks(tokens, width, settings.loss.chunk_tokens, jsd=jsd) + head + hidden
+    return loss_chunks(tokens, width, settings.loss.chunk_tokens, tp) + head + hidden
 
 
-def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, *, jsd: bool) -> float:
-    """Bytes of logits in chunks, both sides of `tokens` tokens by `width` columns of float32."""
-    at_once = chunk_tokens or max(1, CHUNK_BYTES // (4 * width))
-    return (_CHUNKS_JSD if jsd else _CHUNKS) * min(tokens, at_once) * 4 * width
+def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int) -> float:
+    """Bytes of float32 logits in chunks, both sides of `tokens` tokens by `width` columns, and of the work on them."""
+    under_way = 1 if tp == 1 else 2
+    slices = chunks(tokens, width, chunk_tokens, torch.float32, under_way=under_way)
+    rows = slices[0].stop if slices else 0
+    return 2 * min(under_way, len(slices)) * rows * width * 4 + _LOSS_SCRATCH
 
 
 def _teacher_parts(case: Case, stage: int, received: float) -> Parts:

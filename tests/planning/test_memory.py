@@ -84,15 +84,15 @@ def test_weights_gradients_and_optimizer_are_what_the_student_engine_allocates(
             assert ranks[rank][index] == (own.total * 4, own.total * 4, state), (settings, rank)
 
 
-def benchmark_rows() -> list[tuple[str, int, int, float, float]]:
-    """(file, tokens, columns of a rank, MiB, MiB of a chunk) of every measurement of our forward KL."""
+def benchmark_rows() -> list[tuple[str, int, int, int, float, float]]:
+    """(file, tokens, columns of a rank, ranks, MiB, MiB of a chunk) of every measurement of ours."""
     rows = []
     for path in sorted(RESULTS.glob("loss_cpu*.md")):
         text = path.read_text()
         shape = re.search(r"([\d,]+) tokens, hidden [\d,]+, vocabulary ([\d,]+), TP (\d)", text)
         for line in text.splitlines():
             cells = [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
-            if cells[0] == "ours forward_kl" and shape:
+            if cells[0].startswith("ours ") and shape:
                 tokens, vocabulary, tp = (int(number.replace(",", "")) for number in shape.groups())
                 memory_used, in_chunks = float(cells[4]), float(cells[5])
             elif len(cells) == 9 and cells[0].isdigit():
@@ -100,17 +100,17 @@ def benchmark_rows() -> list[tuple[str, int, int, float, float]]:
                 memory_used, in_chunks = float(cells[7]), float(cells[8])
             else:
                 continue
-            rows.append((path.name, tokens, vocabulary // tp, memory_used, memory_used / in_chunks))
+            rows.append((path.name, tokens, vocabulary // tp, tp, memory_used, memory_used / in_chunks))
     return rows
 
 
-def test_loss_chunks_are_within_a_third_of_what_was_measured() -> None:
+def test_loss_chunks_are_within_a_fifth_of_what_was_measured() -> None:
     rows = benchmark_rows()
     assert len(rows) > 15
-    for file, tokens, width, measured, chunk in rows:
-        chunk_tokens = round(chunk * 2**20 / (4 * width))
-        expected = memory.loss_chunks(tokens, width, chunk_tokens, jsd=False) / 2**20
-        assert expected == pytest.approx(measured, rel=1 / 3), (file, tokens, width)
+    for file, tokens, width, tp, measured, chunk in rows:
+        chunk_tokens = round(1.01 * chunk * 2**20 / (4 * width))  # the table's quotient is rounded
+        expected = memory.loss_chunks(tokens, width, chunk_tokens, tp) / 2**20
+        assert expected == pytest.approx(measured, rel=1 / 5), (file, tokens, width)
 
 
 def test_parts_are_the_arithmetic_of_the_design() -> None:
