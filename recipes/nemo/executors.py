@@ -58,9 +58,7 @@ def allocate(executor: run.Executor, config: TrainConfig) -> int:
     """
     fewest = config.fewest_ranks
     if isinstance(executor, run.LocalExecutor) and executor.ntasks_per_node == AS_NEEDED:
-        from megatron_trd import platform  # imports torch, which is not where only jobs are submitted
-
-        executor.ntasks_per_node = config.world_size or platform.current().ranks(fewest)
+        executor.ntasks_per_node = config.world_size or _ranks_here(fewest)
     if isinstance(executor, run.SlurmExecutor):
         if executor.ntasks_per_node == AS_NEEDED:
             gpus = executor.gpus_per_node or _GPUS_A_NODE
@@ -78,6 +76,14 @@ def allocate(executor: run.Executor, config: TrainConfig) -> int:
             f"of {fewest}"
         )
     return nodes * each
+
+
+def _ranks_here(fewest: int) -> int:
+    if importlib.util.find_spec("torch") is None:  # `check_programs` says so, if it is to run
+        return fewest
+    from megatron_trd import platform
+
+    return platform.current().ranks(fewest)
 
 
 def _text(part: StudentConfig | TeacherConfig) -> str:
