@@ -125,7 +125,7 @@ class Run:
             self.config.checkpoint,
             sampled_ahead=ahead.to_json() if ahead else None,
         )
-        self.note(f"saved {path} in {time.perf_counter() - begin:.0f} s")
+        self.note(f"saved {path} in {time.perf_counter() - begin:.1f} s")
 
     def note(self, text: str) -> None:
         """A line for whoever watches the run."""
