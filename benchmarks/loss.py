@@ -132,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _machine(options: argparse.Namespace) -> str:
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {_cores()} cores"
-    return f"{name}, torch {torch.__version__}, {options.dtype}; median and best of {options.repeats}."
+    times = f"median and best of {options.repeats}" if options.sweep is None else f"median of {options.repeats} or more"
+    return f"{name}, torch {torch.__version__}, {options.dtype}; {times}."
 
 
 def _comparison(options: argparse.Namespace) -> str:
@@ -260,13 +261,11 @@ def _measure_beside_products(rank: int, world: int, shape: Shape, repeats: int) 
     group = dist.group.WORLD if world > 1 else None
     loss, inputs = loaded(_case("ours forward_kl", shape.chunk_tokens)), _inputs(shape, rank)
     assert not isinstance(loss, str)
-    memory = _timed(lambda inputs: lambda: _gradients(loss, inputs, group), inputs, 1, (0.0, 0.0)).memory
+    step = partial(_gradients, loss, inputs, group)
+    memory = _timed(lambda _: step, inputs, 1, (0.0, 0.0)).memory
     products = _products(*inputs, tokens=shape.chunk // (4 * shape.width))
     products()
-    pairs = [
-        (_seconds(lambda: _gradients(loss, inputs, group), shape.device), _seconds(products, shape.device))
-        for _ in range(repeats)
-    ]
+    pairs = [(_seconds(step, shape.device), _seconds(products, shape.device)) for _ in range(repeats)]
     ours, floor = zip(*pairs, strict=True)
     return Beside(list(ours), list(floor), memory)
 

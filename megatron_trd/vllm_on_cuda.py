@@ -46,8 +46,9 @@ def keep_allocators() -> None:
 
     vLLM forgets it there, but some of the engine's tensors are freed later, by a call into it.
     """
-    for entries in (_allocator().allocator_and_pools if _allocator() else {}).values():
-        _kept.extend(allocator for _, allocator, *_ in entries)
+    allocator = _allocator()
+    pools = allocator.allocator_and_pools.values() if allocator else ()
+    _kept.extend(entry[1] for entries in pools for entry in entries)
 
 
 def _allocator() -> Any:

@@ -90,8 +90,8 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
-    def field(name: str | None, key: str) -> str | None:
-        if name is None:
+    def field(name: str | None, key: str, *, may_be_null: bool = False) -> str | None:
+        if name is None or (may_be_null and name in row and row[name] is None):
             return None
         if row.get(name) is None:
             found = f"field '{name}' is null" if name in row else f"no field '{name}'"
@@ -105,9 +105,7 @@ def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
     problem = field(config.problem_field, "problem_field")
     assert problem is not None
     answer = field(config.answer_field, "answer_field")
-    name = config.reference_field
-    has_none = name is not None and name in row and row[name] is None
-    reference = None if has_none else field(name, "reference_field")
+    reference = field(config.reference_field, "reference_field", may_be_null=True)
     return Problem(index, problem, answer, reference if reference and reference.strip() else None)
 
 

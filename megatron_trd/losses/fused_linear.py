@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_trd.losses.head import add_product, chunks, product_into
+from megatron_trd.losses.head import add_product, chunks, chunks_under_way, product_into
 from megatron_trd.losses.objective import Divergence, Objective
 from megatron_trd.losses.rows import PendingRows
 from megatron_trd.losses.shard import VocabShard, statistics_dtype
@@ -174,7 +174,7 @@ def _over_chunks(
     weight_gradient = scale.new_empty(student.weight.shape) if needs_weight else None
     if weight_gradient is not None:
         weight_gradient[shard.columns if tokens else 0 :].zero_()  # the rest is the first chunk's
-    depth = 1 if shard.size == 1 else 2
+    depth = chunks_under_way(shard.size)
     slices = chunks(tokens, width, chunk_tokens, scale.dtype, under_way=depth)
     # The same buffers serve every chunk: fresh ones cost a CPU more in page faults than the softmaxes do.
     buffers = scale.new_empty(min(depth, len(slices)), 2, slices[0].stop if slices else 0, shard.columns)

@@ -27,6 +27,11 @@ def chunks(tokens: int, width: int, chunk_tokens: int | None, dtype: torch.dtype
     return [slice(first, min(first + step, tokens)) for first in range(0, tokens, max(1, step))]
 
 
+def chunks_under_way(ranks: int) -> int:
+    """Chunks that the fused loss works on at once: over several ranks a second, while the sums of the first travel."""
+    return 1 if ranks == 1 else 2
+
+
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` into `out`, whose dtype is at least as wide; the accumulator's bits are kept where possible."""
     if left.dtype == out.dtype:

@@ -128,7 +128,9 @@ def start_divergence_(
         torch.gather(teacher, 1, columns[:, :held], out=packed[1, :, :held])
     if objective.tail:
         for logits, rest in zip((student, teacher), packed[..., k:], strict=True):
-            logits.scatter_(1, columns[:, :held], NO_LOGIT).div_(objective.temperature)
+            logits.scatter_(1, columns[:, :held], NO_LOGIT)
+            if objective.temperature != 1:
+                logits.div_(objective.temperature)
             for block in blocks(rows, logits.shape[1] * logits.element_size(), logits.device):
                 rest[block, 0] = shift_(logits[block])
                 rest[block, 1] = logits[block].exp_().sum(dim=1)

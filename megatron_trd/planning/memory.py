@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_trd.engines.hidden_store import WAVE
-from megatron_trd.losses.head import chunks
+from megatron_trd.losses.head import chunks, chunks_under_way
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning import sizes
@@ -188,10 +188,10 @@ def _loss(case: Case, tokens: int) -> float:
 
 def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int) -> float:
     """Bytes of float32 logits in chunks, both sides of `tokens` tokens by `width` columns, and of the work on them."""
-    under_way = 1 if tp == 1 else 2
-    slices = chunks(tokens, width, chunk_tokens, torch.float32, under_way=under_way)
+    depth = chunks_under_way(tp)
+    slices = chunks(tokens, width, chunk_tokens, torch.float32, under_way=depth)
     rows = slices[0].stop if slices else 0
-    return 2 * min(under_way, len(slices)) * rows * width * 4 + _LOSS_SCRATCH
+    return 2 * min(depth, len(slices)) * rows * width * 4 + _LOSS_SCRATCH
 
 
 def _teacher_parts(case: Case, stage: int, received: float) -> Parts:

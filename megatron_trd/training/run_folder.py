@@ -16,8 +16,10 @@ _LAYOUT = {  # these too: where and in what parts the same is computed, of which
     *(f"student.{key}" for key in ("tp", "pp", "ep", "sequence_parallel", "micro_batch_size", "recompute", "offload")),
     *(f"teacher.{key}" for key in ("tp", "pp", "ep", "micro_batch_size", "hidden_in", "offload")),
     *(f"sampler.{key}" for key in ("tp", "stream", "max_sequences", "max_running_tokens", "request_timeout")),
-    *(f"sampler.{key}" for key in ("memory_fraction", "host_kv_cache_gib", "sleep", "refit_bucket_mib")),
-    "sampler.enforce_eager",
+    *(
+        f"sampler.{key}"
+        for key in ("memory_fraction", "host_kv_cache_gib", "sleep", "refit_bucket_mib", "enforce_eager")
+    ),
 }
 _PROBE_BYTES = 1 << 20
 
