@@ -21,6 +21,7 @@ from megatron_trd.losses import fused_linear_divergence, vocab_parallel_divergen
 from tests.losses.reference import Case, Outcome, heads, logits, shard
 
 Group = dist.ProcessGroup | None
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where the losses run; the reference is on a CPU
 
 
 class LogProbs(NamedTuple):
@@ -38,7 +39,7 @@ def fused(rank: int, ranks: int, cases: list[Case], group: Group = None) -> list
 
 def _fused(rank: int, ranks: int, case: Case, group: Group) -> Outcome:
     width = case.columns(ranks)
-    hidden, weight, teacher_hidden, teacher_weight, token_weights = heads(case)
+    hidden, weight, teacher_hidden, teacher_weight, token_weights = (tensor.to(DEVICE) for tensor in heads(case))
     weight, teacher_weight = (shard(whole, rank, ranks, width) for whole in (weight, teacher_weight))
     trained = {"student_hidden": hidden, "student_weight": weight, "token_weights": token_weights}
     result = fused_linear_divergence(
@@ -53,7 +54,7 @@ def _fused(rank: int, ranks: int, case: Case, group: Group) -> Outcome:
         **case.objective(),
     )
     gradients = torch.autograd.grad(result.loss, list(trained.values()))
-    return Outcome(result.per_token, result.loss.detach(), dict(zip(trained, gradients, strict=True)))
+    return _outcome(result.per_token, result.loss, dict(zip(trained, gradients, strict=True)))
 
 
 def on_logits(rank: int, ranks: int, cases: list[Case], group: Group = None) -> list[Outcome]:
@@ -63,14 +64,19 @@ def on_logits(rank: int, ranks: int, cases: list[Case], group: Group = None) -> 
 
 def _on_logits(rank: int, ranks: int, case: Case, group: Group) -> Outcome:
     width = case.columns(ranks)
-    student, teacher, upstream = logits(case)
+    student, teacher, upstream = (tensor.to(DEVICE) for tensor in logits(case))
     student, teacher = (shard(whole, rank, ranks, width, dim=1) for whole in (student, teacher))
     student.requires_grad_()
     objective = case.objective()
     per_token = vocab_parallel_divergence(student, teacher, group=group, vocab_size=case.vocabulary, **objective)
     loss = (per_token * upstream).sum()
     (gradient,) = torch.autograd.grad(loss, student)
-    return Outcome(per_token.detach(), loss.detach(), {"student_logits": gradient})
+    return _outcome(per_token, loss, {"student_logits": gradient})
+
+
+def _outcome(per_token: Tensor, loss: Tensor, gradients: dict[str, Tensor]) -> Outcome:
+    on_host = {name: gradient.cpu() for name, gradient in gradients.items()}
+    return Outcome(per_token.detach().cpu(), loss.detach().cpu(), on_host)
 
 
 def log_prob_inputs(case: Case) -> LogProbs:
@@ -87,18 +93,17 @@ def log_probs(rank: int, ranks: int, cases: list[Case]) -> list[Tensor]:
     """`vocab_parallel_log_prob` of each case on this rank's shard."""
     found = []
     for case in cases:
-        hidden, weight, ids = log_prob_inputs(case)
-        found.append(
-            vocab_parallel_log_prob(
-                hidden,
-                shard(weight, rank, ranks, case.columns(ranks)),
-                ids,
-                group=_world(ranks, None),
-                temperature=case.temperature,
-                vocab_size=case.vocabulary,
-                chunk_tokens=case.chunk_tokens,
-            )
+        hidden, weight, ids = (tensor.to(DEVICE) for tensor in log_prob_inputs(case))
+        log_prob = vocab_parallel_log_prob(
+            hidden,
+            shard(weight, rank, ranks, case.columns(ranks)),
+            ids,
+            group=_world(ranks, None),
+            temperature=case.temperature,
+            vocab_size=case.vocabulary,
+            chunk_tokens=case.chunk_tokens,
         )
+        found.append(log_prob.cpu())
     return found
 
 
@@ -106,12 +111,13 @@ def moved_columns(rank: int, ranks: int, cases: list[Case]) -> list[Tensor]:
     """Which columns of this rank's shard some token's gradient moves, under a teacher without preferences."""
     found = []
     for case in cases:
-        student = shard(logits(case).student, rank, ranks, case.columns(ranks), dim=1).requires_grad_()
+        whole = logits(case).student.to(DEVICE)
+        student = shard(whole, rank, ranks, case.columns(ranks), dim=1).requires_grad_()
         per_token = vocab_parallel_divergence(
             student, torch.zeros_like(student), group=_world(ranks, None), vocab_size=case.vocabulary, top_k=case.top_k
         )
         (gradient,) = torch.autograd.grad(per_token.sum(), student)
-        found.append(gradient.ne(0).any(dim=0))
+        found.append(gradient.ne(0).any(dim=0).cpu())
     return found
 
 

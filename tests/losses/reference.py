@@ -125,7 +125,7 @@ def shard(whole: Tensor, rank: int, ranks: int, width: int, dim: int = 0) -> Ten
     """A rank's slice of the vocabulary along `dim`, its padding full of what must not be read."""
     padding = [width * ranks - whole.shape[dim], *whole.shape[1 - dim :][:1]]
     garbage = torch.tensor([math.nan, 1e30, -1e30, math.inf, 3.0], dtype=torch.float64).to(whole.dtype)
-    filling = garbage[torch.arange(math.prod(padding)) % len(garbage)].view(padding)
+    filling = garbage[torch.arange(math.prod(padding)) % len(garbage)].view(padding).to(whole.device)
     padded = torch.cat([whole, filling if dim == 0 else filling.t().reshape(whole.shape[0], padding[0])], dim=dim)
     return padded.narrow(dim, rank * width, width).clone()
 

@@ -1,19 +1,25 @@
-"""The GPU's passes, in Triton's interpreter, against the CPU's in float64."""
+"""The GPU's passes in Triton's interpreter: alone against the CPU's in float64, and in whole losses."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_trd.losses.kernels import Kernels
 from megatron_trd.losses.objective import Objective
 from megatron_trd.losses.torch_kernels import NO_LOGIT, TorchKernels
+from tests.losses import cases, ranks, reference
+from tests.losses.reference import Outcome, check, check_gradient, check_loss
 
 ROWS = 3
 COLUMNS = [1, 5, 1003, 2 * 8192 + 17]  # fewer than a block, and several with a rest
@@ -92,9 +98,60 @@ def compare() -> list[str]:
     return wrong
 
 
-def test_triton_s_passes_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+FUSED, ON_LOGITS = (
+    [case for case in listed.values() if case.dtype == torch.float32 and case.top_k is None]
+    for listed in (cases.for_fused(), cases.for_logits())
+)
+
+
+def whole_losses(rank: int, world: int, store: str) -> tuple[list[Outcome], list[Outcome]]:
+    """In a process where the interpreter is on: both losses as on a GPU, whose tensors `kernels_for` looks for."""
+    from megatron_trd.losses.triton_kernels import TritonKernels
+
+    def as_on_a_gpu(student: Tensor, teacher: Tensor, objective: Objective) -> Kernels:
+        if student.shape[1] == 0:
+            return TorchKernels(student, teacher, objective)
+        used.append(student.shape)
+        return TritonKernels(student, teacher, objective)
+
+    used: list[torch.Size] = []
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    with mock.patch("megatron_trd.losses.rows.kernels_for", as_on_a_gpu):
+        found = ranks.fused(rank, world, FUSED), ranks.on_logits(rank, world, ON_LOGITS)
+    dist.barrier()
+    assert len(used) >= len(FUSED) + len(ON_LOGITS) - 10, "few cases have no token, or no column here"
+    return found
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[ProcessPoolExecutor]:
+    """Two processes whose Triton interprets. It decides when it is imported: they are not forked from one that has."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    # Triton asks for the interpreter when it is imported: not in a process forked from one that has.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(compare).result() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def test_triton_s_passes_are_torch_s(interpreted: ProcessPoolExecutor) -> None:
+    assert interpreted.submit(compare).result() == []
+
+
+def test_the_losses_on_triton_s_passes_equal_the_dense_reference(
+    interpreted: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    jobs = [interpreted.submit(whole_losses, rank, 2, str(tmp_path / "store")) for rank in range(2)]
+    fused, on_logits = zip(*(job.result() for job in jobs), strict=True)
+    for number, case in enumerate(FUSED):
+        found, want = [rank[number] for rank in fused], reference.fused(case)
+        check_loss(case, found[0], want)
+        assert torch.equal(found[0].per_token, found[1].per_token)
+        check_gradient(case, found[1].gradients["student_hidden"], want.gradients["student_hidden"])
+        weight = torch.cat([rank.gradients["student_weight"] for rank in found])[: case.vocabulary]
+        check_gradient(case, weight, want.gradients["student_weight"])
+    for number, case in enumerate(ON_LOGITS):
+        found, want = [rank[number] for rank in on_logits], reference.on_logits(case)
+        check(case, found[0].per_token, want.per_token, 1e-6)
+        gradient = torch.cat([rank.gradients["student_logits"] for rank in found], dim=1)[:, : case.vocabulary]
+        check_gradient(case, gradient, want.gradients["student_logits"])
