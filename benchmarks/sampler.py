@@ -3,8 +3,9 @@
     python -m benchmarks.sampler --write benchmarks/results/sampler_cpu.md
 
 A model of random weights and 31 million parameters samples `--problems` rollouts and one refinement of each, on two
-ranks with an engine each. Lengths are drawn from a log-normal distribution (median 64 tokens, sigma 0.9, at most
-`--longest`) and forced; each case runs in both ways, in turn, `--repeats` times, and both must give the same tokens.
+ranks with an engine each. Lengths are drawn from log-normal distributions of median 64 tokens, at most `--longest`, and
+forced. How much there is to save depends on the tail and on where the longest happen to be, so there are two tails and
+`--draws` of each; every draw is sampled in both ways, in turn, and both must give the same tokens.
 
 - *independent*: a refinement's length does not depend on its rollout's;
 - *as its rollout*: it is the same, so that the longest chain is twice the longest rollout, which bounds what streaming
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import platform as machine
 import random
@@ -26,8 +28,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
-from typing import Any, get_args
+from statistics import fmean
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -48,20 +50,30 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-CASES = [(kind, few) for kind in ("independent", "as its rollout") for few in (True, False)]
 
 
-def lengths(problems: int, longest: int, kind: str) -> dict[str, int]:
-    """Tokens of each request, by its task's name."""
-    draw = random.Random(0)
-    found = {}
-    for index in range(problems):
-        for name in get_args(Kind):
-            length = min(longest, max(1, round(draw.lognormvariate(4.16, 0.9))))
-            found[name_of(name, index)] = length
-        if kind == "as its rollout":
-            found[name_of("refinement", index)] = found[name_of("rollout", index)]
-    return found
+class Case(NamedTuple):
+    """A distribution of lengths, and whether fewer run at once than there are."""
+
+    kind: str
+    sigma: float  # of the logarithm of a length
+    few: bool
+
+    def lengths(self, problems: int, longest: int, draw: int) -> dict[str, int]:
+        """Tokens of each request, by its task's name."""
+        source, found = random.Random(draw), {}
+        for index in range(problems):
+            for name in get_args(Kind):
+                length = round(source.lognormvariate(math.log(64), self.sigma))
+                found[name_of(name, index)] = min(longest, max(1, length))
+            if self.kind == "as its rollout":
+                found[name_of("refinement", index)] = found[name_of("rollout", index)]
+        return found
+
+
+TAILS = (0.9, 1.4)
+CASES = [Case("independent", sigma, few) for sigma in TAILS for few in (True, False)]
+CASES += [Case("as its rollout", TAILS[1], few) for few in (True, False)]
 
 
 class _Bench:
@@ -103,43 +115,60 @@ class _Bench:
         return time.perf_counter() - begin, found, sampler.stats
 
 
-def measure(rank: int, world: int, folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rank function: for each case, seconds in both ways and what the sampler says of itself."""
+class Draw(NamedTuple):
+    """One list of lengths, sampled in both ways."""
+
+    phases: float  # seconds
+    streamed: float
+    stats: dict[str, float]  # of the sampler, streamed
+    tokens: int
+
+
+def measure(rank: int, world: int, folder: str, options: argparse.Namespace) -> list[list[Draw]]:
+    """Rank function: every draw of each case."""
     from megatron_trd import platform
 
     platform.current().set_up()
     bench = _Bench(folder, options)
-    return [_case(bench, lengths(options.problems, options.longest, kind), few) for kind, few in CASES]
+    bench.run(
+        CASES[0].lengths(options.problems, 8, 0), True, few=False
+    )  # the engine packs its weights at their first use
+    return [[_draw(bench, case, number, rank == 0) for number in range(options.draws)] for case in CASES]
 
 
-def _case(bench: _Bench, forced: dict[str, int], few: bool) -> dict[str, Any]:
-    times: dict[bool, list[float]] = {True: [], False: []}
-    stats: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-    tokens = []
-    for _ in range(bench.options.repeats):
-        for stream in (True, False):
-            seconds, found, said = bench.run(forced, stream, few)
-            times[stream].append(seconds)
-            stats[stream].append(said)
-            tokens.append([(one.rollout.tokens, one.refinement and one.refinement.tokens) for one in found])
-    if any(other != tokens[0] for other in tokens):
+def _draw(bench: _Bench, case: Case, number: int, show: bool) -> Draw:
+    forced = case.lengths(bench.options.problems, bench.options.longest, number)
+    streamed, found, stats = bench.run(forced, True, case.few)
+    phases, again, _ = bench.run(forced, False, case.few)
+    both = [[(one.rollout.tokens, one.refinement and one.refinement.tokens) for one in way] for way in (found, again)]
+    if both[0] != both[1]:
         raise RuntimeError("streamed and two-phase sampling gave different tokens")
-    sampled = sum(len(rollout) + len(refined or ()) for rollout, refined in tokens[0])
+    sampled = sum(len(rollout) + len(refined or ()) for rollout, refined in both[0])
     if sampled != sum(forced.values()):
         raise RuntimeError(f"{sampled} tokens were sampled, {sum(forced.values())} were to be")
-    return {"seconds": times, "stats": stats, "tokens": sampled}
+    if show:
+        print(f"{case}, draw {number}: {phases:.1f} s in two phases, {streamed:.1f} s streamed", flush=True)
+    return Draw(phases, streamed, stats, sampled)
 
 
 def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:
-    results = run_ranks(measure, RANKS, folder, options, timeout=3600)[0]
-    for (kind, few), result in zip(CASES, results, strict=True):
-        phases, streamed = (median(result["seconds"][stream]) for stream in (False, True))
+    results = run_ranks(measure, RANKS, folder, options, timeout=3 * 3600)[0]
+    for case, draws in zip(CASES, results, strict=True):
+        lengths = sorted(
+            length
+            for number in range(options.draws)
+            for length in case.lengths(options.problems, options.longest, number).values()
+        )
+        ratios = [draw.streamed / draw.phases for draw in draws]
+        phases, streamed = fmean(draw.phases for draw in draws), fmean(draw.streamed for draw in draws)
         idle, queued = (
-            median(stats[key] for stats in result["stats"][True]) for key in ("sampler/idle", "sampler/idle_queued")
+            100 * fmean(draw.stats[key] for draw in draws) for key in ("sampler/idle", "sampler/idle_queued")
         )
         yield (
-            f"| {kind} | {options.sequences if few else 'all'} | {result['tokens']:,} | {phases:.1f} | "
-            f"{streamed:.1f} | {streamed / phases:.2f} | {100 * idle:.1f} % | {100 * queued:.1f} % |"
+            f"| {case.kind} | {case.sigma} | {lengths[len(lengths) * 9 // 10]} | {lengths[-1]} | "
+            f"{options.sequences if case.few else 'all'} | {tokens:,.0f} | {phases:.1f} | "
+            f"{streamed:.1f} | **{streamed / phases:.2f}** ({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | "
+            f"{idle:.1f} % | {queued:.1f} % |"
         )
 
 
@@ -147,27 +176,24 @@ def main() -> None:
     """Measure, print the table, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--longest", type=int, default=640, help="tokens of a rollout or refinement")
+    parser.add_argument("--longest", type=int, default=1280, help="tokens of a rollout or refinement")
     parser.add_argument("--sequences", type=int, default=16, help="running at once in an engine")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--draws", type=int, default=3, help="of the lengths of each case")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sampler-") as folder:
         write_model(Path(folder), **SHAPE)
         rows = list(_rows(folder, options))
-    drawn = sorted(lengths(options.problems, options.longest, "independent").values())
     text = "\n".join(
         [
             "# Sampling on a CPU\n\n```",
             f"python -m benchmarks.sampler {shlex.join(sys.argv[1:])}\n```\n",
             f"{machine.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32; {options.problems} "
-            f"problems, a rollout and a refinement each, on {RANKS} ranks; median of {options.repeats}. Lengths: "
-            f"median {drawn[len(drawn) // 2]}, nine of ten below {drawn[len(drawn) * 9 // 10]}, longest "
-            f"{drawn[-1]} tokens. "
-            "Both ways gave the same tokens.\n",
-            "| refinement's length | at once | tokens | two phases, s | streamed, s | streamed / two phases | idle | "
-            "idle while requests wait |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|",
+            f"problems, a rollout and a refinement each, on {RANKS} ranks. Log-normal lengths of median 64 tokens; "
+            f"means over {options.draws} draws, each draw's ratio in brackets. Both ways gave the same tokens.\n",
+            "| refinement's length | sigma | nine of ten below | longest | at once | tokens | two phases, s | "
+            "streamed, s | streamed / two phases | idle | idle while requests wait |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
             *rows,
         ]
     )
