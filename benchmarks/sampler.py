@@ -161,9 +161,9 @@ def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:
         )
         ratios = [draw.streamed / draw.phases for draw in draws]
         phases, streamed = fmean(draw.phases for draw in draws), fmean(draw.streamed for draw in draws)
-        idle, queued = (
-            100 * fmean(draw.stats[key] for draw in draws) for key in ("sampler/idle", "sampler/idle_queued")
-        )
+        keys = ("sampler/idle", "sampler/idle_queued")
+        idle, queued = (100 * fmean(draw.stats[key] for draw in draws) for key in keys)
+        tokens = fmean(draw.tokens for draw in draws)
         yield (
             f"| {case.kind} | {case.sigma} | {lengths[len(lengths) * 9 // 10]} | {lengths[-1]} | "
             f"{options.sequences if case.few else 'all'} | {tokens:,.0f} | {phases:.1f} | "
