@@ -2,16 +2,19 @@
 
     python -m benchmarks.sampler --write benchmarks/results/sampler_cpu.md
 
-A model of random weights and 31 million parameters samples `--problems` rollouts and one refinement of each, on two
-ranks with an engine each. Lengths are drawn from log-normal distributions of median 64 tokens, at most `--longest`, and
-forced. How much there is to save depends on the tail and on where the longest happen to be, so there are two tails and
-`--draws` of each; every draw is sampled in both ways, in turn, and both must give the same tokens.
+Models of random weights sample `--problems` rollouts and one refinement of each, on two ranks with an engine each.
+Lengths are drawn from log-normal distributions of median 64 tokens, at most `--longest`, and forced. How much streaming
+can save depends on
 
-- *independent*: a refinement's length does not depend on its rollout's;
-- *as its rollout*: it is the same, so that the longest chain is twice the longest rollout, which bounds what streaming
-  can save.
+- the tail, and where the longest happen to be: there are two tails and `--draws` of each;
+- the engine: what a step costs however little it does is saved, what each request in it costs is not. On a GPU a step
+  of few requests takes about as long as one of many; on a CPU's core it does so for a small model only. So there are
+  two models, and a step's time with 1 and with 16 requests stands beside the results;
+- whether a refinement's length is *independent* of its rollout's or the *same*: the longest chain is twice the longest
+  rollout then, and as long in either way;
+- whether `--sequences` run at once in an engine, which is fewer than there are, or all.
 
-Two limits: `--sequences` running at once in an engine, which is fewer than there are, or all of them.
+Every draw is sampled in both ways, in turn, and both must give the same tokens.
 """
 
 from __future__ import annotations
@@ -40,15 +43,25 @@ from tests.models import write_model
 
 RANKS = 2
 SHAPE: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+SMALL = SHAPE | {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 2048,
+}
+LARGE = SHAPE | {
     "hidden_size": 512,
     "num_hidden_layers": 8,
     "intermediate_size": 1024,
     "num_attention_heads": 8,
-    "num_key_value_heads": 2,
     "head_dim": 64,
     "vocab_size": 16000,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
 }
 
 
@@ -66,14 +79,16 @@ class Case(NamedTuple):
             for name in get_args(Kind):
                 length = round(source.lognormvariate(math.log(64), self.sigma))
                 found[name_of(name, index)] = min(longest, max(1, length))
-            if self.kind == "as its rollout":
+            if self.kind == "the same":
                 found[name_of("refinement", index)] = found[name_of("rollout", index)]
         return found
 
 
 TAILS = (0.9, 1.4)
-CASES = [Case("independent", sigma, few) for sigma in TAILS for few in (True, False)]
-CASES += [Case("as its rollout", TAILS[1], few) for few in (True, False)]
+FEW = [Case("independent", sigma, True) for sigma in TAILS]
+CASES = [*FEW, *(Case("independent", sigma, False) for sigma in TAILS), Case("the same", TAILS[1], True)]
+MODELS = [(SMALL, CASES), (LARGE, FEW)]
+STEPS = (32, 96)  # lengths whose times differ by that many steps
 
 
 class _Bench:
@@ -101,17 +116,30 @@ class _Bench:
 
     def run(self, forced: dict[str, int], stream: bool, few: bool) -> tuple[float, list[Any], dict[str, float]]:
         """Seconds, trajectories, and what the sampler says of itself."""
+        most = self.options.sequences if few else self.config.sampler.max_sequences
+        return self._sample(forced, len(self.problems), stream, most, lambda _, rollout: [5, *rollout.tokens, 6])
+
+    def step(self, requests: int) -> float:
+        """Seconds of an engine's step with so many requests in it, each engine at the same."""
+        seconds = []
+        for length in STEPS:
+            forced = {name_of("rollout", index): length for index in range(RANKS * requests)}
+            seconds.append(min(self._sample(forced, len(forced), True, requests, None)[0] for _ in range(3)))
+        return (seconds[1] - seconds[0]) / (STEPS[1] - STEPS[0])
+
+    def _sample(
+        self, forced: dict[str, int], problems: int, stream: bool, most: int, refine: Any
+    ) -> tuple[float, list[Any], dict[str, float]]:
         from megatron_trd.engines.sampler import Sampler
 
         self.engine.add = lambda task, *rest: self._add(  # type: ignore[method-assign]
             dataclasses.replace(task, limit=forced[task.name]), *rest
         )
-        most = self.options.sequences if few else self.config.sampler.max_sequences
         settings = dataclasses.replace(self.config.sampler, stream=stream, max_sequences=most)
         sampler = Sampler(dataclasses.replace(self.config, sampler=settings), self.engine, self.engine)
         dist.barrier()
         begin = time.perf_counter()
-        found = sampler.sample(0, self.problems, self.prompts, lambda _, rollout: [5, *rollout.tokens, 6])
+        found = sampler.sample(0, self.problems[:problems], self.prompts[:problems], refine)
         return time.perf_counter() - begin, found, sampler.stats
 
 
@@ -124,16 +152,22 @@ class Draw(NamedTuple):
     tokens: int
 
 
-def measure(rank: int, world: int, folder: str, options: argparse.Namespace) -> list[list[Draw]]:
+class Found(NamedTuple):
+    """Of one model."""
+
+    steps: dict[int, float]  # seconds of a step, by the requests in it
+    draws: list[list[Draw]]  # of each case
+
+
+def measure(rank: int, world: int, folder: str, cases: list[Case], options: argparse.Namespace) -> Found:
     """Rank function: every draw of each case."""
     from megatron_trd import platform
 
     platform.current().set_up()
     bench = _Bench(folder, options)
-    bench.run(
-        CASES[0].lengths(options.problems, 8, 0), True, few=False
-    )  # the engine packs its weights at their first use
-    return [[_draw(bench, case, number, rank == 0) for number in range(options.draws)] for case in CASES]
+    bench.step(1)  # the engine packs its weights at their first use
+    steps = {requests: bench.step(requests) for requests in (1, options.sequences)}
+    return Found(steps, [[_draw(bench, case, draw, rank == 0) for draw in range(options.draws)] for case in cases])
 
 
 def _draw(bench: _Bench, case: Case, number: int, show: bool) -> Draw:
@@ -151,25 +185,35 @@ def _draw(bench: _Bench, case: Case, number: int, show: bool) -> Draw:
     return Draw(phases, streamed, stats, sampled)
 
 
-def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:
-    results = run_ranks(measure, RANKS, folder, options, timeout=3 * 3600)[0]
-    for case, draws in zip(CASES, results, strict=True):
-        lengths = sorted(
-            length
-            for number in range(options.draws)
-            for length in case.lengths(options.problems, options.longest, number).values()
-        )
-        ratios = [draw.streamed / draw.phases for draw in draws]
-        phases, streamed = fmean(draw.phases for draw in draws), fmean(draw.streamed for draw in draws)
-        keys = ("sampler/idle", "sampler/idle_queued")
-        idle, queued = (100 * fmean(draw.stats[key] for draw in draws) for key in keys)
-        tokens = fmean(draw.tokens for draw in draws)
-        yield (
-            f"| {case.kind} | {case.sigma} | {lengths[len(lengths) * 9 // 10]} | {lengths[-1]} | "
-            f"{options.sequences if case.few else 'all'} | {tokens:,.0f} | {phases:.1f} | "
-            f"{streamed:.1f} | **{streamed / phases:.2f}** ({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | "
-            f"{idle:.1f} % | {queued:.1f} % |"
-        )
+def _table(shape: dict[str, Any], cases: list[Case], options: argparse.Namespace) -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="sampler-") as folder:
+        write_model(Path(folder), **shape)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 4e6  # float32
+        found = run_ranks(measure, RANKS, folder, cases, options, timeout=3 * 3600)[0]
+    steps = ", ".join(f"{1000 * seconds:.1f} ms with {count}" for count, seconds in found.steps.items())
+    yield f"\n## {size:.1f} million parameters\n\nA step of an engine takes {steps} requests in it.\n"
+    yield (
+        "| refinement's length | sigma | nine of ten below | longest | at once | tokens | two phases, s | "
+        "streamed, s | streamed / two phases | idle | idle while requests wait |"
+    )
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for case, draws in zip(cases, found.draws, strict=True):
+        yield _row(case, draws, options)
+
+
+def _row(case: Case, draws: list[Draw], options: argparse.Namespace) -> str:
+    drawn = (case.lengths(options.problems, options.longest, number) for number in range(options.draws))
+    lengths = sorted(length for forced in drawn for length in forced.values())
+    ratios = ", ".join(f"{draw.streamed / draw.phases:.2f}" for draw in draws)
+    tokens, phases, streamed = (
+        fmean(values) for values in zip(*((draw.tokens, draw.phases, draw.streamed) for draw in draws), strict=True)
+    )
+    idle, queued = (100 * fmean(draw.stats[f"sampler/{key}"] for draw in draws) for key in ("idle", "idle_queued"))
+    return (
+        f"| {case.kind} | {case.sigma} | {lengths[len(lengths) * 9 // 10]} | {lengths[-1]} | "
+        f"{options.sequences if case.few else 'all'} | {tokens:,.0f} | {phases:.1f} | {streamed:.1f} | "
+        f"**{streamed / phases:.2f}** ({ratios}) | {idle:.1f} % | {queued:.1f} % |"
+    )
 
 
 def main() -> None:
@@ -181,20 +225,14 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="of the lengths of each case")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sampler-") as folder:
-        write_model(Path(folder), **SHAPE)
-        rows = list(_rows(folder, options))
     text = "\n".join(
         [
             "# Sampling on a CPU\n\n```",
             f"python -m benchmarks.sampler {shlex.join(sys.argv[1:])}\n```\n",
             f"{machine.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32; {options.problems} "
             f"problems, a rollout and a refinement each, on {RANKS} ranks. Log-normal lengths of median 64 tokens; "
-            f"means over {options.draws} draws, each draw's ratio in brackets. Both ways gave the same tokens.\n",
-            "| refinement's length | sigma | nine of ten below | longest | at once | tokens | two phases, s | "
-            "streamed, s | streamed / two phases | idle | idle while requests wait |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-            *rows,
+            f"means over {options.draws} draws, each draw's ratio in brackets. Both ways gave the same tokens.",
+            *(row for shape, cases in MODELS for row in _table(shape, cases, options)),
         ]
     )
     print(text)
