@@ -131,7 +131,7 @@ def _row(name: str, overrides: list[str], steps: int, run_dir: Path) -> list[str
 def _forecast(config: TrainConfig, cluster: Cluster, rows: list[dict[str, float]]) -> Forecast:
     """With the prompts of the data and the responses of the run."""
     rollout, response = (fmean(row[f"length/{kind}"] for row in rows) for kind in ("rollout", "refinement"))
-    prompts = PromptBuilder(ModelFolder(config.model).tokenizer, config.data.task, config.data.chat_template_kwargs)
+    prompts = PromptBuilder.of(ModelFolder(config.model), config.data)
     problems = load_problems(config.data)[:200]
     context = METHODS[config.method].teacher_context
     student = fmean(len(prompts.ids("vanilla", problem.problem)) for problem in problems)

@@ -123,6 +123,16 @@ class DataConfig:
 
 
 @dataclass(config=_STRICT, kw_only=True)
+class HeldOutConfig:
+    """Problems that the student is asked between steps and not trained on; fields are named as in `data`."""
+
+    path: str | None = None  # as data.path; None: there are none
+    split: str = "test"
+    every: NonNegative = 0  # steps; 0: before the first step and after the last only
+    samples: Positive = 1  # responses to a problem
+
+
+@dataclass(config=_STRICT, kw_only=True)
 class LossConfig:
     """Numbers of the divergences; which divergence is used is the method's choice."""
 
@@ -193,6 +203,7 @@ class TrainConfig:
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    held_out: HeldOutConfig = Field(default_factory=HeldOutConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -243,6 +254,7 @@ _SECTIONS: dict[str, type] = {
     "teacher": TeacherConfig,
     "sampler": SamplerConfig,
     "data": DataConfig,
+    "held_out": HeldOutConfig,
     "loss": LossConfig,
     "optimizer": OptimizerConfig,
     "checkpoint": CheckpointConfig,

@@ -12,9 +12,13 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from megatron_trd.config import DataConfig
 from megatron_trd.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_trd.models.folder import ModelFolder
 
 Context = Literal["vanilla", "reference", "refine", "refine_reference"]
 
@@ -59,6 +63,11 @@ class PromptBuilder:
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     task: str = "math"
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, model: ModelFolder, data: DataConfig) -> Self:
+        """The prompts that `data` asks for, in the words of a model's tokenizer."""
+        return cls(model.tokenizer, data.task, data.chat_template_kwargs)
 
     def text(self, context: Context, problem: str, reference: str | None = None, rollout: str | None = None) -> str:
         """The user message of a context, as text."""

@@ -103,7 +103,7 @@ def _check(config: TrainConfig) -> TrainConfig:
 
 def _room(config: TrainConfig, model: Model) -> int:
     """Tokens that the model's context leaves for a response to the longest problem."""
-    prompts = PromptBuilder(model.folder.tokenizer, config.data.task, config.data.chat_template_kwargs)
+    prompts = PromptBuilder.of(model.folder, config.data)
     lengths = [len(prompts.ids("vanilla", problem.problem)) for problem in load_problems(config.data)]
     room = model.arch.max_positions - max(lengths)
     if room < 1:

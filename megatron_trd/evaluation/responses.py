@@ -24,23 +24,35 @@ def write_results(
     """
     rows = [_row(prompts, trajectory) for trajectory in trajectories]
     samples = config.rollouts_per_problem
-    right = [[row["right"] for row in rows[start : start + samples]] for start in range(0, len(rows), samples)]
     scores = {
         "model": config.model,
         "data": config.data.path,
-        "problems": len(right),
+        "problems": len(rows) // samples,
         "samples": samples,
         "seed": config.seed,
         "temperature": config.sampler.temperature,
-        **summarise(right, samples, seed=config.seed),
-        "truncated": fmean(row["truncated"] for row in rows),
-        "mean_tokens": fmean(row["tokens"] for row in rows),
+        **_summary(rows, samples, config.seed),
         "max_tokens": config.sampler.max_rollout_tokens,
         "seconds": seconds,
     }
     folder = Path(config.run_dir)
     (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def score(prompts: PromptBuilder, trajectories: Sequence[Trajectory], samples: int, *, seed: int) -> dict[str, Any]:
+    """avg@k, pass@k, the share of responses cut off and the mean length; `samples` responses of each problem, side by
+    side."""
+    return _summary([_row(prompts, trajectory) for trajectory in trajectories], samples, seed)
+
+
+def _summary(rows: Sequence[dict[str, Any]], samples: int, seed: int) -> dict[str, Any]:
+    right = [[row["right"] for row in rows[start : start + samples]] for start in range(0, len(rows), samples)]
+    return {
+        **summarise(right, samples, seed=seed),
+        "truncated": fmean(row["truncated"] for row in rows),
+        "mean_tokens": fmean(row["tokens"] for row in rows),
+    }
 
 
 def _row(prompts: PromptBuilder, trajectory: Trajectory) -> dict[str, Any]:

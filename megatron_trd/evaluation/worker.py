@@ -38,7 +38,7 @@ def _evaluate(config: TrainConfig) -> None:
         current.join()
         model = open_model(config.model)
         check_files(model.path)
-        prompts = PromptBuilder(model.folder.tokenizer, config.data.task, config.data.chat_template_kwargs)
+        prompts = PromptBuilder.of(model.folder, config.data)
         problems = load_problems(config.data)
         asked = [prompts.ids("vanilla", problem.problem) for problem in problems]
         engine = Engine(model, config, max(map(len, asked)) + config.sampler.max_rollout_tokens)

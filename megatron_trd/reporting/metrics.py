@@ -11,6 +11,7 @@ from typing import Any
 from megatron_trd.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SAMPLES_FOLDER = "samples"
 
@@ -21,17 +22,20 @@ _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 class MetricsWriter:
     """Appends one line a step to `metrics.jsonl`, and the step's numbers to `tensorboard/`.
 
+    Of another `file`, the numbers go to a folder of its name there: TensorBoard reads one file of a folder at a time.
+
     `resume_from` is the first step (from 0) this process will write. Lines of that step and later ones are dropped: a
     run that was killed after its last checkpoint runs those steps again.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, resume_from: int) -> None:
+    def __init__(self, folder: Path, *, tensorboard: bool, resume_from: int, file: str = METRICS_FILE) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
+        path = folder / file
         kept = [row for row in _read_rows(path) if row["step"] < resume_from] if path.exists() else []
         replace_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard_writer(folder, resume_from) if tensorboard else None
+        events = folder / TENSORBOARD_FOLDER / ("" if file == METRICS_FILE else path.stem)
+        self._tensorboard = _tensorboard_writer(events, resume_from) if tensorboard else None
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append the metrics of a step (from 0). Values are JSON scalars; NaN and infinities are kept as strings."""
@@ -63,14 +67,14 @@ class SampleWriter:
         replace_text(self._folder / f"step_{step:05d}.jsonl", "".join(map(_line, pairs)))
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
     """One dictionary a step, in the order written. A half-written last line is left out.
 
-    Raises `UserError` if the folder has no `metrics.jsonl`, or if a line before the last is not a metrics line.
+    Raises `UserError` if the folder has no such file, or if a line before the last is not a metrics line.
     """
-    path = folder / METRICS_FILE
+    path = folder / file
     if not path.is_file():
-        raise UserError(f"{folder}: no {METRICS_FILE}; expected the folder of a training run")
+        raise UserError(f"{folder}: no {file}; expected the folder of a training run")
     return [{key: _number(value) for key, value in row.items()} for row in _read_rows(path)]
 
 
@@ -118,4 +122,4 @@ def _tensorboard_writer(folder: Path, resume_from: int) -> Any:
     # Imported here: it takes a second, and reading metrics needs none of it.
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=resume_from)
+    return SummaryWriter(str(folder), purge_step=resume_from)

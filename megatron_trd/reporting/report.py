@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from markupsafe import Markup
 
 from megatron_trd.errors import UserError
 from megatron_trd.reporting import figures, tables
-from megatron_trd.reporting.metrics import METRICS_FILE, read_metrics, replace_text
+from megatron_trd.reporting.metrics import HELD_OUT_FILE, METRICS_FILE, read_metrics, replace_text
 from megatron_trd.reporting.pairs import Pair, make_pair, newest_pairs, with_refinement
 from megatron_trd.reporting.progress import PHASES
 
 PAIRS_SHOWN = 3
+HELD_OUT_SCORE = re.compile("held_out/avg@[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class RunData:
     name: str
     colour: str
     rows: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
     config: str | None
 
     @property
@@ -96,7 +99,7 @@ def write_report(
         scores=scores,
         table=table,
         score_panels=_score_panels(scores["samples"], table) if scores else [],
-        curve_panels=_curve_panels(loaded, window),
+        curve_panels=[*_held_out_panels(loaded), *_curve_panels(loaded, window)],
         window=window,
         refines=any("length/refinement" in row for run in loaded for row in run.rows),
         pairs=_pairs(pairs),
@@ -111,8 +114,9 @@ def _load(name: str, folder: Path, colour: str) -> RunData:
     rows = read_metrics(folder)
     if not rows:
         raise UserError(f"{folder}: {METRICS_FILE} has no step yet; a report needs one")
+    held_out = read_metrics(folder, HELD_OUT_FILE) if (folder / HELD_OUT_FILE).is_file() else []
     config = folder / "config.yaml"
-    return RunData(name, colour, rows, config.read_text(encoding="utf-8") if config.is_file() else None)
+    return RunData(name, colour, rows, held_out, config.read_text(encoding="utf-8") if config.is_file() else None)
 
 
 def _colours(runs: Sequence[str], models: Sequence[str]) -> dict[str, str]:
@@ -127,6 +131,18 @@ def _score_panels(samples: int, table: Sequence[tables.Score]) -> list[Panel]:
         Panel(f"avg@{samples}", "mean share of right responses", figures.bars([score.avg for score in table])),
         Panel(f"pass@{samples}", "problems with a right response", figures.bars([score.passed for score in table])),
     ]
+
+
+def _held_out_panels(runs: Sequence[RunData]) -> list[Panel]:
+    """avg@k of the held-out problems after so many steps, where a run has been asked some."""
+    lines = []
+    for run in runs:
+        points = [(row["step"], row[key]) for row in run.held_out for key in row if HELD_OUT_SCORE.fullmatch(key)]
+        if points:
+            steps, values = zip(*points, strict=True)
+            lines.append(figures.Curve(run.colour, steps, values))
+    caption = "mean share of right responses"
+    return [Panel("Held-out problems", caption, figures.curves(lines, "fraction", 1))] if lines else []
 
 
 def _curve_panels(runs: Sequence[RunData], window: int) -> list[Panel]:

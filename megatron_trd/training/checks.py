@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem, load_problems
-from megatron_trd.data.prompts import Context
+from megatron_trd.data.prompts import Context, PromptBuilder
 from megatron_trd.engines.teacher import check_teacher
 from megatron_trd.errors import UserError
 from megatron_trd.methods import METHODS, check_threads
@@ -23,6 +24,7 @@ class Inputs:
     student: Model
     teacher: Model  # the student's own in self-distillation
     problems: list[Problem]
+    held_out: list[Problem]
     world_size: int
     max_length: int  # longest prompt and response together, tokens
 
@@ -56,7 +58,7 @@ def check(config: TrainConfig) -> Inputs:
     student.check()
     if config.teacher.model:
         teacher.check()
-    return Inputs(student, teacher, problems, world, max_length)
+    return Inputs(student, teacher, problems, _held_out(config, student), world, max_length)
 
 
 def _check_tokenizers(student: Model, teacher: Model) -> None:
@@ -102,6 +104,25 @@ def _with_references(config: TrainConfig, problems: list[Problem]) -> list[Probl
             f"'{config.data.reference_field}', which method {config.method} shows the teacher{drop}"
         )
     return kept
+
+
+def _held_out(config: TrainConfig, student: Model) -> list[Problem]:
+    """The held-out problems; every one must be askable, or scores would be of some of them."""
+    asked = config.held_out
+    if asked.path is None:
+        return []
+    if config.data.answer_field is None:
+        raise UserError("held_out.path needs answers to grade with: set data.answer_field to their field")
+    data = dataclasses.replace(config.data, path=asked.path, name=None, split=asked.split, reference_field=None)
+    problems, prompts = load_problems(data), PromptBuilder.of(student.folder, data)
+    limit = prompt_limit(config, "vanilla")
+    for number, problem in enumerate(problems, 1):
+        if (length := len(prompts.ids("vanilla", problem.problem))) > limit:
+            raise UserError(
+                f"problem {number} of held_out.path '{asked.path}' has a prompt of {length} tokens, "
+                f"data.max_prompt_tokens is {limit}: raise it, or remove the problem"
+            )
+    return problems
 
 
 def _check_order(config: TrainConfig) -> None:

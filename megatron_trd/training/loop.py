@@ -9,6 +9,7 @@ def train(run: Run) -> None:
     """Run the remaining steps, or fewer if the run is asked to stop: it ends with a checkpoint either way."""
     config = run.config
     for step in range(run.steps_done, config.steps):
+        run.evaluate(step)  # held-out problems, now and then
         with run.phases.measure("step"):
             # x ~ problems, y_o ~ student(. | x) with the present weights, and for TRD y_r ~ teacher(. | x, y_o [, y*])
             trajectories = run.trajectories(step)
@@ -34,3 +35,5 @@ def train(run: Run) -> None:
             run.save(done)
         if stop:
             break
+    else:
+        run.evaluate(config.steps)

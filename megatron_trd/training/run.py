@@ -20,10 +20,11 @@ from megatron_trd.engines.teacher import TeacherEngine
 from megatron_trd.errors import UserError
 from megatron_trd.methods import METHODS
 from megatron_trd.parallel.grid import student_grid
-from megatron_trd.reporting.metrics import MetricsWriter, SampleWriter
+from megatron_trd.reporting.metrics import HELD_OUT_FILE, MetricsWriter, SampleWriter
 from megatron_trd.reporting.progress import Progress
 from megatron_trd.training import checkpoint
 from megatron_trd.training.checks import Inputs, check
+from megatron_trd.training.held_out import HeldOut
 from megatron_trd.training.phases import Phases
 from megatron_trd.training.samples import SampleBuilder
 from megatron_trd.training.sampling import Sampled, Sampling, sampled_from_json
@@ -49,10 +50,9 @@ class Run:
         self.student = StudentEngine(config, self.inputs.student, grid)
         self.teacher = TeacherEngine(config, self.student, self.inputs.teacher)
         self.steps_done = checkpoint.resume(config.run_dir, self.student, self.teacher) if resume else 0
-        prompts = PromptBuilder(
-            self.inputs.student.folder.tokenizer, config.data.task, config.data.chat_template_kwargs
-        )
+        prompts = PromptBuilder.of(self.inputs.student.folder, config.data)
         self.builder = SampleBuilder(config, prompts)
+        self.held_out = HeldOut(config, self.inputs.held_out, prompts)
         # An engine starts only if its share of the memory is free, which it is when these are away.
         self.student.offload()
         self.teacher.offload()
@@ -65,6 +65,18 @@ class Run:
         if self.steps_done and (ahead := checkpoint.sampled_ahead(config.run_dir)):
             self.sampling.restore(sampled_from_json(ahead))
         self.sampled: Sampled  # what the present step trains on
+
+    def evaluate(self, steps_done: int) -> None:
+        """Ask the student the held-out problems, where there are some and it is time. Collective."""
+        if not self.held_out.due(steps_done):
+            return
+        begin = time.perf_counter()
+        responses = self.sampling.ask(self.held_out.problems, self.held_out.prompts)
+        self.phases.metrics()  # none of it is the next step's
+        if self._writers is not None and self._writers.held_out is not None:
+            scores = self.held_out.scores(responses) | {"held_out/seconds": time.perf_counter() - begin}
+            self._writers.held_out.write(steps_done, scores)
+            self.note(self.held_out.line(steps_done, scores))
 
     def trajectories(self, step: int) -> list[Trajectory]:
         """A step's trajectories. Collective."""
@@ -163,6 +175,11 @@ class _Writers:
     def __init__(self, config: TrainConfig, steps_done: int) -> None:
         folder = Path(config.run_dir)
         self.metrics = MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done)
+        self.held_out = (
+            MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done, file=HELD_OUT_FILE)
+            if config.held_out.path
+            else None
+        )
         self.samples = SampleWriter(folder)
         self.progress = Progress(config.steps, title=config.method, start=steps_done)
         self.progress.__enter__()
@@ -175,4 +192,5 @@ class _Writers:
 
     def close(self) -> None:
         self.progress.__exit__(None, None, None)
-        self.metrics.close()
+        for writer in filter(None, (self.metrics, self.held_out)):
+            writer.close()

@@ -6,10 +6,10 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
@@ -23,6 +23,9 @@ from megatron_trd.methods import METHODS, engine_sleeps, one_engine
 from megatron_trd.training.checks import Inputs
 from megatron_trd.training.phases import Phases
 from megatron_trd.training.samples import SampleBuilder
+
+_T = TypeVar("_T")
+_NO_STEP = -1  # in the seeds of what is not sampled for a step
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,14 @@ class Sampling:
             self._ahead = self._thread.submit(self._sample, step + 1, step)
         return sampled
 
+    def ask(self, problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> list[Trajectory]:
+        """The present student's responses, of the same seeds whenever it is asked; between steps. Collective."""
+        self.pending()  # an engine has one set of weights at a time
+        self._refit()
+        trajectories = self._or_rebuild("held-out", lambda: self.sampler.sample(_NO_STEP, problems, prompts, None))
+        self.sampler.student.sleep()
+        return trajectories
+
     def pending(self) -> Sampled | None:
         """What has been sampled ahead, once it is there; a checkpoint has to hold it. Collective."""
         if self._ahead is None:
@@ -138,19 +149,22 @@ class Sampling:
         return Sampled(step, weights, trajectories, too_long, time.perf_counter() - begin, self.sampler.stats)
 
     def _sample_or_rebuild(self, step: int) -> Sampled:
-        """An engine that dies is rebuilt once, and the step's seeds give the same tokens."""
-        try:
-            sampled = self._sample(step, step)
-        except EngineDied as death:
-            self._rebuild(f"step {step}: a sampler's engine died ({death})")
-            self._refit()
-            try:
-                sampled = self._sample(step, step)
-            except EngineDied as again:
-                raise EngineDied(f"a sampler's engine died twice in step {step}: {again}") from None
+        sampled = self._or_rebuild(f"step {step}", lambda: self._sample(step, step))
         if self.teacher_ahead:
             self.teacher_ahead.finish()
         return sampled
+
+    def _or_rebuild(self, what: str, sample: Callable[[], _T]) -> _T:
+        """An engine that dies is rebuilt once, and the same seeds give the same tokens."""
+        try:
+            return sample()
+        except EngineDied as death:
+            self._rebuild(f"{what}: a sampler's engine died ({death})")
+            self._refit()
+            try:
+                return sample()
+            except EngineDied as again:
+                raise EngineDied(f"a sampler's engine died twice in {what}: {again}") from None
 
     def _rebuild(self, why: str) -> None:
         self.note(f"{why}; rebuilding it from the present weights")

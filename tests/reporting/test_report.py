@@ -138,6 +138,25 @@ def test_one_run_without_scores_or_samples(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
 
 
+def test_held_out_scores_have_a_panel(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for file, rows in {
+        "metrics.jsonl": [{"loss": 1.0}],
+        "held_out.jsonl": [{"held_out/avg@4": 0.25, "held_out/avg@4/low": 0.1}, {"held_out/avg@2": 0.5}],
+    }.items():
+        writer = MetricsWriter(folder, tensorboard=False, resume_from=0, file=file)
+        for step, row in enumerate(rows):
+            writer.write(step, row)
+        writer.close()
+    write_report(tmp_path / "report.html", {"run": folder}, title="a run")
+    html = (tmp_path / "report.html").read_text()
+    assert html.count('aria-label="Held-out problems: mean share of right responses"') == 1
+    writer = MetricsWriter(tmp_path / "other", tensorboard=False, resume_from=0)
+    writer.write(0, {"loss": 1.0})
+    write_report(tmp_path / "report.html", {"run": tmp_path / "other"}, title="a run")
+    assert "Held-out" not in (tmp_path / "report.html").read_text()
+
+
 def test_it_needs_nothing_but_itself(tmp_path: Path) -> None:
     runs = {"a": make_run(tmp_path / "a"), "b": make_run(tmp_path / "b", refines=False)}
     html, page = render(tmp_path / "report.html", runs, scores=SCORES, pairs=[make_pair(first_wrong_line=1)])

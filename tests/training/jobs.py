@@ -34,6 +34,7 @@ def write_job(folder: Path, **overrides: Any) -> Path:
         "student": {"tp": 2, "micro_batch_size": 2},
         "teacher": {"weights": "ema", "ema_decay": 0.5},
         "sampler": {"max_rollout_tokens": 24, "max_refinement_tokens": 24},
+        "held_out": {"path": str(data), "every": 2, "samples": 2},
         "data": {"path": str(data), "max_prompt_tokens": 400, "max_reference_tokens": 100, "overlong": "cut"},
         "optimizer": {"lr": 1e-3},
         "checkpoint": {"every": 2},
@@ -59,8 +60,8 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return output
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
+def metrics(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = run / file
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

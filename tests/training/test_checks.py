@@ -81,6 +81,23 @@ def says(config: TrainConfig, *parts: str) -> None:
     assert all(part in message for part in parts), message
 
 
+# Held-out problems
+
+
+def test_held_out_problems_are_read_and_not_mixed_in(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"problem": "2 + 2 = ?", "answer": "4"}\n{"problem": "2 + 3 = ?", "answer": "5"}\n')
+    inputs = check(run(held_out={"path": str(path)}, data={"max_prompt_tokens": 128}))
+    assert [problem.problem for problem in inputs.held_out] == ["2 + 2 = ?", "2 + 3 = ?"]
+    assert [problem.problem for problem in inputs.problems] == ["1 + 1 = ?"]
+    path.write_text(json.dumps({"problem": "2 + 2 = ?" * 30, "answer": "4"}) + "\n")
+    says(run(held_out={"path": str(path)}), "problem 1 of held_out.path", str(path), "data.max_prompt_tokens is 64")
+    path.write_text('{"problem": "2 + 2 = ?"}\n')
+    says(run(held_out={"path": str(path)}), str(path), "no field 'answer'")
+    says(run(held_out={"path": str(path)}, data={"answer_field": None}), "held_out.path needs answers")
+    says(run(held_out={"path": "elsewhere.jsonl"}), "elsewhere.jsonl", "no such file")
+
+
 # A good run
 
 

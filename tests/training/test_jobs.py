@@ -23,7 +23,7 @@ from tests.checkpoint_tools.folders import tensors
 from tests.distributed import run_ranks
 from tests.training import jobs
 
-NAME = re.compile(r"`([a-z_/<>]+)`")
+NAME = re.compile(r"`([a-z_/<>@]+)`")
 # What must not differ between an unbroken and a resumed run, to the bit.
 SAME = ("loss", "grad_norm", "lr", "divergence/mean", "tokens/trained", "length/rollout", "length/refinement")
 
@@ -57,10 +57,18 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]
     return job, folder / "run", output
 
 
+def held_out(run: Path) -> list[dict[str, Any]]:
+    """Scores of the held-out problems, without the time they took."""
+    rows = jobs.metrics(run, "held_out.jsonl")
+    return [{key: value for key, value in row.items() if key != "held_out/seconds"} for row in rows]
+
+
 def assert_same_run(found: Path, expected: Path) -> None:
     rows = zip(jobs.metrics(found), jobs.metrics(expected), strict=True)
     for row, other in rows:
         assert {key: row.get(key) for key in SAME} == {key: other.get(key) for key in SAME}
+    asked, others = held_out(found), held_out(expected)
+    assert not asked or asked == others
     name = f"checkpoints/step_{jobs.STEPS}"
     left, right = (run_ranks(load_tensors, 1, str(run / name))[0] for run in (found, expected))
     assert left.keys() == right.keys()
@@ -95,11 +103,23 @@ def test_a_run_writes_what_is_promised(unbroken: tuple[Path, Path, str]) -> None
     assert output.count("step ") >= jobs.STEPS
 
 
+def test_held_out_problems_are_asked_before_between_and_after(unbroken: tuple[Path, Path, str]) -> None:
+    _, run, output = unbroken
+    rows = held_out(run)
+    assert [row["step"] for row in rows] == [0, 2, jobs.STEPS]
+    for row in rows:
+        assert row["held_out/avg@2/low"] <= row["held_out/avg@2"] <= row["held_out/avg@2/high"]
+        assert 0 < row["held_out/mean_tokens"] <= 24
+    assert output.count("held out, after") == 3
+    assert list((run / "tensorboard/held_out").glob("events*"))
+
+
 def test_every_metric_is_documented(unbroken: tuple[Path, Path, str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     documented = {name for line in page.splitlines() if line.startswith("| `") for name in NAME.findall(line)}
-    names = set().union(*jobs.metrics(unbroken[1])) - {"step"}
-    names = {re.sub("memory/[a-z]+/", "memory/<phase>/", name) for name in names}
+    rows = [*jobs.metrics(unbroken[1]), *jobs.metrics(unbroken[1], "held_out.jsonl")]
+    names = set().union(*rows) - {"step"}
+    names = {re.sub("memory/[a-z]+/", "memory/<phase>/", name).replace("@2", "@k") for name in names}
     assert len(names) > 25
     assert names <= documented
 
@@ -166,17 +186,19 @@ def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_with_its_
         assert row["loss/last_epoch"] != row["loss"], "the second step is taken where the first one led"
 
 
-def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> list[str]:
+def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> tuple[list[str], list[Any]]:
     """Rank function: a job in which rank 1's engine dies in step 1, and after it a step in which every engine does.
 
-    It keeps what it can outside of the device's memory, which is to change nothing either.
+    It keeps what it can outside of the device's memory, which is to change nothing either. Returns the notes, and the
+    responses to a held-out problem before training, after it, and again.
     """
     from megatron_trd.config import apply_overrides, load
     from megatron_trd.engines.engine import Engine
     from megatron_trd.training.loop import train
     from megatron_trd.training.run import Run
 
-    elsewhere = ["student.offload=true", "teacher.offload=true", "teacher.hidden_in=disk"]
+    # And it asks no held-out problems, which is not to matter to training.
+    elsewhere = ["held_out.path=null", "student.offload=true", "teacher.offload=true", "teacher.hidden_in=disk"]
     run = Run(apply_overrides(load(Path(job)), [f"run_dir={run_dir}", *elsewhere]))
     step, steps = Engine.step, {"left": 5}
 
@@ -189,21 +211,26 @@ def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> list[s
 
     said: list[str] = []
     run.sampling.note = said.append
+    question = [run.inputs.problems[0]] * 2, [[5, 6, 7]] * 2
+    responses = [run.sampling.ask(*question)]
+    run.phases.metrics()
     with mock.patch.object(Engine, "step", failing):
         train(run)
+    responses += [run.sampling.ask(*question), run.sampling.ask(*question)]
     with mock.patch.object(Engine, "step", mock.Mock(side_effect=RuntimeError("always"))):
         try:
             run.sampling.take(0)
         except UserError as error:
             said.append(f"{error}, exit code {error.exit_code}")
-    return said
+    return said, [[one.rollout.tokens for one in asked] for asked in responses]
 
 
 def test_an_engine_that_dies_and_memory_lent_change_nothing(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
     job, expected, _ = unbroken
     run = tmp_path / "run"
     run.mkdir()
-    for said in run_ranks(train_with_failures, 2, str(job), str(run)):
+    for said, (before, after, again) in run_ranks(train_with_failures, 2, str(job), str(run)):
+        assert before != after == again, "held-out problems are asked of the present weights, with the same seeds"
         once, again, twice = [text for text in said if "died" in text]
         assert once.startswith("step 1: a sampler's engine died (RuntimeError: out of luck)")
         assert again.startswith("step 0: a sampler's engine died (RuntimeError: always)")

@@ -1,0 +1,53 @@
+"""Problems that the student is asked between steps and never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_trd.config import TrainConfig
+from megatron_trd.data.problems import Problem
+from megatron_trd.data.prompts import PromptBuilder
+from megatron_trd.engines.sampler import Trajectory
+from megatron_trd.evaluation.responses import score
+
+
+class HeldOut:
+    """`held_out.*` of a run: what is asked, when, and what the answers are worth.
+
+    The seeds of the responses are the same each time, so that scores of two steps differ by the weights alone.
+    """
+
+    def __init__(self, config: TrainConfig, problems: Sequence[Problem], prompts: PromptBuilder) -> None:
+        self.config, self._builder = config, prompts
+        self.problems = [problem for problem in problems for _ in range(config.held_out.samples)]
+        self.prompts = [prompts.ids("vanilla", problem.problem) for problem in self.problems]
+
+    def due(self, steps_done: int) -> bool:
+        """Whether the student is asked after so many steps."""
+        every = self.config.held_out.every
+        at_an_end = steps_done in (0, self.config.steps)
+        return bool(self.problems) and (at_an_end or (every > 0 and steps_done % every == 0))
+
+    def scores(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """`held_out/…` numbers of the responses to `problems`, in their order."""
+        found = score(self._builder, trajectories, self.config.held_out.samples, seed=self.config.seed)
+        return {f"held_out/{key}": value for key, value in _flat(found)}
+
+    def line(self, steps_done: int, scores: dict[str, float]) -> str:
+        """The scores for whoever watches the run."""
+        average, passed = (f"held_out/{kind}@{self.config.held_out.samples}" for kind in ("avg", "pass"))
+        interval = f"{scores[f'{average}/low']:.1%} to {scores[f'{average}/high']:.1%}"
+        texts = f"{average.removeprefix('held_out/')} {scores[average]:.1%} ({interval})"
+        if self.config.held_out.samples > 1:
+            texts += f", {passed.removeprefix('held_out/')} {scores[passed]:.1%}"
+        return f"held out, after {steps_done} steps: {texts}, {scores['held_out/seconds']:.1f} s"
+
+
+def _flat(scores: dict[str, object]) -> Iterator[tuple[str, float]]:
+    """A score by its name, the ends of its interval below it."""
+    for key, value in scores.items():
+        if isinstance(value, dict):
+            yield key, value["value"]
+            yield from ((f"{key}/{end}", value[end]) for end in ("low", "high"))
+        elif isinstance(value, float):
+            yield key, value
