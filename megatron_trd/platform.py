@@ -335,6 +335,7 @@ class CpuPlatform(Platform):
             # A prompt cut into chunks draws a token too many, and vLLM then winds the request's own generator back,
             # which CPU generators cannot do (seen with vLLM 0.32). Whole prompts only.
             "enable_chunked_prefill": False,
+            "ir_op_priority": vllm_on_cpu.NORMS,
             "max_num_batched_tokens": max(_BATCHED_TOKENS, max_length),
         }
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
+NORMS = {"rms_norm": ["cpp"], "fused_add_rms_norm": ["cpp"]}  # whose implementations come first; see `_register_norms`
+_VECTOR = 16  # numbers that the C++ normalisations take at a time
 _PRIMITIVES = 32  # compiled products that a layer keeps, one a number of tokens: vLLM's own number
 
 
@@ -24,6 +28,7 @@ def starting(identifier: str) -> Iterator[None]:
     from vllm import _custom_ops
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
 
+    _register_norms()
     original = Launcher._distributed_args
 
     def distributed_args(self: Any) -> tuple[str, int, int]:
@@ -36,6 +41,41 @@ def starting(identifier: str) -> Iterator[None]:
     finally:
         for segment in Path("/dev/shm").glob(f"{identifier}-*cpushm_*"):
             segment.unlink(missing_ok=True)
+
+
+@functools.cache
+def _register_norms() -> None:
+    """vLLM's own C++ normalisations, of which a CPU build has kernels and uses none: a tenth of a decoding step.
+
+    In their place it runs half a dozen operations on tensors, which are for a compiler to fuse.
+    """
+    from vllm import ir
+
+    def takes(x: Tensor, weight: Tensor | None, variance_size: int | None) -> bool:
+        same = weight is not None and weight.dtype == x.dtype
+        return same and variance_size is None and x.shape[-1] % _VECTOR == 0
+
+    def takes_plain(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
+        return takes(x, weight, variance_size)
+
+    def takes_fused(
+        x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+    ) -> bool:
+        return takes(x, weight, variance_size) and x.is_contiguous() and x_residual.is_contiguous()
+
+    @ir.ops.rms_norm.register_impl("cpp", supports_args=takes_plain)
+    def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
+        x = x.contiguous()  # heads of queries and keys are slices
+        output = torch.empty_like(x)
+        torch.ops._C.rms_norm(output, x, weight, epsilon)
+        return output
+
+    @ir.ops.fused_add_rms_norm.register_impl("cpp", supports_args=takes_fused, inplace=True)
+    def fused_add_rms_norm(
+        x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+        return x, x_residual
 
 
 def drop_expert_kernels(model: torch.nn.Module) -> None:
