@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron_trd import platform
 from tests.distributed import run_ranks
+from tests.models import write_model
 
 
 def norms(rank: int, world: int) -> dict[str, tuple[float, bool]]:
@@ -47,7 +50,29 @@ def written_out(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight.double()).float()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU build's kernels")
+def preferred(rank: int, world: int, model: str) -> list[list[str]]:
+    """Rank function: which implementations an engine prefers, the first that takes its arguments."""
+    from megatron_trd.config import from_dict
+    from megatron_trd.engines.engine import Engine
+    from megatron_trd.models.model import open_model
+
+    platform.current().set_up()
+    Engine(open_model(model), from_dict({"model": model}, "test"), max_length=64)
+    from vllm import ir
+
+    return [ir.ops.rms_norm.get_priority(), ir.ops.fused_add_rms_norm.get_priority()]
+
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU build's kernels")
+
+
+@on_cpu
+def test_an_engine_uses_the_cpp_norms(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    assert run_ranks(preferred, 1, str(model)) == [[["cpp", "native"]] * 2]
+
+
+@on_cpu
 def test_the_cpp_norms_are_the_operation_and_refuse_what_they_cannot_do() -> None:
     (found,) = run_ranks(norms, 1)
     assert {name for name, (_, taken) in found.items() if taken} == {"rows", "heads"}
