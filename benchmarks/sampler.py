@@ -183,8 +183,9 @@ def measure(rank: int, world: int, folder: str, cases: list[Case], options: argp
 
 def _draw(bench: _Bench, case: Case, number: int, show: bool) -> Draw:
     forced = case.lengths(bench.options.problems, bench.options.longest, number)
-    streamed, found, stats = bench.run(forced, True, case.few)
-    phases, again, _ = bench.run(forced, False, case.few)
+    order = (True, False) if number % 2 == 0 else (False, True)
+    ways = {stream: bench.run(forced, stream, case.few) for stream in order}
+    (streamed, found, stats), (phases, again, _) = ways[True], ways[False]
     both = [[(one.rollout.tokens, one.refinement and one.refinement.tokens) for one in way] for way in (found, again)]
     if both[0] != both[1]:
         raise RuntimeError("streamed and two-phase sampling gave different tokens")
@@ -239,6 +240,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="of the lengths of each case")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.problems < RANKS * options.sequences:
+        parser.error(f"--problems: at least {RANKS * options.sequences}, or no engine has --sequences at once")
     text = "\n".join(
         [
             "# Sampling on a CPU\n\n```",

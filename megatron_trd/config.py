@@ -127,6 +127,7 @@ class HeldOutConfig:
     """Problems that the student is asked between steps and not trained on; fields are named as in `data`."""
 
     path: str | None = None  # as data.path; None: there are none
+    name: str | None = None  # configuration name of a hub data set
     split: str = "test"
     every: NonNegative = 0  # steps; 0: before the first step and after the last only
     samples: Positive = 1  # responses to a problem
@@ -269,18 +270,28 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
     """Every setting by its dotted key."""
+    return _flat(to_dict(config))
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in to_dict(config).items():
-        flat |= {f"{name}.{key}": entry for key, entry in value.items()} if name in _SECTIONS else {name: value}
+    for name, value in values.items():
+        section = name in _SECTIONS and isinstance(value, Mapping)
+        flat |= {f"{name}.{key}": entry for key, entry in value.items()} if section else {name: value}
     return flat
 
 
 def from_dict(values: Mapping[str, Any], where: str) -> TrainConfig:
     """Validated configuration from a nested dictionary. Raises `UserError` naming `where` and the key."""
     try:
-        return TypeAdapter(TrainConfig).validate_python(dict(values))
+        config = TypeAdapter(TrainConfig).validate_python(dict(values))
     except ValidationError as error:
         raise _one_line(error, where) from None
+    given = _flat(values)
+    for key, value in flatten(config).items():
+        if isinstance(given.get(key), bool) and not isinstance(value, bool):  # to pydantic, true is 1
+            raise UserError(f"{where}: {key}={given[key]!r} is not valid: Input should be a valid number")
+    return config
 
 
 def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfig:

@@ -45,7 +45,7 @@ def starting(identifier: str) -> Iterator[None]:
 
 @functools.cache
 def _register_norms() -> None:
-    """vLLM's own C++ normalisations, of which a CPU build has kernels and uses none: a tenth of a decoding step.
+    """vLLM's own C++ normalisations, of which a CPU build has kernels and uses none.
 
     In their place it runs half a dozen operations on tensors, which are for a compiler to fuse.
     """
@@ -63,19 +63,20 @@ def _register_norms() -> None:
     ) -> bool:
         return takes(x, weight, variance_size) and x.is_contiguous() and x_residual.is_contiguous()
 
-    @ir.ops.rms_norm.register_impl("cpp", supports_args=takes_plain)
     def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
         x = x.contiguous()  # heads of queries and keys are slices
         output = torch.empty_like(x)
         torch.ops._C.rms_norm(output, x, weight, epsilon)
         return output
 
-    @ir.ops.fused_add_rms_norm.register_impl("cpp", supports_args=takes_fused, inplace=True)
     def fused_add_rms_norm(
         x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
         return x, x_residual
+
+    ir.ops.rms_norm.register_impl("cpp", supports_args=takes_plain)(rms_norm)
+    ir.ops.fused_add_rms_norm.register_impl("cpp", supports_args=takes_fused, inplace=True)(fused_add_rms_norm)
 
 
 def drop_expert_kernels(model: torch.nn.Module) -> None:

@@ -173,6 +173,8 @@ def _as_yaml(value: object) -> str:
         ("steps=null", ["steps=None", "integer"]),
         ("steps={a", ["'steps={a'", "YAML"]),
         ("steps=0", ["steps=0", "greater than 0"]),
+        ("steps=true", ["steps=True", "number"]),
+        ("optimizer.lr=yes", ["optimizer.lr=True", "number"]),
         ("seed=-1", ["seed=-1", "greater than or equal to 0"]),
         ("loss.beta=1.5", ["loss.beta=1.5", "less than or equal to 0.999"]),
         ("optimizer.lr=nan", ["optimizer.lr=nan", "finite"]),

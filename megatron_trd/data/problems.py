@@ -24,24 +24,24 @@ class Problem:
     reference: str | None  # y*, for OPSD; None: this problem has none
 
 
-def load_problems(config: DataConfig) -> list[Problem]:
-    """Every problem of a data set, in its order.
+def load_problems(config: DataConfig, section: str = "data") -> list[Problem]:
+    """Every problem of a data set, in its order; `section` is where the user named it.
 
     Raises `UserError` for a file that is missing, empty or broken (with the line), and for a field that is missing.
     """
     if not config.path:
-        raise UserError("data.path is not set: give a JSONL or parquet file, a datasets folder or a hub name")
-    rows = _rows(config)
+        raise UserError(f"{section}.path is not set: give a JSONL or parquet file, a datasets folder or a hub name")
+    rows = _rows(config, section)
     if len(rows) == 0:
         raise UserError(f"data '{config.path}': no problems in it; expected one a row")
     return [_problem(config, index, row) for index, row in enumerate(rows)]
 
 
-def _rows(config: DataConfig) -> Sequence[Mapping[str, Any]]:
+def _rows(config: DataConfig, section: str) -> Sequence[Mapping[str, Any]]:
     path = Path(config.path)
     looks_like_file = path.suffix in (".jsonl", ".json", ".parquet")
     if looks_like_file and not path.is_file():
-        raise UserError(f"data '{config.path}': no such file; set data.path")
+        raise UserError(f"data '{config.path}': no such file; set {section}.path")
     try:
         if path.suffix in (".jsonl", ".json"):
             return list(_read_jsonl(path))
@@ -56,7 +56,7 @@ def _rows(config: DataConfig) -> Sequence[Mapping[str, Any]]:
             loaded = datasets.load_from_disk(str(path))
             if isinstance(loaded, datasets.DatasetDict) and config.split not in loaded:
                 raise UserError(
-                    f"data '{path}': no split '{config.split}'; set data.split to one of {', '.join(loaded)}"
+                    f"data '{path}': no split '{config.split}'; set {section}.split to one of {', '.join(loaded)}"
                 )
             return list(loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded)
         return list(datasets.load_dataset(config.path, config.name, split=config.split))

@@ -110,11 +110,15 @@ def _held_out(config: TrainConfig, student: Model) -> list[Problem]:
     """The held-out problems; every one must be askable, or scores would be of some of them."""
     asked = config.held_out
     if asked.path is None:
+        if asked.every:
+            raise UserError("held_out.every is set and there is nothing to ask: set held_out.path")
         return []
     if config.data.answer_field is None:
         raise UserError("held_out.path needs answers to grade with: set data.answer_field to their field")
-    data = dataclasses.replace(config.data, path=asked.path, name=None, split=asked.split, reference_field=None)
-    problems, prompts = load_problems(data), PromptBuilder.of(student.folder, data)
+    if config.data.task == "code":
+        raise UserError("held_out.path: programs cannot be graded yet; unset it, or data.task=math")
+    data = dataclasses.replace(config.data, path=asked.path, name=asked.name, split=asked.split, reference_field=None)
+    problems, prompts = load_problems(data, "held_out"), PromptBuilder.of(student.folder, data)
     limit = prompt_limit(config, "vanilla")
     for number, problem in enumerate(problems, 1):
         if (length := len(prompts.ids("vanilla", problem.problem))) > limit:

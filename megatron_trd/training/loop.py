@@ -8,8 +8,8 @@ from megatron_trd.training.run import Run
 def train(run: Run) -> None:
     """Run the remaining steps, or fewer if the run is asked to stop: it ends with a checkpoint either way."""
     config = run.config
+    run.evaluate(run.steps_done)  # held-out problems, where it is time for them
     for step in range(run.steps_done, config.steps):
-        run.evaluate(step)  # held-out problems, now and then
         with run.phases.measure("step"):
             # x ~ problems, y_o ~ student(. | x) with the present weights, and for TRD y_r ~ teacher(. | x, y_o [, y*])
             trajectories = run.trajectories(step)
@@ -31,9 +31,10 @@ def train(run: Run) -> None:
         run.log(step, trajectories, samples, results)
 
         done, stop = step + 1, run.stop.agreed()
+        if not stop or done == config.steps:  # whoever stops now is asked at the resumed run's start
+            run.evaluate(done)
+            stop = run.stop.agreed()
         if stop or done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
             run.save(done)
         if stop:
             break
-    else:
-        run.evaluate(config.steps)

@@ -58,7 +58,8 @@ class Run:
         self.teacher.offload()
         current.release_memory()
         self.phases = Phases()
-        self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
+        asked = self.steps_done + (not self.held_out.due(self.steps_done))  # from there on it is asked again
+        self._writers = _Writers(config, self.steps_done, asked) if dist.get_rank() == 0 else None
         self.sampling = Sampling(
             config, self.inputs, self.student, self.teacher, self.builder, self.phases, note=self.note
         )
@@ -70,13 +71,17 @@ class Run:
         """Ask the student the held-out problems, where there are some and it is time. Collective."""
         if not self.held_out.due(steps_done):
             return
+        self.teacher.forget()  # the step's hidden states, which are where the engine is to be
+        self.sampling.pending()
         begin = time.perf_counter()
         responses = self.sampling.ask(self.held_out.problems, self.held_out.prompts)
+        seconds = time.perf_counter() - begin
         self.phases.metrics()  # none of it is the next step's
         if self._writers is not None and self._writers.held_out is not None:
-            scores = self.held_out.scores(responses) | {"held_out/seconds": time.perf_counter() - begin}
+            scores = self.held_out.scores(responses) | {"held_out/seconds": seconds}
             self._writers.held_out.write(steps_done, scores)
             self.note(self.held_out.line(steps_done, scores))
+        dist.barrier()  # grading may take long, and this group has the most patience
 
     def trajectories(self, step: int) -> list[Trajectory]:
         """A step's trajectories. Collective."""
@@ -172,11 +177,11 @@ def _trained(results: list[StepResult]) -> dict[str, float]:
 class _Writers:
     """Metrics, samples and progress of rank 0."""
 
-    def __init__(self, config: TrainConfig, steps_done: int) -> None:
+    def __init__(self, config: TrainConfig, steps_done: int, asked_from: int) -> None:
         folder = Path(config.run_dir)
         self.metrics = MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done)
         self.held_out = (
-            MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done, file=HELD_OUT_FILE)
+            MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=asked_from, file=HELD_OUT_FILE)
             if config.held_out.path
             else None
         )

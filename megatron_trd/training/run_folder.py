@@ -10,7 +10,7 @@ from megatron_trd.config import TrainConfig
 from megatron_trd.errors import UserError
 from megatron_trd.training.run_lock import check_lock, release_lock, take_lock
 
-_MAY_CHANGE = ("log.", "checkpoint.", "held_out.", "run_dir")  # settings that a resumed run may have otherwise
+_MAY_CHANGE = ("log.", "checkpoint.", "held_out.every", "run_dir")  # settings that a resumed run may have otherwise
 _LAYOUT = {  # these too: where and in what parts the same is computed, of which the rounding depends
     *("world_size", "overlap", "loss.chunk_tokens"),
     *(f"student.{key}" for key in ("tp", "pp", "ep", "sequence_parallel", "micro_batch_size", "recompute", "offload")),

@@ -95,7 +95,9 @@ def test_held_out_problems_are_read_and_not_mixed_in(run: Run, tmp_path: Path) -
     path.write_text('{"problem": "2 + 2 = ?"}\n')
     says(run(held_out={"path": str(path)}), str(path), "no field 'answer'")
     says(run(held_out={"path": str(path)}, data={"answer_field": None}), "held_out.path needs answers")
-    says(run(held_out={"path": "elsewhere.jsonl"}), "elsewhere.jsonl", "no such file")
+    says(run(held_out={"path": "elsewhere.jsonl"}), "elsewhere.jsonl", "no such file; set held_out.path")
+    says(run(held_out={"every": 5}), "held_out.every is set", "set held_out.path")
+    says(run(held_out={"path": str(path)}, data={"task": "code"}), "programs cannot be graded")
 
 
 # A good run
