@@ -94,6 +94,8 @@ def _check(config: TrainConfig) -> TrainConfig:
         raise UserError(f"world size {world} does not fit sampler.tp={config.sampler.tp}: use a multiple of it")
     if config.data.answer_field is None:
         raise UserError("an evaluation needs answers to grade with: set data.answer_field to their field")
+    if config.data.task == "code":
+        raise UserError("programs cannot be graded yet: data.task=math")
     limit = min(config.sampler.max_rollout_tokens, _room(config, model))
     check_tokenizer(model.folder, model.arch)
     model.check()

@@ -50,7 +50,8 @@ def greedy_by_vllm(rank: int, world: int, folders: list[str], prompts: Prompts) 
     parameters = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     found = []
     # To the end of the process: the first to be dropped would take everyone's process groups with it.
-    _ENGINES.extend(LLM(model=folder, dtype="float32", max_model_len=64, **arguments) for folder in folders)
+    with current.starting_sampler("exported"):
+        _ENGINES.extend(LLM(model=folder, dtype="float32", max_model_len=64, **arguments) for folder in folders)
     for llm in _ENGINES:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
         found.append([list(output.outputs[0].token_ids) for output in outputs])

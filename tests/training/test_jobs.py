@@ -196,8 +196,8 @@ def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> tuple[
     from megatron_trd.training.loop import train
     from megatron_trd.training.run import Run
 
-    # And it asks no held-out problems, which is not to matter to training.
-    elsewhere = ["held_out.path=null", "student.offload=true", "teacher.offload=true", "teacher.hidden_in=disk"]
+    elsewhere = ["student.offload=true", "teacher.offload=true", "teacher.hidden_in=disk"]
+    elsewhere += ["held_out.path=null", "held_out.every=0"]  # nor is it to matter to training that nothing is asked
     run = Run(apply_overrides(load(Path(job)), [f"run_dir={run_dir}", *elsewhere]))
     step, steps = Engine.step, {"left": 5}
 
