@@ -80,7 +80,8 @@ class Platform(ABC):
 
     @abstractmethod
     def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool) -> dict[str, Any]:
-        """Arguments of `vllm.LLM` for memory, sleep, graph capture and batching of sequences of `max_length` tokens."""
+        """Arguments of `vllm.LLM`, made within `starting_sampler`: memory, sleep, graph capture, kernels, and batching
+        of sequences of `max_length` tokens."""
 
     def starting_sampler(self, job: str) -> contextlib.AbstractContextManager[Any]:
         """Context in which a vLLM engine is made; `job` names this job among others on the machine."""
