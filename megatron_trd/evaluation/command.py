@@ -17,6 +17,7 @@ from megatron_trd.config import DataConfig, SamplerConfig, TrainConfig
 from megatron_trd.data.problems import load_problems
 from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.errors import UserError
+from megatron_trd.evaluation.grading import check_gradable
 from megatron_trd.launch import launch
 from megatron_trd.models.dist_checkpoint import is_checkpoint
 from megatron_trd.models.loading import check_tokenizer
@@ -92,10 +93,7 @@ def _check(config: TrainConfig) -> TrainConfig:
     world = config.world_size or platform.current().ranks(config.sampler.tp)
     if world % config.sampler.tp:
         raise UserError(f"world size {world} does not fit sampler.tp={config.sampler.tp}: use a multiple of it")
-    if config.data.answer_field is None:
-        raise UserError("an evaluation needs answers to grade with: set data.answer_field to their field")
-    if config.data.task == "code":
-        raise UserError("programs cannot be graded yet: data.task=math")
+    check_gradable(config.data, "an evaluation")
     limit = min(config.sampler.max_rollout_tokens, _room(config, model))
     check_tokenizer(model.folder, model.arch)
     model.check()

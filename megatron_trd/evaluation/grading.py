@@ -9,10 +9,21 @@ import selectors
 import subprocess
 import sys
 
+from megatron_trd.config import DataConfig
+from megatron_trd.errors import UserError
+
 _BOX = "\\boxed{"
 _SECONDS = 5.0  # for one comparison
 _START_SECONDS = 60.0  # to start, which imports sympy
 _LONGEST = 1000  # characters of an answer worth comparing
+
+
+def check_gradable(data: DataConfig, what: str) -> None:
+    """Raise `UserError` if `what` asks problems whose responses cannot be graded."""
+    if data.answer_field is None:
+        raise UserError(f"{what} needs answers to grade with: set data.answer_field to their field")
+    if data.task == "code":
+        raise UserError(f"{what}: programs cannot be graded yet, set data.task=math")
 
 
 def is_correct(response: str, answer: str) -> bool:

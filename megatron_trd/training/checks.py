@@ -11,6 +11,7 @@ from megatron_trd.data.problems import Problem, load_problems
 from megatron_trd.data.prompts import Context, PromptBuilder
 from megatron_trd.engines.teacher import check_teacher
 from megatron_trd.errors import UserError
+from megatron_trd.evaluation.grading import check_gradable
 from megatron_trd.methods import METHODS, check_threads
 from megatron_trd.models.loading import check_tokenizer
 from megatron_trd.models.model import Model, open_model
@@ -113,10 +114,7 @@ def _held_out(config: TrainConfig, student: Model) -> list[Problem]:
         if asked.every:
             raise UserError("held_out.every is set and there is nothing to ask: set held_out.path")
         return []
-    if config.data.answer_field is None:
-        raise UserError("held_out.path needs answers to grade with: set data.answer_field to their field")
-    if config.data.task == "code":
-        raise UserError("held_out.path: programs cannot be graded yet; unset it, or data.task=math")
+    check_gradable(config.data, "held_out.path")
     data = dataclasses.replace(config.data, path=asked.path, name=asked.name, split=asked.split, reference_field=None)
     problems, prompts = load_problems(data, "held_out"), PromptBuilder.of(student.folder, data)
     limit = prompt_limit(config, "vanilla")

@@ -19,8 +19,9 @@ class HeldOut:
 
     def __init__(self, config: TrainConfig, problems: Sequence[Problem], prompts: PromptBuilder) -> None:
         self.config, self._builder = config, prompts
-        self.problems = [problem for problem in problems for _ in range(config.held_out.samples)]
-        self.prompts = [prompts.ids("vanilla", problem.problem) for problem in self.problems]
+        samples, asked = config.held_out.samples, [prompts.ids("vanilla", problem.problem) for problem in problems]
+        self.problems = [problem for problem in problems for _ in range(samples)]
+        self.prompts = [ids for ids in asked for _ in range(samples)]
 
     def due(self, steps_done: int) -> bool:
         """Whether the student is asked after so many steps."""
@@ -35,11 +36,10 @@ class HeldOut:
 
     def line(self, steps_done: int, scores: dict[str, float]) -> str:
         """The scores for whoever watches the run."""
-        average, passed = (f"held_out/{kind}@{self.config.held_out.samples}" for kind in ("avg", "pass"))
-        interval = f"{scores[f'{average}/low']:.1%} to {scores[f'{average}/high']:.1%}"
-        texts = f"{average.removeprefix('held_out/')} {scores[average]:.1%} ({interval})"
-        if self.config.held_out.samples > 1:
-            texts += f", {passed.removeprefix('held_out/')} {scores[passed]:.1%}"
+        k = self.config.held_out.samples
+        average, low, high = (scores[f"held_out/avg@{k}{end}"] for end in ("", "/low", "/high"))
+        passed = f", pass@{k} {scores[f'held_out/pass@{k}']:.1%}" if k > 1 else ""
+        texts = f"avg@{k} {average:.1%} ({low:.1%} to {high:.1%}){passed}"
         return f"held out, after {steps_done} steps: {texts}, {scores['held_out/seconds']:.1f} s"
 
 

@@ -119,7 +119,8 @@ class Sampling:
         """The present student's responses, of the same seeds whenever it is asked; between steps. Collective."""
         self.pending()  # an engine has one set of weights at a time
         self._refit()
-        trajectories = self._or_rebuild("held-out", lambda: self.sampler.sample(_NO_STEP, problems, prompts, None))
+        with self.phases.measure("sample"):
+            trajectories = self._or_rebuild("held-out", lambda: self.sampler.sample(_NO_STEP, problems, prompts, None))
         self.sampler.student.sleep()
         return trajectories
 

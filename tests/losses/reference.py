@@ -6,6 +6,7 @@ Shares no code with `megatron_trd.losses`, its `dense_divergence` included.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -188,6 +189,27 @@ def on_logits(case: Case) -> Outcome:
     loss = (inputs.upstream * per_token).sum()
     (gradient,) = torch.autograd.grad(loss, inputs.student)
     return Outcome(per_token.detach(), loss.detach(), {"student_logits": gradient})
+
+
+def check_fused(case: Case, found: Sequence[Outcome]) -> None:
+    """What each rank's `fused_linear_divergence` gave, against the whole vocabulary."""
+    want = fused(case)
+    check_loss(case, found[0], want)
+    for rank in found:  # the gradient of student_hidden is complete on each
+        check_gradient(case, rank.gradients["student_hidden"], want.gradients["student_hidden"])
+        check_gradient(case, rank.gradients["token_weights"], want.gradients["token_weights"])
+    weight = torch.cat([rank.gradients["student_weight"] for rank in found])
+    check_gradient(case, weight[: case.vocabulary], want.gradients["student_weight"])
+    assert not weight[case.vocabulary :].any(), "padded rows of the output head moved"
+
+
+def check_on_logits(case: Case, found: Sequence[Outcome]) -> None:
+    """What each rank's `vocab_parallel_divergence` gave, against the whole vocabulary."""
+    want = on_logits(case)
+    check(case, found[0].per_token, want.per_token, 1e-6)
+    gradient = torch.cat([rank.gradients["student_logits"] for rank in found], dim=1)
+    check_gradient(case, gradient[:, : case.vocabulary], want.gradients["student_logits"])
+    assert not gradient[:, case.vocabulary :].any(), "padded columns received a gradient"
 
 
 def check_loss(case: Case, found: Outcome, want: Outcome) -> None:

@@ -30,11 +30,7 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_divergence_and_gradient_equal_the_dense_reference(name: str, outcomes: dict[str, list[Outcome]]) -> None:
-    case, found, want = CASES[name], outcomes[name], reference.on_logits(CASES[name])
-    check(case, found[0].per_token, want.per_token, 1e-6)
-    gradient = torch.cat([rank.gradients["student_logits"] for rank in found], dim=1)
-    check_gradient(case, gradient[:, : case.vocabulary], want.gradients["student_logits"])
-    assert not gradient[:, case.vocabulary :].any(), "padded columns received a gradient"
+    reference.check_on_logits(CASES[name], outcomes[name])
 
 
 @pytest.mark.parametrize("name", CASES)
