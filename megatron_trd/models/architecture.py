@@ -19,6 +19,8 @@ from megatron_trd.parallel.grid import EXPERT_TP, Grid
 # Vocabulary shards are padded to a multiple of this many rows: the width that GPU matrix products like.
 VOCAB_MULTIPLE = 128
 
+EXTENSIONS = ("linear", "llama3", "yarn")  # of the context, by `rope_type` in config.json
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -36,6 +38,7 @@ class Architecture:
     tied: bool  # input embedding and output head are one tensor
     norm_eps: float
     rope_frequencies: tuple[float, ...]  # radians a position, one for each pair of a head's dimensions
+    rope_scale: float = 1.0  # of rotated queries and of rotated keys, where a context extension changes their length
     experts: int = 0  # a layer; 0: dense
     experts_per_token: int = 0
     expert_ffn_size: int = 0
@@ -92,6 +95,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
     _check_features(folder, family)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     experts = FAMILIES[family].has("mlp.router.weight")
+    frequencies, rope_scale = _rotary(hf, head_dim)
     return Architecture(
         family=family,
         layers=hf.num_hidden_layers,
@@ -101,10 +105,11 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         kv_heads=hf.num_key_value_heads,
         head_dim=head_dim,
         vocab_size=hf.vocab_size,
-        max_positions=hf.max_position_embeddings,
+        max_positions=_max_positions(hf),
         tied=hf.tie_word_embeddings,
         norm_eps=hf.rms_norm_eps,
-        rope_frequencies=_rope_frequencies(hf, head_dim),
+        rope_frequencies=frequencies,
+        rope_scale=rope_scale,
         experts=hf.num_experts if experts else 0,
         experts_per_token=hf.num_experts_per_tok if experts else 0,
         expert_ffn_size=hf.moe_intermediate_size if experts else 0,
@@ -116,7 +121,7 @@ def _check_features(folder: ModelFolder, family: str) -> None:
     hf = folder.config
     rope = _rope(hf)
     unsupported = {
-        f"rope type {rope['rope_type']}": rope["rope_type"] not in ("default", "linear", "llama3"),
+        f"rope type {rope['rope_type']}": rope["rope_type"] not in ("default", *EXTENSIONS),
         "partial rotary embeddings": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "attention bias": getattr(hf, "attention_bias", False),
         "feed-forward bias": getattr(hf, "mlp_bias", False),
@@ -136,16 +141,26 @@ def _rope(hf: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10_000.0} | dict(getattr(hf, "rope_parameters", None) or {})
 
 
-def _rope_frequencies(hf: Any, head_dim: int) -> tuple[float, ...]:
-    """Rotary frequencies as `transformers` computes them, context extension included."""
+def _rotary(hf: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
+    """Rotary frequencies and the factor of rotated vectors, as `transformers` computes them, extension included."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = _rope(hf)
     if rope["rope_type"] == "default":
         steps = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        return tuple((1.0 / rope["rope_theta"] ** steps).tolist())
-    frequencies, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, "cpu")
-    return tuple(frequencies.tolist())
+        return tuple((1.0 / rope["rope_theta"] ** steps).tolist()), 1.0
+    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, "cpu")
+    return tuple(frequencies.tolist()), float(scale)
+
+
+def _max_positions(hf: Any) -> int:
+    """Tokens of context. yarn's are those it was trained on times its factor, as in vLLM: what config.json has for
+    the model's own may be either's."""
+    rope = _rope(hf)
+    if rope["rope_type"] == "yarn":
+        return int(rope["original_max_position_embeddings"] * rope["factor"])
+    positions: int = hf.max_position_embeddings
+    return positions
 
 
 def transformer_config(
@@ -174,6 +189,8 @@ def transformer_config(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
+        # Queries and keys are rotated whole: to scale both is to scale their products.
+        softmax_scale=arch.rope_scale**2 / math.sqrt(arch.head_dim),
         tensor_model_parallel_size=grid.layout.tp,
         pipeline_model_parallel_size=grid.layout.pp,
         sequence_parallel=sequence_parallel,

@@ -34,6 +34,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 MODELS: dict[str, dict[str, Any]] = {
     # 300 tokens: padded to 384 on one tensor-parallel rank, to 512 on two
     "qwen3": {"vocab_size": 300, "num_hidden_layers": 4},
@@ -180,6 +181,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
         "qwen2": far_from_position_independent(family="qwen2"),
         "qwen2 tied": far_from_position_independent(family="qwen2", tie_word_embeddings=True),
         "llama": far_from_position_independent(family="llama", rope_parameters=LLAMA3),
+        "qwen3 yarn": far_from_position_independent(family="qwen3", rope_parameters=YARN),
         "qwen3 moe": far_from_position_independent(family="qwen3_moe"),
         "qwen3 moe unnormalised": far_from_position_independent(family="qwen3_moe", norm_topk_prob=False),
     }

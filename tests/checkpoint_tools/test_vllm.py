@@ -21,6 +21,15 @@ PROMPTS: Prompts = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [12]]
 TOKENS = 10
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3 tied": {"family": "qwen3", "tie_word_embeddings": True},
+    "qwen3 yarn": {
+        "family": "qwen3",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8,
+        },
+    },
     "qwen3 moe": {"family": "qwen3_moe"},
     "qwen2": {"family": "qwen2", "hidden_size": 128},  # vLLM's head size there is hidden size / heads
     "llama": {

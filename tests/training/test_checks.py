@@ -493,7 +493,7 @@ def configure(folder: Path, **fields: Any) -> None:
             {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2},
             ["dense layers between its experts"],
         ),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, ["rope type yarn"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e6}}, ["rope type dynamic"]),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
             ["partial rotary"],

@@ -53,6 +53,7 @@ def test_an_absent_head_size_is_hidden_size_over_heads(tmp_path: Path) -> None:
 # Rotary frequencies
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 1e6},
     "base that is no whole number": {"rope_type": "default", "rope_theta": 12_345.6},
@@ -71,26 +72,33 @@ ROPES: dict[str, dict[str, Any]] = {
         "high_freq_factor": 9.0,
         "original_max_position_embeddings": 100,
     },
+    "yarn": YARN,
+    "yarn with factors of its own": YARN
+    | {"factor": 3.0, "beta_fast": 20.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 0.5, "truncate": False},
+    "yarn that says its scale": YARN | {"factor": 2.0, "attention_factor": 1.25},
 }
 
 
 def write_config(folder: Path, family: str, **fields: Any) -> Any:
-    """A folder with `config.json` alone; returns the rotary frequencies of the model `transformers` makes of it."""
+    """A folder with `config.json` alone; returns the rotary embedding of the model `transformers` makes of it."""
     config_class, model_class = classes(family)
     sizes = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 10}
     config = config_class(num_hidden_layers=1, intermediate_size=8, **sizes, **fields)
     config.architectures = [model_class.__name__]
     config.save_pretrained(folder)
-    return model_class(config).model.rotary_emb.inv_freq
+    return model_class(config).model.rotary_emb
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rope", ROPES)
 def test_rotary_frequencies_are_those_of_transformers(tmp_path: Path, family: str, rope: str) -> None:
     expected = write_config(tmp_path, family, rope_parameters=ROPES[rope])
-    found = torch.tensor(read_architecture(ModelFolder(tmp_path)).rope_frequencies)
-    assert found.dtype == expected.dtype == torch.float32
-    assert found.equal(expected), "to the last bit"
+    arch = read_architecture(ModelFolder(tmp_path))
+    found = torch.tensor(arch.rope_frequencies)
+    assert found.dtype == expected.inv_freq.dtype == torch.float32
+    assert found.equal(expected.inv_freq), "to the last bit"
+    assert arch.rope_scale == expected.attention_scaling
+    assert (arch.rope_scale == 1.0) == ("yarn" not in rope)
 
 
 def test_every_kind_of_context_extension_has_frequencies_of_its_own(tmp_path: Path) -> None:
@@ -109,7 +117,18 @@ def test_the_older_spelling_of_rotary_settings_means_the_same(tmp_path: Path) ->
     # as the hub's Llama 3 has it
     config |= {"rope_theta": rope["rope_theta"], "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert torch.tensor(read_architecture(ModelFolder(tmp_path)).rope_frequencies).equal(expected)
+    assert torch.tensor(read_architecture(ModelFolder(tmp_path)).rope_frequencies).equal(expected.inv_freq)
+
+
+@pytest.mark.parametrize("own", [512, 2048], ids=["the model's own", "the extended one"])
+def test_the_context_of_yarn_is_the_extended_one(tmp_path: Path, own: int) -> None:
+    write_config(tmp_path, "qwen3", rope_parameters=YARN, max_position_embeddings=own)
+    assert read_architecture(ModelFolder(tmp_path)).max_positions == 4 * 512
+
+
+def test_the_context_without_yarn_is_what_the_configuration_says(tmp_path: Path) -> None:
+    write_config(tmp_path, "qwen3", rope_parameters=ROPES["llama3"], max_position_embeddings=700)
+    assert read_architecture(ModelFolder(tmp_path)).max_positions == 700
 
 
 # Tensors
