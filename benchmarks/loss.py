@@ -10,8 +10,9 @@ of weight), whole, into buffers already touched. It is measured first and last, 
 so that a machine that changes its speed shows. Every case runs in fresh processes, one a tensor-parallel rank, on the
 same tensors: after one call to warm up, `--repeats` timed ones, each as long as its slowest rank. Memory is the peak
 of a rank above what it holds with the inputs and one gradient of each student input: resident bytes on a CPU (the
-`VmHWM` of the process), allocated ones on a GPU. A chunk is one side's float32 logits for the tokens of
-`--chunk-tokens` (default: 256 MiB). Errors are norms relative to a float64 computation, on a small problem of its own.
+`VmHWM` of the process), allocated ones on a GPU. Ours is called as the trainer does, whose gradient of the head is a
+float32 `main_grad` that lasts. A chunk is one side's float32 logits for the tokens of `--chunk-tokens` (default: 256
+MiB, on a GPU 640). Errors are norms relative to a float64 computation, on a small problem of its own.
 
 In a sweep each point is measured beside its own four products, chunk by chunk and in turn: their work is linear in
 everything, and what else the machine does happens to both.
@@ -32,7 +33,7 @@ from functools import partial
 from math import nan
 from pathlib import Path
 from statistics import mean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ from torch import Tensor
 from benchmarks.common import kernel_bytes, matches
 from benchmarks.rivals import Case, Loss, cases, loaded
 from megatron_trd.losses import dense_divergence
-from megatron_trd.losses.head import CHUNK_BYTES
+from megatron_trd.losses.head import budget_tokens
 from tests.distributed import run_ranks
 
 MIB = 2**20
@@ -71,7 +72,7 @@ class Shape(NamedTuple):
     @property
     def chunk(self) -> int:
         """Bytes of one side's logits in a chunk."""
-        tokens = self.chunk_tokens or max(1, CHUNK_BYTES // (4 * self.width))
+        tokens = self.chunk_tokens or budget_tokens(self.width, torch.float32, torch.device(self.device))
         return 4 * min(tokens, self.tokens) * self.width
 
 
@@ -252,14 +253,16 @@ def _measure(rank: int, world: int, name: str, shape: Shape, repeats: int) -> Me
         return str(loss)
     # First: what it imports meanwhile is not its memory.
     errors = _errors(in_small_chunks, case, shape, rank, group)
-    return _timed(lambda inputs: lambda: _gradients(loss, inputs, group), _inputs(shape, rank), repeats, errors)
+    inputs = _inputs(shape, rank, main_grad=case.main_grad)
+    return _timed(lambda inputs: lambda: _gradients(loss, inputs, group), inputs, repeats, errors)
 
 
 def _measure_beside_products(rank: int, world: int, shape: Shape, repeats: int) -> Beside:
     """Ours and the four products of the same chunks in turn: what the machine does meanwhile happens to both."""
     _settle(world, shape.device)
     group = dist.group.WORLD if world > 1 else None
-    loss, inputs = loaded(_case("ours forward_kl", shape.chunk_tokens)), _inputs(shape, rank)
+    case = _case("ours forward_kl", shape.chunk_tokens)
+    loss, inputs = loaded(case), _inputs(shape, rank, main_grad=case.main_grad)
     assert not isinstance(loss, str)
     step = partial(_gradients, loss, inputs, group)
     memory = _timed(lambda _: step, inputs, 1, (0.0, 0.0)).memory
@@ -285,27 +288,34 @@ def _settle(world: int, device: str) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def _inputs(shape: Shape, rank: int) -> Inputs:
-    """Hidden states that all ranks share, and the rank's own rows of the weights."""
+def _inputs(shape: Shape, rank: int, *, main_grad: bool = False) -> Inputs:
+    """Hidden states that all ranks share, and the rank's own rows of the weights; the student's with the `main_grad`
+    of a parameter under Megatron's DDP, if it shall."""
     make = partial(torch.randn, device=shape.device, dtype=DTYPES[shape.dtype])
     torch.manual_seed(0)
     student, teacher = (make(shape.tokens, shape.hidden) for _ in range(2))
     torch.manual_seed(1 + rank)
     student_weight, teacher_weight = (make(shape.width, shape.hidden).div_(shape.hidden**0.5) for _ in range(2))
+    if main_grad:
+        parameter: Any = student_weight
+        # not zeros: the memory must be there
+        parameter.main_grad = torch.empty_like(student_weight, dtype=torch.float32).zero_()
+        parameter.grad_added_to_main_grad = False
     return Inputs(student.requires_grad_(), student_weight.requires_grad_(), teacher, teacher_weight)
 
 
 def _gradients(loss: Loss, inputs: Inputs, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     value = loss(*inputs, group)
     hidden_gradient, weight_gradient = torch.autograd.grad(value, inputs[:2])
-    return value.detach(), hidden_gradient, weight_gradient
+    return value.detach(), hidden_gradient, getattr(inputs.student_weight, "main_grad", weight_gradient)
 
 
 def _timed(
     build: Callable[[Inputs], Callable[[], object]], inputs: Inputs, repeats: int, errors: tuple[float, float]
 ) -> Measured:
     device = inputs.student.device.type
-    gradients = [torch.ones_like(tensor) for tensor in inputs[:2]]  # ones: written to, so really there
+    wanted = [tensor for tensor in inputs[:2] if not hasattr(tensor, "main_grad")]
+    gradients = [torch.ones_like(tensor) for tensor in wanted]  # ones: written to, so really there
     before = _held(device)
     del gradients
     step = build(inputs)
@@ -345,7 +355,8 @@ def _products(
 def _errors(loss: Loss, case: Case, shape: Shape, rank: int, group: dist.ProcessGroup | None) -> tuple[float, float]:
     """Of the gradients (the worse) and of the loss, on a small problem that float64 can have whole."""
     small = shape._replace(tokens=96, hidden=64, vocabulary=-(-1003 // shape.ranks) * shape.ranks)
-    mine, shards = _inputs(small, rank), [_inputs(small, other) for other in range(small.ranks)]
+    mine = _inputs(small, rank, main_grad=case.main_grad)
+    shards = [_inputs(small, other) for other in range(small.ranks)]
     student, teacher = (mine[place].detach().double().requires_grad_(place == 0) for place in (0, 2))
     weight, teacher_weight = (torch.cat([shard[place].detach().double() for shard in shards]) for place in (1, 3))
     weight.requires_grad_()

@@ -34,6 +34,7 @@ class Case(NamedTuple):
     tail: bool = False
     package: str = "torch"
     sharded: bool = False  # works on a vocabulary cut over ranks
+    main_grad: bool = False  # adds the weight's gradient to the `main_grad` of its parameter, as Megatron does
 
 
 def loaded(case: Case) -> Loss | str:
@@ -67,10 +68,11 @@ def _our_case(divergence: Divergence, top_k: int | None, tail: bool, chunk_token
         return fused_linear_divergence(
             student, weight, teacher, teacher_weight, weights,
             group=group, divergence=divergence, top_k=top_k, tail=tail, chunk_tokens=chunk_tokens,
+            accumulate=True,
         ).loss  # fmt: skip
 
     name = f"ours {divergence}" + (f" top-{top_k}" if top_k else "") + (" and tail" if tail else "")
-    return Case(name, divergence, lambda: loss, top_k, tail, sharded=True)
+    return Case(name, divergence, lambda: loss, top_k, tail, sharded=True, main_grad=True)
 
 
 def _plain(divergence: str) -> Loss:

@@ -70,6 +70,9 @@ class Platform(ABC):
     def transformer_config(self) -> dict[str, Any]:
         """Fields of `TransformerConfig` that name kernels and dtypes."""
 
+    def sum_gradients_in_fp32(self, model: torch.nn.Module) -> None:
+        """Have the layers of a model under Megatron's DDP add weight gradients to `main_grad` unrounded."""
+
     @abstractmethod
     def optimizer_config(self) -> dict[str, Any]:
         """Fields of `OptimizerConfig` that name dtypes."""
@@ -201,6 +204,13 @@ class CudaPlatform(Platform):
             "bias_dropout_fusion": True,
             "apply_rope_fusion": True,
         }
+
+    def sum_gradients_in_fp32(self, model: torch.nn.Module) -> None:
+        # transformer-engine's products do it themselves. megatron-core's setting for it would also ask for Apex, whose
+        # kernel only the output layer uses, which is not called here.
+        layers: list[Any] = [module for module in model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
+        for layer in layers:
+            layer.fuse_wgrad_accumulation = True
 
     def optimizer_config(self) -> dict[str, Any]:
         return {"params_dtype": self.dtype, "bf16": True}

@@ -97,6 +97,7 @@ class StudentEngine:
             self.arch, self.grid, sequence_parallel=settings.sequence_parallel, recompute=settings.recompute
         )
         model = build_model(self.arch, self.grid, mcore_config, with_head=True)
+        platform.current().sum_gradients_in_fp32(model)
         self._named = loading.local_parameters(model, self.arch, self.grid)
         loading.load(self._named, self.arch, self.grid, source)
         for name, parameter in model.named_parameters():
@@ -261,6 +262,7 @@ class StudentEngine:
             group=self.grid.groups.tp,
             vocab_size=self.arch.vocab_size,
             chunk_tokens=self.config.loss.chunk_tokens,
+            accumulate=True,
             **self.method.divergence.arguments(self.config.loss),
         )
 

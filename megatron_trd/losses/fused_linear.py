@@ -52,6 +52,7 @@ def fused_linear_divergence(
     clip: float | None = None,
     top_k: int | None = None,
     tail: bool = False,
+    accumulate: bool = False,
 ) -> FusedDivergence:
     """`sum_t token_weights[t] * D_t` from hidden states, without ever holding the logits of more than a chunk.
 
@@ -69,9 +70,12 @@ def fused_linear_divergence(
         teacher_weight: `[V / p, teacher's hidden]`, sharded as the student's; never receives a gradient.
         token_weights: `[tokens]`, any sign, 0 for a token to leave out.
         chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 256 MiB of float32
-            logits a side. Twice these are allocated, and scratch of some 50 MiB. The result does not depend on it
-            beyond rounding. In backward the chunks are gone, and float32 gradients are scaled where they are, unless
-            the graph is retained.
+            logits a side, 640 MiB on a GPU. Twice these are allocated, and scratch of some 50 MiB. The result does
+            not depend on it beyond rounding. In backward the chunks are gone, and float32 gradients are scaled where
+            they are, unless the graph is retained.
+        accumulate: add the head's gradient to its `main_grad`, if there is one of the loss's dtype, here and now
+            instead of in backward, which saves a float32 copy of the head. For who calls backward once, on this very
+            loss, as Megatron's schedules do: an upstream gradient other than 1 raises `RuntimeError` in backward.
         group, divergence, beta, temperature, vocab_size, clip, top_k, tail: as in `vocab_parallel_divergence`.
 
     Returns:
@@ -85,7 +89,7 @@ def fused_linear_divergence(
     if not torch.is_grad_enabled():  # a Function is told which inputs require gradients, not whether they are wanted
         inputs = [tensor.detach() for tensor in inputs]
     apply: Callable[..., tuple[Tensor, Tensor]] = _FusedLinearDivergence.apply
-    return FusedDivergence(*apply(*inputs, shard, objective, chunk_tokens))
+    return FusedDivergence(*apply(*inputs, shard, objective, chunk_tokens, accumulate))
 
 
 class _FusedLinearDivergence(torch.autograd.Function):
@@ -100,13 +104,18 @@ class _FusedLinearDivergence(torch.autograd.Function):
         shard: VocabShard,
         objective: Objective,
         chunk_tokens: int | None,
+        accumulate: bool,
     ) -> tuple[Tensor, Tensor]:
         scale = token_weights.to(statistics_dtype(student_hidden, teacher_hidden))
         student, teacher = _Side(student_hidden, student_weight), _Side(teacher_hidden, teacher_weight)
-        needs = ctx.needs_input_grad[:2]
-        result = _over_chunks(student, teacher, scale, shard, objective, chunk_tokens, *needs)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        main = getattr(student_weight, "main_grad", None) if accumulate and needs_weight else None
+        into = main if main is not None and main.dtype == scale.dtype else None
+        result = _over_chunks(student, teacher, scale, shard, objective, chunk_tokens, needs_hidden, needs_weight, into)
+        ctx.accumulated = into is not None
         # Saved, not kept as attributes: autograd frees them after backward even while someone holds the loss.
-        ctx.save_for_backward(result.hidden_gradient, result.weight_gradient, result.per_token)
+        weight_gradient = None if ctx.accumulated else result.weight_gradient
+        ctx.save_for_backward(result.hidden_gradient, weight_gradient, result.per_token)
         ctx.dtypes = student_hidden.dtype, token_weights.dtype
         ctx.weight = student_weight
         ctx.mark_non_differentiable(result.per_token)
@@ -117,6 +126,8 @@ class _FusedLinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needs_hidden, needs_weight, needs_weights = (ctx.needs_input_grad[place] for place in (0, 1, 4))
         hidden, weight, per_token = ctx.saved_tensors
+        if ctx.accumulated:  # looked at where it is: the host does not wait for a GPU
+            torch._assert_async(upstream == 1, "accumulate=True is for a loss that is back-propagated as it is")
         # Scaled straight into the dtype that is wanted: no second float32 copy of a head's gradient.
         return (
             _scaled(hidden, upstream, ctx.dtypes[0]) if needs_hidden else None,
@@ -124,6 +135,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
             None,
             None,
             (per_token * upstream).to(ctx.dtypes[1]) if needs_weights else None,  # also an output: not in place
+            None,
             None,
             None,
             None,
@@ -138,12 +150,15 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
 
 
-def _weight_gradient(weight: Any, gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The head's gradient for autograd; of a parameter under Megatron's DDP it goes to `main_grad`, and autograd gets
-    a stand-in, for the hooks to run (megatron-core `LinearWithGradAccumulationAndAsyncCommunication`)."""
-    if not hasattr(weight, "grad_added_to_main_grad"):
+def _weight_gradient(weight: Any, gradient: Tensor | None, upstream: Tensor) -> Tensor:
+    """The head's gradient for autograd; of a parameter under Megatron's DDP it goes to `main_grad`, unless it is there
+    (None), and autograd gets a stand-in, for the hooks to run (megatron-core
+    `LinearWithGradAccumulationAndAsyncCommunication`)."""
+    if gradient is None:
+        pass
+    elif not hasattr(weight, "grad_added_to_main_grad"):
         return _scaled(gradient, upstream, weight.dtype)
-    if weight.main_grad.dtype == gradient.dtype:
+    elif weight.main_grad.dtype == gradient.dtype:
         weight.main_grad.addcmul_(gradient, upstream)
     else:
         weight.main_grad.add_(_scaled(gradient, upstream, gradient.dtype))
@@ -161,8 +176,10 @@ def _over_chunks(
     chunk_tokens: int | None,
     needs_hidden: bool,
     needs_weight: bool,
+    into: Tensor | None,
 ) -> _Result:
-    """Every chunk: two head products, the divergence and its gradient in their buffers, and the gradients' products.
+    """Every chunk: two head products, the divergence and its gradient in their buffers, and the gradients' products,
+    that of the weight added to `into` if there is one.
 
     Over several ranks two chunks are under way: while the sums of one travel, the gradients' products of the one before
     are computed.
@@ -171,11 +188,12 @@ def _over_chunks(
     student_head, teacher_head = student.weight[: shard.columns], teacher.weight[: shard.columns]
     per_token = torch.empty_like(scale)
     hidden_gradient = scale.new_empty(student.hidden.shape) if needs_hidden else None
-    weight_gradient = scale.new_empty(student.weight.shape) if needs_weight else None
-    if weight_gradient is not None:
+    weight_gradient = into
+    if into is None and needs_weight:
+        weight_gradient = scale.new_empty(student.weight.shape)
         weight_gradient[shard.columns if tokens else 0 :].zero_()  # the rest is the first chunk's
     depth = chunks_under_way(shard.size)
-    slices = chunks(tokens, width, chunk_tokens, scale.dtype, under_way=depth)
+    slices = chunks(tokens, width, chunk_tokens, scale.dtype, scale.device, under_way=depth)
     # The same buffers serve every chunk: fresh ones cost a CPU more in page faults than the softmaxes do.
     buffers = scale.new_empty(min(depth, len(slices)), 2, slices[0].stop if slices else 0, shard.columns)
     sums: list[dist.Work] = []
@@ -191,7 +209,8 @@ def _over_chunks(
             sums.extend(shard.start_sum_(hidden_gradient[here]))  # rides under the products that follow
         if weight_gradient is not None:
             left = narrow if narrow.is_cuda else gradient  # tensor cores want it narrow, a CPU has no mixed product
-            add_product(weight_gradient[: shard.columns], left.t(), student.hidden[here], first=here.start == 0)
+            first = into is None and here.start == 0
+            add_product(weight_gradient[: shard.columns], left.t(), student.hidden[here], first=first)
 
     under_way: deque[tuple[slice, PendingRows | PendingRestrictedRows]] = deque()
     for number, here in enumerate(slices):

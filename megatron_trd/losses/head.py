@@ -7,23 +7,34 @@ import math
 import torch
 from torch import Tensor
 
-# Logits of one chunk and one side. The peak of the fused loss is a little over two of these; larger chunks buy
-# longer products, which are full-speed well before this size.
-CHUNK_BYTES = 256 * 2**20
+# Logits of one chunk and one side. The peak of the fused loss is a little over two of these. On a CPU larger chunks buy
+# longer products, which are full-speed well before this size. A GPU also reads and writes the float32 gradient of the
+# head once a chunk, whose time hides behind the products of a chunk of about a thousand tokens (by arithmetic, H100).
+HOST_CHUNK_BYTES = 256 * 2**20
+ACCELERATOR_CHUNK_BYTES = 640 * 2**20
+ROW_MULTIPLE = 128  # tokens of a chunk that was not asked for: matrix kernels work in tiles of so many
 
 
-def chunks(tokens: int, width: int, chunk_tokens: int | None, dtype: torch.dtype, *, under_way: int = 1) -> list[slice]:
+def budget_tokens(width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of a chunk whose logits, `width` columns each, fit the budget of a device."""
+    budget = ACCELERATOR_CHUNK_BYTES if device.type == "cuda" else HOST_CHUNK_BYTES
+    return max(1, budget // max(1, width * dtype.itemsize))
+
+
+def chunks(
+    tokens: int, width: int, chunk_tokens: int | None, dtype: torch.dtype, device: torch.device, *, under_way: int = 1
+) -> list[slice]:
     """Cut `tokens` into slices, equal but for the last, of which any `under_way` next to each other have at most
-    `chunk_tokens` (None: what `CHUNK_BYTES` holds) and a few more for rounding.
+    `chunk_tokens` (None: `budget_tokens`, in whole tiles) and a few more for rounding.
 
     `width` is the padded width of a shard, so that every rank cuts alike.
     """
-    if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // max(1, width * dtype.itemsize))
-    elif chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1 (None: from the memory budget), not {chunk_tokens}")
-    chunk_tokens = max(1, chunk_tokens // under_way)
-    step = math.ceil(tokens / max(1, math.ceil(tokens / chunk_tokens)))
+    most = max(1, (chunk_tokens or budget_tokens(width, dtype, device)) // under_way)
+    multiple = ROW_MULTIPLE if chunk_tokens is None and most >= ROW_MULTIPLE else 1
+    most -= most % multiple
+    step = math.ceil(tokens / max(1, math.ceil(tokens / most)) / multiple) * multiple
     return [slice(first, min(first + step, tokens)) for first in range(0, tokens, max(1, step))]
 
 

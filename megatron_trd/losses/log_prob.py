@@ -39,7 +39,7 @@ def vocab_parallel_log_prob(
     shard = VocabShard.of(group, weight.shape[0], vocab_size)
     dtype = statistics_dtype(hidden)
     result = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    for here in chunks(hidden.shape[0], weight.shape[0], chunk_tokens, dtype):
+    for here in chunks(hidden.shape[0], weight.shape[0], chunk_tokens, dtype, hidden.device):
         logits = result.new_empty(here.stop - here.start, shard.columns)
         product_into(logits, hidden[here], weight[: shard.columns].t())
         sums = shard.start_gather(_local_sums_(logits.div_(temperature), token_ids[here] - shard.start)).wait()

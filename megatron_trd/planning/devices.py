@@ -14,6 +14,7 @@ from megatron_trd.errors import UserError
 class Stack:
     """How the layers and the engine of a platform use memory (see megatron_trd/platform.py)."""
 
+    device: str  # torch's name
     weight_bytes: int  # of a parameter
     optimizer_bytes: int  # of a parameter's optimizer state, a copy in float32 included where the weights are narrower
     # What a layer keeps of a token for backward, in values: times the hidden size, the queries' and the keys'.
@@ -35,9 +36,10 @@ class Stack:
 # Two norms keep their input and output; a query is kept in the fused product, reshaped, rotated, and as the attention's
 # output; keys and values in the fused product, rotated, and in order. Read from megatron-core 0.16 and
 # transformer-engine 2; not measured.
-TRANSFORMER_ENGINE = Stack(2, 12, 4, 4, 4, tiled_attention=True, engine_shares=True)
+TRANSFORMER_ENGINE = Stack("cuda", 2, 12, 4, 4, 4, tiled_attention=True, engine_shares=True)
 # Measured with `saved_tensors_hooks` on megatron-core's local layers: tests/planning/test_sizes.py.
 LOCAL_LAYERS = Stack(
+    "cpu",
     4,
     8,
     6,

@@ -13,6 +13,7 @@ from megatron_trd.models.architecture import Architecture
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning import sizes
 from megatron_trd.planning.case import Case
+from megatron_trd.planning.devices import Stack
 from megatron_trd.reporting.progress import PHASES
 
 GIB = 2**30
@@ -178,20 +179,22 @@ def _train_parts(case: Case, stage: int) -> Parts:
 
 
 def _loss(case: Case, tokens: int) -> float:
-    """Chunks of logits, both sides' selected hidden states, and the gradients of hidden states and head."""
+    """Chunks of logits, or what autograd is given in backward for the head's gradient, which is in Megatron's buffer;
+    both sides' selected hidden states, and their gradient."""
     narrow, tp, settings = case.stack.weight_bytes, case.student_layout.tp, case.config
-    head = (4 + narrow) * sizes.head_shard(case.student, tp)
     hidden = tokens * ((4 + 2 * narrow) * case.student.hidden_size + narrow * case.teacher.hidden_size)
     width = case.student.padded_vocab(tp) // tp
-    return loss_chunks(tokens, width, settings.loss.chunk_tokens, tp) + head + hidden
+    logits = loss_chunks(tokens, width, settings.loss.chunk_tokens, tp, case.stack)
+    return max(logits, narrow * sizes.head_shard(case.student, tp)) + hidden
 
 
-def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int) -> float:
+def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int, stack: Stack) -> float:
     """Bytes of float32 logits in chunks, both sides of `tokens` tokens by `width` columns, and of the work on them."""
     depth = chunks_under_way(tp)
-    slices = chunks(tokens, width, chunk_tokens, torch.float32, under_way=depth)
+    slices = chunks(tokens, width, chunk_tokens, torch.float32, torch.device(stack.device), under_way=depth)
     rows = slices[0].stop if slices else 0
-    return 2 * min(depth, len(slices)) * rows * width * 4 + _LOSS_SCRATCH
+    gradient = stack.weight_bytes if stack.weight_bytes < 4 else 0  # in the logits' own memory if as wide
+    return rows * width * (2 * min(depth, len(slices)) * 4 + gradient) + _LOSS_SCRATCH
 
 
 def _teacher_parts(case: Case, stage: int, received: float) -> Parts:

@@ -314,14 +314,20 @@ def test_arguments_out_of_range_are_refused_by_name(options: dict[str, Any], mes
         call(reference.heads(Case()), **options)
 
 
+def parameter_under_ddp(inputs: reference.Heads, dtype: torch.dtype = torch.float32) -> Any:
+    """The student's head with a `main_grad` that holds 0.5 everywhere, of an earlier micro-batch."""
+    weight: Any = torch.nn.Parameter(inputs.student_weight.detach().clone())
+    weight.main_grad = torch.full_like(weight, 0.5, dtype=dtype)
+    weight.grad_added_to_main_grad = False
+    return weight
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_under_megatron_s_ddp_the_head_s_gradient_goes_to_main_grad(tied: bool, dtype: torch.dtype) -> None:
     inputs = reference.heads(Case(tokens=7, dtype=torch.float32))
     want = gradients(inputs)[1]
-    weight: Any = torch.nn.Parameter(inputs.student_weight.detach().clone())
-    weight.main_grad = torch.full_like(weight, 0.5, dtype=dtype)  # of an earlier micro-batch
-    weight.grad_added_to_main_grad = False
+    weight = parameter_under_ddp(inputs, dtype)
     weight.zero_out_wgrad = tied
     (3 * call(inputs._replace(student_weight=weight))).backward()
     assert weight.grad_added_to_main_grad
@@ -329,3 +335,51 @@ def test_under_megatron_s_ddp_the_head_s_gradient_goes_to_main_grad(tied: bool, 
     assert torch.allclose(weight.main_grad.float(), 0.5 + 3 * want, rtol=1e-6 if exact else 1e-2, atol=1e-6)
     assert weight.grad.shape == weight.shape, "a stand-in, for the hooks to run"
     assert not tied or weight.grad.eq(0).all(), "it is added to the embedding's gradient"
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_s_gradient_is_accumulated_at_once_where_that_is_asked_for(
+    dtype: torch.dtype, chunk_tokens: int | None
+) -> None:
+    case = Case(tokens=7, dtype=torch.float32)
+    inputs = reference.heads(case)
+    hidden_gradient, want, _ = gradients(inputs)
+    weight = parameter_under_ddp(inputs, dtype)
+    at_once = inputs._replace(student_weight=weight)
+    loss = call(at_once, chunk_tokens=chunk_tokens, accumulate=True)
+    there = weight.main_grad.ne(0.5).any()
+    assert there == (dtype == torch.float32), "what is summed more coarsely waits for backward"
+    loss.backward()
+    assert inputs.student_hidden.grad is not None
+    assert torch.allclose(inputs.student_hidden.grad, hidden_gradient, rtol=1e-6, atol=1e-9)
+    assert weight.grad_added_to_main_grad
+    exact = dtype == torch.float32
+    assert torch.allclose(weight.main_grad.float(), 0.5 + want, rtol=1e-6 if exact else 1e-2, atol=1e-6)
+
+
+def test_rows_of_padding_are_left_alone_when_the_gradient_is_accumulated_at_once() -> None:
+    inputs = reference.heads(Case(tokens=7, dtype=torch.float32))
+    weight = parameter_under_ddp(inputs)
+    call(inputs._replace(student_weight=weight), vocab_size=5, accumulate=True).backward()
+    assert weight.main_grad[5:].eq(0.5).all()
+    assert weight.main_grad[:5].ne(0.5).any()
+
+
+def test_a_scaled_loss_whose_gradient_was_accumulated_at_once_is_refused() -> None:
+    inputs = reference.heads(Case(tokens=7, dtype=torch.float32))
+    loss = call(inputs._replace(student_weight=parameter_under_ddp(inputs)), accumulate=True)
+    with pytest.raises(RuntimeError, match="back-propagated as it is"):
+        (2 * loss).backward()
+
+
+def test_nothing_is_accumulated_without_gradients_or_a_main_grad() -> None:
+    inputs = reference.heads(Case(tokens=7, dtype=torch.float32))
+    weight = parameter_under_ddp(inputs)
+    with torch.no_grad():
+        call(inputs._replace(student_weight=weight), accumulate=True)
+    assert weight.main_grad.eq(0.5).all()
+    _, plain, _ = gradients(inputs)
+    (3 * call(inputs, accumulate=True)).backward()
+    assert inputs.student_weight.grad is not None
+    assert torch.allclose(inputs.student_weight.grad, 3 * plain)

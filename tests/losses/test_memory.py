@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_trd.losses import fused_linear_divergence, vocab_parallel_log_prob
+from megatron_trd.losses.head import chunks, chunks_under_way
 from tests.distributed import run_ranks
 from tests.losses import ranks
 
@@ -55,7 +56,10 @@ def test_a_rank_of_two_needs_half() -> None:
 
 
 def test_the_default_chunk_is_what_its_budget_holds() -> None:
-    with mock.patch("megatron_trd.losses.head.CHUNK_BYTES", LOGITS + VOCABULARY):
+    with (
+        mock.patch("megatron_trd.losses.head.HOST_CHUNK_BYTES", LOGITS + VOCABULARY),
+        mock.patch("megatron_trd.losses.head.ROW_MULTIPLE", 1),
+    ):
         (found,) = ranks.memory(0, 1, [sizes(6 * CHUNK, chunk_tokens=None)])
     assert 2 * LOGITS <= found.peak <= 2 * LOGITS + head_gradient(1) + SMALL
 
@@ -110,3 +114,37 @@ def test_the_bf16_copy_of_a_chunks_gradient_is_gone_before_the_next_chunk() -> N
         fused_linear_divergence(hidden, weight, hidden, weight, torch.ones(12), chunk_tokens=4)
     assert (seen.products, len(seen.made)) == (6, 3)
     assert seen.outlived == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "parts", "tokens", "rows"),
+    [
+        ("cpu", 1, 8192, 384),  # 441 fit
+        ("cuda", 1, 8192, 1024),  # 1104 fit
+        ("cuda", 2, 8192, 1024),  # of half the columns, and two chunks under way
+        ("cuda", 4, 8192, 2048),
+        ("cuda", 1, 1100, 640),  # in halves, not 1024 and a rest
+        ("cuda", 1, 100, 100),
+    ],
+)
+def test_chunks_are_whole_tiles_of_what_fits(device: str, parts: int, tokens: int, rows: int) -> None:
+    width = 151936 // parts
+    found = chunks(tokens, width, None, torch.float32, torch.device(device), under_way=chunks_under_way(parts))
+    assert found[0] == slice(0, rows)
+    assert [here.start for here in found[1:]] == [here.stop for here in found[:-1]]
+    assert found[-1].stop == tokens
+    assert max(here.stop - here.start for here in found) == rows
+
+
+def test_an_accumulated_gradient_takes_no_memory() -> None:
+    weight: Any = torch.randn(VOCABULARY, 64, requires_grad=True)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
+    hidden, teacher = torch.randn(2 * CHUNK, 64), torch.randn(2 * CHUNK, 64)
+    ones = torch.ones(2 * CHUNK)
+    found = ranks.allocated(
+        lambda: fused_linear_divergence(
+            hidden, weight, teacher, weight.detach(), ones, chunk_tokens=CHUNK, accumulate=True
+        )
+    )
+    assert found.peak <= 2 * LOGITS + SMALL < 2 * LOGITS + weight.nbytes
+    assert found.left <= 0.1 * LOGITS

@@ -12,6 +12,7 @@ import yaml
 
 from megatron_trd.config import from_dict
 from megatron_trd.planning import memory, sizes
+from megatron_trd.planning.devices import LOCAL_LAYERS
 from megatron_trd.planning.forecast import forecast
 from tests.distributed import run_ranks
 from tests.models import write_model
@@ -109,7 +110,7 @@ def test_loss_chunks_are_within_a_fifth_of_what_was_measured() -> None:
     assert len(rows) > 15
     for file, tokens, width, tp, measured, chunk in rows:
         chunk_tokens = round(1.01 * chunk * 2**20 / (4 * width))  # the table's quotient is rounded
-        expected = memory.loss_chunks(tokens, width, chunk_tokens, tp) / 2**20
+        expected = memory.loss_chunks(tokens, width, chunk_tokens, tp, LOCAL_LAYERS) / 2**20
         assert expected == pytest.approx(measured, rel=1 / 5), (file, tokens, width)
 
 
