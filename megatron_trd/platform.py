@@ -25,7 +25,8 @@ import torch.distributed as dist
 from megatron_trd import host_memory, megatron_on_cpu, vllm_on_cpu, vllm_on_cuda
 from megatron_trd.config import SamplerConfig
 
-_PATIENCE = timedelta(hours=1)
+# Of a rank in a collective: others wait while one brings a checkpoint to a slow disk, or samples the longest response.
+PATIENCE = timedelta(hours=1)
 
 
 def optimizer_parts(optimizer: Any) -> list[Any]:
@@ -51,8 +52,7 @@ class Platform(ABC):
 
     def join(self) -> None:
         """Make the default process group of this rank's job, as torchrun's environment describes it."""
-        # Others wait at a barrier while one rank brings a checkpoint to a slow disk.
-        dist.init_process_group(self.backend, timeout=_PATIENCE)
+        dist.init_process_group(self.backend, timeout=PATIENCE)
 
     @abstractmethod
     def prepare_thread(self) -> None:
@@ -82,9 +82,9 @@ class Platform(ABC):
         """Environment variables vLLM reads at import and at start."""
 
     @abstractmethod
-    def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool) -> dict[str, Any]:
+    def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool, alone: bool) -> dict[str, Any]:
         """Arguments of `vllm.LLM`, made within `starting_sampler`: memory, sleep, graph capture, kernels, and batching
-        of sequences of `max_length` tokens."""
+        of sequences of `max_length` tokens. `alone`: whether it is the only engine of its process."""
 
     def starting_sampler(self, job: str) -> contextlib.AbstractContextManager[Any]:
         """Context in which a vLLM engine is made; `job` names this job among others on the machine."""
@@ -134,6 +134,10 @@ class Platform(ABC):
         """A copy in host memory that the device can read without a detour; made behind the work queued so far."""
         pinned = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
         return pinned.copy_(tensor, non_blocking=True)
+
+    def host_bytes(self, size: int) -> torch.Tensor:
+        """`[size]` uint8 of host memory that the device can read and write without a detour."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def release_memory(self) -> None:
         """Give memory that torch keeps for later back to others on the device."""
@@ -218,12 +222,14 @@ class CudaPlatform(Platform):
     def sampler_environment(self) -> dict[str, str]:
         return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
-    def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool) -> dict[str, Any]:
+    def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool, alone: bool) -> dict[str, Any]:
         return {
             "gpu_memory_utilization": config.memory_fraction,
             "enforce_eager": config.enforce_eager,
             "enable_sleep_mode": sleeps,
             "moe_backend": "triton",  # others keep experts in an order of their own, which a refit check cannot read
+            # Its scratch memory is one for the process, of the size that the first engine asks for (vLLM 0.32).
+            **({} if alone or config.tp == 1 else {"compilation_config": _NO_FUSED_ALL_REDUCE}),
         }
 
     def engine_context(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -256,6 +262,8 @@ class CudaPlatform(Platform):
         free, total = torch.cuda.mem_get_info(index)
         return torch.cuda.get_device_name(index), (total - free) / 2**30, total / 2**30
 
+
+_NO_FUSED_ALL_REDUCE = {"pass_config": {"fuse_allreduce_rms": False}}
 
 _set_num_threads = torch.set_num_threads  # a vLLM worker puts a function that does nothing in its place
 _BATCHED_TOKENS = 4096  # of prompts in one pass of a sampler on a CPU: vLLM's own default there
@@ -339,7 +347,7 @@ class CpuPlatform(Platform):
             "TORCHDYNAMO_DISABLE": "1",
         }
 
-    def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool) -> dict[str, Any]:
+    def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool, alone: bool) -> dict[str, Any]:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.host_kv_cache_gib)  # GiB, read when the engine starts
         return {
             "enforce_eager": True,  # graph capture compiles for minutes on a CPU

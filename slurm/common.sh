@@ -16,6 +16,7 @@ trap ':' TERM         # SLURM tells all processes of the job: the ranks save, an
 
 # Set `first` and `all`: node.sh on the first node and on each node of the job.
 step_commands() {
+  unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK # of the allocation; here a node's one task has all of its GPUs
   local options=(--ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none --quiet) site=() mounts
   if [[ -n ${TRD_CONTAINER_IMAGE:-} ]]; then
     mounts=$TRD_PROJECT:$TRD_PROJECT,$PWD:$PWD${TRD_CONTAINER_MOUNTS:+,$TRD_CONTAINER_MOUNTS}

@@ -20,6 +20,7 @@ from megatron_trd.config import SamplerConfig, TrainConfig
 from megatron_trd.engines import refit
 from megatron_trd.engines.work import Task
 from megatron_trd.errors import UserError
+from megatron_trd.methods import one_engine
 from megatron_trd.models import loading
 from megatron_trd.models.model import Model
 
@@ -56,7 +57,9 @@ class Engine:
 
     def _start(self) -> Any:
         current, config = platform.current(), self.config
-        arguments = current.sampler_arguments(config.sampler, self.max_length, sleeps=self.sleeps)
+        arguments = current.sampler_arguments(
+            config.sampler, self.max_length, sleeps=self.sleeps, alone=one_engine(config)
+        )
         os.environ.update(current.sampler_environment())
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
         from vllm import LLM

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_trd import platform
+
+_LEAST, _MOST = 2**20, 2**30  # bytes of host memory at a time
 
 
 class Offload:
@@ -19,7 +21,8 @@ class Offload:
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
         self._tensors = tensors  # asked each time: an optimizer makes its state at the first step
-        self._away: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._away: list[tuple[torch.UntypedStorage, int]] = []  # and the bytes of each
+        self._host: list[Tensor] = []  # where they are, one behind the other
 
     def away(self) -> None:
         """Leave the device; until `back`, nobody may look at the tensors."""
@@ -27,17 +30,42 @@ class Offload:
             return
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors()}
         current = platform.current()
-        for storage in (storage for storage in storages.values() if len(storage) and current.can_move(storage)):
-            self._away.append((storage, current.host_copy(_bytes_of(storage))))
-        for storage, _ in self._away:
+        moved = [storage for storage in storages.values() if len(storage) and current.can_move(storage)]
+        self._away = [(storage, len(storage)) for storage in moved]
+        self._host = [current.host_bytes(size) for size in _sizes(sum(map(len, moved)))]
+        for device, host in _stretches(moved, self._host):
+            host.copy_(device, non_blocking=True)
+        for storage in moved:
             storage.resize_(0)
 
     def back(self) -> None:
         """Return to the device."""
-        away, self._away = self._away, []
-        for storage, host in away:
-            storage.resize_(len(host))
-            _bytes_of(storage).copy_(host, non_blocking=True)
+        for storage, size in self._away:
+            storage.resize_(size)
+        for device, host in _stretches([storage for storage, _ in self._away], self._host):
+            device.copy_(host, non_blocking=True)
+        self._away, self._host = [], []
+
+
+def _sizes(total: int) -> Iterator[int]:
+    """Powers of two that together hold `total` bytes and little more: torch makes pinned memory of nothing else, and
+    rounds up what is asked for (c10 CachingHostAllocator)."""
+    while total > 0:
+        yield (size := max(_LEAST, min(_MOST, 1 << (total.bit_length() - 1))))
+        total -= size
+
+
+def _stretches(storages: Iterable[torch.UntypedStorage], host: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(device, host) bytes of the same length, which together are all of the storages."""
+    rest = iter(host)
+    there = torch.empty(0, dtype=torch.uint8)
+    for storage in storages:
+        here = _bytes_of(storage)
+        while len(here):
+            there = there if len(there) else next(rest)
+            size = min(len(here), len(there))
+            yield here[:size], there[:size]
+            here, there = here[size:], there[size:]
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

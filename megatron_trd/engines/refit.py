@@ -23,7 +23,8 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
     """Load the full Hugging Face tensors of `source` into this rank's vLLM engine. Collective. Returns their bytes.
 
     A dense model's engine has its parts written where they belong, one copy each. Kernels for experts want them
-    repacked, which vLLM's loader does, at a fraction of the speed.
+    repacked, which vLLM's loader does, at a fraction of the speed. Raises `RuntimeError` if the engine has other
+    parameters than the model.
     """
     table = weights.exported_slots(arch)
     if arch.experts:
@@ -32,6 +33,8 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
     else:
         [engine] = llm.apply_model(_engine)
         remaining = (_filled(slot, loading.pieces(source, slot), engine, arch) for slot in table)
+        if missed := engine.parameters.keys() - {_engine_name(slot) for slot in table}:
+            raise RuntimeError(f"the engine has parameters that no refit reaches: {', '.join(sorted(missed))}")
     how = {"weights_iterator": remaining, "is_checkpoint_format": arch.experts > 0}
     with torch.no_grad():  # for the worker, which is in this thread: some of vLLM's parameters want gradients
         llm.collective_rpc("reload_weights", kwargs=how)
@@ -66,9 +69,7 @@ def _filled(
     vLLM then copies it onto itself, which is nothing. Were it handed the tensors, those that it fuses would have to be
     put together first, and copied twice. Raises `RuntimeError` if the pieces do not fill it.
     """
-    last = slot.hf[0].split(".")[-2]
-    fused = next((name for name, parts in _FUSED.items() if last in parts), last)
-    name = slot.hf[0].replace(f".{last}.", f".{fused}.")
+    name = _engine_name(slot)
     parameter = engine.parameters[name]
     filled: Tensor = parameter
     column = 0
@@ -88,6 +89,13 @@ def _filled(
     if copied != filled.numel():
         raise RuntimeError(f"{name}: {filled.numel()} values in the engine, {copied} of them refitted")
     return name, parameter
+
+
+def _engine_name(slot: weights.Slot) -> str:
+    """vLLM's name of a dense slot's parameter."""
+    last = slot.hf[0].split(".")[-2]
+    fused = next((name for name, parts in _FUSED.items() if last in parts), last)
+    return slot.hf[0].replace(f".{last}.", f".{fused}.")
 
 
 def checksum(tensor: Tensor) -> str:

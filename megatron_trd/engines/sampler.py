@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem
 from megatron_trd.engines.engine import Completion, Engine, pre_emptions
@@ -103,7 +104,8 @@ class Sampler:
             raise UserError(f"sampler.tp={self.settings.tp} does not divide the world size {dist.get_world_size()}")
         self.group = dist.get_rank() // self.settings.tp
         self.groups = dist.get_world_size() // self.settings.tp
-        self._meeting = dist.new_group(backend="gloo")  # what groups tell each other is on the host
+        # what groups tell each other is on the host
+        self._meeting = dist.new_group(backend="gloo", timeout=platform.PATIENCE)
         self.stats: dict[str, float] = {}  # of the newest step, over all groups
 
     @property

@@ -10,6 +10,7 @@ inside an expert), `ep` neighbouring ranks share a layer's experts, and the grou
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,11 @@ def student_grid(tp: int, pp: int, ep: int = 1, *, seed: int) -> Grid:
 
     layout = Layout(tp, pp, dist.get_world_size(), ep)
     parallel_state.initialize_model_parallel(
-        tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=EXPERT_TP
+        tp,
+        pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=EXPERT_TP,
+        distributed_timeout_minutes=platform.PATIENCE.seconds // 60,
     )
     with platform.current().megatron():
         model_parallel_cuda_manual_seed(seed)  # layers ask for their random states when built, dropout or not
@@ -121,17 +126,19 @@ def teacher_grid(tp: int, pp: int, ep: int = 1) -> Grid:
     layout = Layout(tp, pp, dist.get_world_size(), ep)
     grid = HyperCommGrid([tp, 1, layout.dp, pp], ["tp", "cp", "dp", "pp"], backend=dist.get_backend())
     groups = ProcessGroupCollection()
+    make = functools.partial(grid.create_pg, timeout=platform.PATIENCE)
     for name in ("tp", "cp", "dp", "pp"):
-        setattr(groups, name, grid.create_pg(name))
-    groups.mp = grid.create_pg(["tp", "pp"])
-    groups.dp_cp = grid.create_pg(["dp", "cp"])
-    groups.tp_cp = grid.create_pg(["tp", "cp"])
-    groups.tp_dp_cp = grid.create_pg(["tp", "dp", "cp"])
+        setattr(groups, name, make(name))
+    groups.mp = make(["tp", "pp"])
+    groups.dp_cp = make(["dp", "cp"])
+    groups.tp_cp = make(["tp", "cp"])
+    groups.tp_dp_cp = make(["tp", "dp", "cp"])
     replicas = tp * layout.dp // (EXPERT_TP * ep)
     experts = HyperCommGrid([EXPERT_TP, ep, replicas, pp], ["tp", "ep", "dp", "pp"], backend=dist.get_backend())
-    groups.ep, groups.expt_tp, groups.expt_dp = (experts.create_pg(name) for name in ("ep", "tp", "dp"))
-    groups.tp_ep = experts.create_pg(["tp", "ep"])
-    groups.tp_ep_pp = experts.create_pg(["tp", "ep", "pp"])
+    make = functools.partial(experts.create_pg, timeout=platform.PATIENCE)
+    groups.ep, groups.expt_tp, groups.expt_dp = make("ep"), make("tp"), make("dp")
+    groups.tp_ep = make(["tp", "ep"])
+    groups.tp_ep_pp = make(["tp", "ep", "pp"])
     groups.embd, groups.pos_embd = _embedding_groups(layout)
     return _grid(layout, groups)
 
@@ -139,7 +146,7 @@ def teacher_grid(tp: int, pp: int, ep: int = 1) -> Grid:
 def _grid(layout: Layout, groups: Any) -> Grid:
     rank = dist.get_rank()
     copy = next(ranks for ranks in layout.copies if rank in ranks)
-    copy_group, _ = dist.new_subgroups_by_enumeration(layout.copies)
+    copy_group, _ = dist.new_subgroups_by_enumeration(layout.copies, timeout=platform.PATIENCE)
     return Grid(layout, groups, *layout.coordinates(rank), rank % layout.ep, copy, copy_group)
 
 
@@ -149,7 +156,9 @@ def _embedding_groups(layout: Layout) -> tuple[Any, Any]:
     for dp in range(layout.dp):
         for tp in range(layout.tp):
             first, last = layout.rank(tp, 0, dp), layout.rank(tp, layout.pp - 1, dp)
-            both, only = dist.new_group(sorted({first, last})), dist.new_group([first])
+            both, only = (
+                dist.new_group(ranks, timeout=platform.PATIENCE) for ranks in (sorted({first, last}), [first])
+            )
             if dist.get_rank() in (first, last):
                 embedding = both
             if dist.get_rank() == first:

@@ -95,8 +95,10 @@ class Sampling:
         if one_engine(config):
             engine = Engine(inputs.student, config, inputs.max_length, sleeps=engine_sleeps(config))
             return Sampler(config, engine, engine)
-        models = inputs.student, inputs.teacher
-        return Sampler(config, *(Engine(model, config, inputs.max_length) for model in models))
+        # vLLM makes what experts need with the first engine of a process, and only if that one has experts.
+        models = sorted((inputs.student, inputs.teacher), key=lambda model: model.arch.experts, reverse=True)
+        engines = {id(model): Engine(model, config, inputs.max_length) for model in models}
+        return Sampler(config, engines[id(inputs.student)], engines[id(inputs.teacher)])
 
     def take(self, step: int) -> Sampled:
         """The trajectories to train on in `step`. Collective."""

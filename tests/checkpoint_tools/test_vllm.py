@@ -53,7 +53,7 @@ def greedy_by_vllm(rank: int, world: int, folders: list[str], prompts: Prompts) 
     """Rank function: greedy continuations of `prompts` by each folder's model."""
     current = platform.current()
     os.environ.update(current.sampler_environment())
-    arguments = current.sampler_arguments(SamplerConfig(), 64, sleeps=False)
+    arguments = current.sampler_arguments(SamplerConfig(), 64, sleeps=False, alone=False)
     from vllm import LLM, SamplingParams
 
     parameters = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)

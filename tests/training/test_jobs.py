@@ -21,6 +21,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.launch import JobFailed, launch
 from tests.checkpoint_tools.folders import tensors
 from tests.distributed import run_ranks
+from tests.models import write_model
 from tests.training import jobs
 
 NAME = re.compile(r"`([a-z_/<>@]+)`")
@@ -183,6 +184,16 @@ def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_with_its_
     for row in jobs.metrics(unbroken):
         assert row["samples/trained"] == 3 * 2
         assert row["loss/last_epoch"] != row["loss"], "the second step is taken where the first one led"
+
+
+def test_a_dense_student_learns_from_a_mixture_of_experts(tmp_path: Path) -> None:
+    experts = write_model(tmp_path / "experts", family="qwen3_moe", max_position_embeddings=1024)
+    teacher = {"model": str(experts), "weights": "frozen"}
+    job = jobs.write_job(tmp_path, method="trd-opd", student={}, teacher=teacher, steps=1, held_out={})
+    jobs.finish(jobs.start("train", job, f"run_dir={tmp_path / 'run'}", "--verify-refit"))
+    [row] = jobs.metrics(tmp_path / "run")
+    assert row["samples/trained"] == 3
+    assert row["drift/max"] < 1e-4, "the second engine has the experts' weights"
 
 
 def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> tuple[list[str], list[Any]]:

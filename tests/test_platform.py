@@ -1,0 +1,28 @@
+"""What can be said of the CUDA platform without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_trd.config import SamplerConfig
+from megatron_trd.platform import CudaPlatform
+
+
+@pytest.mark.parametrize(("tp", "alone", "fused"), [(2, False, False), (2, True, None), (1, False, None)])
+def test_engines_of_two_models_do_not_share_a_fused_all_reduce(tp: int, alone: bool, fused: bool | None) -> None:
+    from vllm.config import CompilationConfig
+
+    arguments = CudaPlatform().sampler_arguments(SamplerConfig(tp=tp), 64, sleeps=False, alone=alone)
+    settings: Any = CompilationConfig(**arguments.get("compilation_config", {}))
+    assert settings.pass_config.fuse_allreduce_rms is fused, "None: as vLLM likes"
+
+
+def test_layers_that_can_sum_their_gradients_in_main_grad_do() -> None:
+    model: Any = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    model[1].fuse_wgrad_accumulation = False  # as transformer-engine's have it
+    CudaPlatform().sum_gradients_in_fp32(model)
+    assert model[1].fuse_wgrad_accumulation
+    assert not hasattr(model[0], "fuse_wgrad_accumulation")
