@@ -22,6 +22,7 @@ from megatron_trd.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 MethodName = Literal[
     "trd-opd",
@@ -155,8 +156,8 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_fraction: Fraction = 0.1  # of all steps (paper)
     weight_decay: Annotated[float, Field(ge=0)] = 0.005  # paper
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: Share = 0.9
+    beta2: Share = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_grad: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0: no clipping
 

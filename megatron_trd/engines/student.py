@@ -146,7 +146,7 @@ class StudentEngine:
             max_lr=settings.lr,
             min_lr=self._min_lr,
             lr_warmup_steps=min(steps - 1, round(settings.warmup_fraction * steps)),
-            lr_decay_steps=steps,
+            lr_decay_steps=steps + 1,  # the last step is taken with a rate, not with what comes after it
             lr_decay_style=settings.schedule,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,

@@ -58,6 +58,7 @@ def run_evaluation(
         ),
     )
     config = _check(configuration.apply_overrides(config, overrides))
+    out = Path(config.run_dir)
     make_folder(out)
     configuration.save(config, out / "config.yaml")
     (out / "scores.json").unlink(missing_ok=True)  # an old score must not pass for this one's

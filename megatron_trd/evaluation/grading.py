@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import selectors
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from megatron_trd.config import DataConfig
 from megatron_trd.errors import UserError
 
 _BOX = "\\boxed{"
+_BRACES = re.compile(r"\\boxed\{|[{}]")
 _SECONDS = 5.0  # for one comparison
 _START_SECONDS = 60.0  # to start, which imports sympy
 _LONGEST = 1000  # characters of an answer worth comparing
@@ -46,14 +48,14 @@ def is_correct(response: str, answer: str) -> bool:
 
 def last_boxed(text: str) -> str | None:
     """What stands in the last `\\boxed{…}` whose braces close; None if there is none."""
-    start = len(text)
-    while (start := text.rfind(_BOX, 0, start)) >= 0:
-        depth = 0
-        for place in range(start + len(_BOX) - 1, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[start + len(_BOX) : place].strip()
-    return None
+    first, end = -1, -1  # of what stands in it
+    open_braces: list[int] = []  # where what stands in a box begins; -1 for other braces
+    for found in _BRACES.finditer(text):
+        if found[0] != "}":
+            open_braces.append(found.end() if found[0] == _BOX else -1)
+        elif open_braces and (begin := open_braces.pop()) > first:
+            first, end = begin, found.start()
+    return text[first:end].strip() if first >= 0 else None
 
 
 def _is_integer(text: str) -> bool:

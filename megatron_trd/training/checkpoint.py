@@ -67,8 +67,8 @@ def save(
     target = Path(run_dir) / "checkpoints" / f"step_{step}"
     partial = target.with_name(f"{target.name}.partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(target, ignore_errors=True)
+        for abandoned in (target, *target.parent.glob("step_*.partial")):  # by saves that were killed
+            shutil.rmtree(abandoned, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     with platform.current().megatron():

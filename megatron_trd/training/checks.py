@@ -89,6 +89,8 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError(
             f"teacher.weights={config.teacher.weights} is for a self-teacher; unset teacher.model or teacher.weights"
         )
+    if config.log.max_drift is not None and not config.log.drift_tokens:
+        raise UserError("log.max_drift bounds what is measured on log.drift_tokens tokens, which are 0: raise them")
     if config.student.sequence_parallel and config.student.tp == 1:
         raise UserError("student.sequence_parallel=true needs student.tp > 1")
 

@@ -41,8 +41,6 @@ class Run:
         self.inputs: Inputs = check(config)
         current = platform.current()
         current.set_up()
-        if not dist.is_initialized():
-            current.join()
         torch.manual_seed(config.seed)
         grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=config.seed)
         for model in sorted({self.inputs.student.path, self.inputs.teacher.path}):
@@ -107,7 +105,7 @@ class Run:
         bound = self.config.log.max_drift
         # A model that has moved since it sampled has other log-probabilities: nothing is wrong then.
         unmoved = self.sampled.weights == step or (self.method.refines and self.config.frozen_teacher)
-        if bound is not None and results and unmoved and results[0].drift_mean > bound:
+        if bound is not None and results and unmoved and not results[0].drift_mean <= bound:  # NaN is above it
             raise UserError(
                 f"sampler and trainer differ by {results[0].drift_mean:.3g} nats a token, log.max_drift is {bound:g}: "
                 "see whether --verify-refit finds other weights in the sampler, or raise the bound"

@@ -96,9 +96,10 @@ class Sampling:
             engine = Engine(inputs.student, config, inputs.max_length, sleeps=engine_sleeps(config))
             return Sampler(config, engine, engine)
         # vLLM makes what experts need with the first engine of a process, and only if that one has experts.
-        models = sorted((inputs.student, inputs.teacher), key=lambda model: model.arch.experts, reverse=True)
-        engines = {id(model): Engine(model, config, inputs.max_length) for model in models}
-        return Sampler(config, engines[id(inputs.student)], engines[id(inputs.teacher)])
+        models = {"student": inputs.student, "teacher": inputs.teacher}  # one and the same in self-distillation
+        order = sorted(models, key=lambda role: models[role].arch.experts, reverse=True)
+        engines = {role: Engine(models[role], config, inputs.max_length) for role in order}
+        return Sampler(config, engines["student"], engines["teacher"])
 
     def take(self, step: int) -> Sampled:
         """The trajectories to train on in `step`. Collective."""

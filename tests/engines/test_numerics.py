@@ -286,6 +286,6 @@ def rates(rank: int, world: int, model: str, schedule: str, steps: int) -> list[
 def test_the_rate_warms_up_and_then_keeps_or_falls(models: dict[str, Path], schedule: str) -> None:
     warm, decay = 2, 6  # of 8 steps
     after = np.arange(1, decay + 1)
-    falling = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * after / decay))
+    falling = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * after / (decay + 1)))
     expected_rates = [0.5, 1.0, *(falling if schedule == "cosine" else np.ones(decay))]
     assert run_ranks(rates, 1, str(models["untied"]), schedule, warm + decay)[0] == pytest.approx(expected_rates)

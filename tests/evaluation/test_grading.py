@@ -61,3 +61,20 @@ def test_an_answer_that_never_evaluates_is_wrong_in_time_and_grading_goes_on(mon
     assert not is_correct("\\boxed{10^{10^{10}}}", "3")
     assert is_correct("\\boxed{\\frac{2}{8}}", "0.25")
     assert time.monotonic() - begin < 60  # three starts of the judge on a busy machine, and two time-outs
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("\\boxed{1} and \\boxed{2", "1"),
+        ("\\boxed{1 \\boxed{2}", "2"),
+        ("\\boxed{1 \\boxed{2}}", "2"),
+        ("} \\boxed{{1}} }", "{1}"),
+        ("\\boxed{}", ""),
+        ("\\boxed{" * 200_000, None),  # a model that repeats itself
+        ("\\boxed{" * 100_000 + "}" * 100_000, ""),
+    ],
+    ids=range(7),
+)
+def test_the_last_box_that_closes(text: str, found: str | None) -> None:
+    assert last_boxed(text) == found

@@ -279,6 +279,7 @@ def test_problems_without_a_reference_are_refused_or_dropped(run: Run, tmp_path:
     [
         ({"staleness": 1, "overlap": "teacher"}, ["staleness=1", "overlap=none"]),
         ({"staleness": 1, "student": {"offload": True}}, ["student.offload=true", "staleness=1"]),
+        ({"log": {"max_drift": 0.1, "drift_tokens": 0}}, ["log.max_drift", "log.drift_tokens"]),
         ({"staleness": 1, "teacher": {"offload": True}}, ["teacher.offload=true", "staleness=1"]),
         ({"overlap": "teacher", "teacher": {"offload": True}}, ["teacher.offload=true", "overlap=teacher"]),
         ({"overlap": "teacher", "teacher": {"hidden_in": "host"}}, ["overlap=teacher", "teacher.hidden_in=host"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import signal
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from megatron_trd.config import CheckpointConfig
+from megatron_trd.data.problems import step_indices
 from megatron_trd.errors import UserError
 from megatron_trd.launch import JobFailed, launch
 from tests.checkpoint_tools.folders import tensors
@@ -95,12 +98,22 @@ def test_a_run_writes_what_is_promised(unbroken: tuple[Path, Path, str]) -> None
             assert row[key] > 0, key
         assert row["time/step"] >= sum(row[f"time/{name}"] for name in ("refit", "sample", "teacher", "train"))
     assert rows[-1]["loss"] < rows[0]["loss"], "an averaged teacher of decay 0.5 and a student that follow each other"
+    falling = [1e-3 * 0.5 * (1 + math.cos(math.pi * step / (jobs.STEPS + 1))) for step in range(1, jobs.STEPS + 1)]
+    assert [row["lr"] for row in rows] == pytest.approx(falling), "a tenth of four steps is no warm-up"
     assert (run / "config.yaml").is_file()
     assert list((run / "tensorboard").glob("events*"))
     assert len(list((run / "samples").glob("*.jsonl"))) == jobs.STEPS
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_2", "step_4"]
     assert list((run / "checkpoints/step_4/ema").glob("*.safetensors"))
     assert output.count("step ") >= jobs.STEPS
+
+
+def test_every_step_trains_on_its_own_problems(unbroken: tuple[Path, Path, str]) -> None:
+    _, run, _ = unbroken
+    for step, path in enumerate(sorted((run / "samples").glob("*.jsonl"))):
+        asked = [json.loads(line)["problem"] for line in path.read_text().splitlines()]
+        indices = step_indices(6, 3, step, seed=0, shuffle=True)
+        assert asked == [f"What is {index} + 2?" for index in indices], path.name
 
 
 def test_held_out_problems_are_asked_before_between_and_after(unbroken: tuple[Path, Path, str]) -> None:
@@ -240,7 +253,8 @@ def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> tuple[
 def test_an_engine_that_dies_and_memory_lent_change_nothing(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
     job, expected, _ = unbroken
     run = tmp_path / "run"
-    run.mkdir()
+    abandoned = run / "checkpoints" / "step_3.partial"  # by a save that was killed
+    abandoned.mkdir(parents=True)
     for said, (trained, again, moved) in run_ranks(train_with_failures, 2, str(job), str(run)):
         assert trained == again != moved, "held-out problems are asked of the present weights, with the same seeds"
         once, again, twice = [text for text in said if "died" in text]
@@ -248,6 +262,7 @@ def test_an_engine_that_dies_and_memory_lent_change_nothing(unbroken: tuple[Path
         assert again.startswith("step 0: a sampler's engine died (RuntimeError: always)")
         assert twice == "a sampler's engine died twice in step 0: RuntimeError: always, exit code 1"
     assert_same_run(run, expected, asks=False)
+    assert not abandoned.exists()
 
 
 def test_a_run_that_samples_beside_training_is_marked_and_resumes_exactly(
