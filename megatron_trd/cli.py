@@ -58,7 +58,7 @@ def demo(
         str, typer.Option(help="trd-opsd (self-distillation) or trd-opd (a larger teacher)")
     ] = "trd-opsd",
     out: Annotated[Path, typer.Option(help="folder of the demo's runs and report")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="of sampling and data order")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of sampling and data order")] = 0,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the training runs, e.g. steps=20")] = None,
 ) -> None:
     """Distil the embedded model, evaluate it before and after, and write a report."""
@@ -71,9 +71,9 @@ def demo(
 def evaluate(
     model: Annotated[Path, typer.Option(help="Hugging Face folder, or a run's checkpoints/step_N")],
     data: Annotated[str, typer.Option(help="JSONL or parquet file, datasets folder or hub name")],
-    samples: Annotated[int, typer.Option(help="responses a problem; avg@k and pass@k are for k = samples")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="responses a problem; avg@k and pass@k are for k = samples")] = 16,
     out: Annotated[Path | None, typer.Option(help="folder for responses.jsonl and scores.json")] = None,
-    seed: Annotated[int, typer.Option(help="of sampling and of the bootstrap")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of sampling and of the bootstrap")] = 0,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of sampler and data settings")] = None,
 ) -> None:
     """Score a model: avg@k and pass@k with 95 % intervals."""

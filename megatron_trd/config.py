@@ -95,6 +95,12 @@ class SamplerConfig:
     refit_bucket_mib: Positive = 512  # weights exchanged at once on their way from Megatron to vLLM
     enforce_eager: bool = False  # no graph capture: slower steps, faster start
 
+    def groups(self, world: int) -> int:
+        """Groups of ranks with an engine each. Raises `UserError` if `tp` does not divide `world`."""
+        if world % self.tp:
+            raise UserError(f"world size {world} does not fit sampler.tp={self.tp}: use a multiple, or another tp")
+        return world // self.tp
+
     @property
     def refit_bucket_bytes(self) -> int:
         return self.refit_bucket_mib * 2**20

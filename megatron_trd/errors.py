@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""The errors that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+class JobFailed(UserError):
+    """What was started did not end well; the message says which part, and why."""
+
+    exit_code = 1
 
 
 def in_one_line(command: Callable[[], object], program: str) -> None:

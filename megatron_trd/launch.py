@@ -35,7 +35,7 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from megatron_trd.errors import UserError
+from megatron_trd.errors import JobFailed, UserError
 
 _GRACE_SECONDS = 5  # between asking the ranks of a failed job to end and killing them
 _POLL_SECONDS = 0.2
@@ -43,12 +43,6 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, s
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # As torch names an exception; what follows says it all.
 _USER_ERROR = re.compile(r"^(UserError|RefusedElsewhere|EngineDied): ")
-
-
-class JobFailed(UserError):
-    """A rank died; the message names it and says why."""
-
-    exit_code = 1
 
 
 class RefusedElsewhere(UserError):

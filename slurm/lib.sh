@@ -45,7 +45,11 @@ split_arguments() {
 check_here() {
   local option nodes gpus ranks=()
   local python=${TRD_VENV:-$project/.venv}/bin/python
-  [[ -z ${TRD_CONTAINER_IMAGE:-} && -x $python ]] || return 0 # the job checks the same once it has its nodes
+  [[ ${TRD_RANKS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] || fail "TRD_RANKS_PER_NODE=$TRD_RANKS_PER_NODE: expected a number"
+  if [[ -n ${TRD_CONTAINER_IMAGE:-} || ! -x $python ]]; then # the job checks the same once it has its nodes
+    echo "$(basename "$0"): not checked here: $python cannot be run or is not what the job uses" >&2
+    return
+  fi
   nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
   gpus=$(sed -n 's/^#SBATCH --gpus-per-node=//p' "$script")
   for option in "${options[@]}"; do

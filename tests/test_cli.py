@@ -92,6 +92,20 @@ def test_an_evaluation_needs_answers_and_room(
     assert "data.answer_field" in error
 
 
+def test_an_evaluation_does_not_go_into_a_run_s_folder(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"problem": "x", "answer": "1"}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text("")
+    for where in (["--out", str(tmp_path)], [f"run_dir={tmp_path}"]):
+        arguments = ["eval", "--model", str(job.parent / "model"), "--data", str(data), *where]
+        code, error = run(arguments, monkeypatch, capsys)
+        assert code == 2
+        assert "the folder of a training run" in error
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_a_real_process_says_it_within_seconds_and_without_a_traceback(job: Path) -> None:
     begin = time.monotonic()
     command = [sys.executable, "-m", "megatron_trd.cli", "train", str(job), "student.tp=3"]

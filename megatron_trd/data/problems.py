@@ -50,6 +50,8 @@ def _rows(config: DataConfig, section: str) -> Sequence[Mapping[str, Any]]:
 
             rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
             return rows
+        if path.is_file():
+            raise UserError(f"data '{config.path}': neither .jsonl nor .parquet; convert it to one of these")
         import datasets
 
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -65,7 +67,8 @@ def _rows(config: DataConfig, section: str) -> Sequence[Mapping[str, Any]]:
     except Exception as error:  # datasets raises many kinds; the user needs file and reason
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         here = "" if path.exists() else " is no file or folder here, and as a hub data set"
-        raise UserError(f"data '{config.path}'{here} (split '{config.split}') cannot be read: {reason}") from None
+        what = f"data '{config.path}'{here} (split '{config.split}')"
+        raise UserError(f"{what} cannot be read: {reason}; set {section}.path") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:

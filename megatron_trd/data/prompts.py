@@ -122,15 +122,18 @@ class PromptBuilder:
         """What the chat template writes before and after the user message."""
         if not self.tokenizer.chat_template:
             return "", ""
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}],
-            tokenize=False,
-            add_generation_prompt=True,
-            **(self.chat_template_kwargs or {}),
-        )
+        messages, options = [{"role": "user", "content": _MARK}], self.chat_template_kwargs or {}
+        whose = f"the chat template of '{self.tokenizer.name_or_path}'"
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **options
+            )
+        except Exception as error:  # it is a program, and may raise anything
+            reason = " ".join(str(error).split())
+            raise UserError(f"{whose} fails: {reason}; mend it, or data.chat_template_kwargs") from None
         head, mark, tail = rendered.partition(_MARK)
         if not mark:
-            raise UserError("the tokenizer's chat template does not show the user message; mend the model folder")
+            raise UserError(f"{whose} does not show the user message; mend it")
         return head, tail
 
     def _encode(self, text: str, *, special: bool = False, start: bool = False) -> list[int]:

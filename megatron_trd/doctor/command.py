@@ -19,8 +19,8 @@ from megatron_trd.doctor.network import CHECK, Place, node_name, survey
 from megatron_trd.doctor.node import Task, gpu_rows, node_rows
 from megatron_trd.doctor.rows import Row, merge, show
 from megatron_trd.doctor.waiting import first_line
-from megatron_trd.errors import UserError
-from megatron_trd.launch import JobFailed, launch
+from megatron_trd.errors import JobFailed, UserError
+from megatron_trd.launch import launch
 
 _RANKS_ON_A_CPU = 2  # the fewest that have a network between them
 

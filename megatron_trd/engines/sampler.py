@@ -100,10 +100,8 @@ class Sampler:
     def __init__(self, config: TrainConfig, student: Engine, teacher: Engine) -> None:
         self.config, self.settings = config, config.sampler
         self.student, self.teacher = student, teacher
-        if dist.get_world_size() % self.settings.tp:
-            raise UserError(f"sampler.tp={self.settings.tp} does not divide the world size {dist.get_world_size()}")
         self.group = dist.get_rank() // self.settings.tp
-        self.groups = dist.get_world_size() // self.settings.tp
+        self.groups = self.settings.groups(dist.get_world_size())
         # what groups tell each other is on the host
         self._meeting = dist.new_group(backend="gloo", timeout=platform.PATIENCE)
         self.stats: dict[str, float] = {}  # of the newest step, over all groups

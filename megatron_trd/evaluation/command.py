@@ -22,6 +22,8 @@ from megatron_trd.launch import launch
 from megatron_trd.models.dist_checkpoint import is_checkpoint
 from megatron_trd.models.loading import check_tokenizer
 from megatron_trd.models.model import Model, open_model
+from megatron_trd.reporting.metrics import METRICS_FILE
+from megatron_trd.training.checkpoint import checkpoints
 from megatron_trd.training.run_folder import make_folder
 
 _MEMORY_FRACTION = 0.9  # of a GPU, vLLM's own default
@@ -59,6 +61,8 @@ def run_evaluation(
     )
     config = _check(configuration.apply_overrides(config, overrides))
     out = Path(config.run_dir)
+    if (out / METRICS_FILE).exists() or checkpoints(out):
+        raise UserError(f"'{out}' is the folder of a training run, whose config.yaml would be lost: set another --out")
     make_folder(out)
     configuration.save(config, out / "config.yaml")
     (out / "scores.json").unlink(missing_ok=True)  # an old score must not pass for this one's
@@ -92,8 +96,7 @@ def _check(config: TrainConfig) -> TrainConfig:
     model = open_model(config.model)
     model.arch.check_layout(config.sampler.tp, 1, "sampler")
     world = config.world_size or platform.current().ranks(config.sampler.tp)
-    if world % config.sampler.tp:
-        raise UserError(f"world size {world} does not fit sampler.tp={config.sampler.tp}: use a multiple of it")
+    config.sampler.groups(world)
     check_gradable(config.data, "an evaluation")
     limit = min(config.sampler.max_rollout_tokens, _room(config, model))
     check_tokenizer(model.folder, model.arch)

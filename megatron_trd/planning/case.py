@@ -74,10 +74,7 @@ class Case:
         if not case.stack.threads_communicate:
             check_threads(config)
         _ = case.student_layout, case.teacher_layout  # which raise if they do not divide the ranks
-        if self.cluster.world % config.sampler.tp:
-            raise UserError(
-                f"world size {self.cluster.world} does not fit sampler.tp={config.sampler.tp}: use a divisor of it"
-            )
+        config.sampler.groups(self.cluster.world)
         return case
 
 

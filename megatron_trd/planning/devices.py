@@ -160,6 +160,7 @@ def find_cluster(gpu: str, nodes: int, gpus_per_node: int) -> Cluster:
     """The cluster of the command line. Raises `UserError` for a GPU that is not in the table."""
     if nodes < 1 or gpus_per_node < 1:
         raise UserError(f"--nodes {nodes} --gpus-per-node {gpus_per_node}: both must be at least 1")
+    gpu = gpu.lower()
     if gpu == CPU:
         if nodes > 1:
             raise UserError(f"--gpu {CPU} is this machine: --nodes must be 1, --gpus-per-node its ranks")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_trd.errors import UserError
 from megatron_trd.reporting.metrics import SAMPLES_FOLDER
 
 Mark = Literal["", "slip", "after", "changed"]
@@ -55,8 +56,11 @@ def newest_pairs(folder: Path) -> list[dict[str, Any]]:
     files = sorted((folder / SAMPLES_FOLDER).glob("step_*.jsonl"), key=lambda path: int(path.stem.split("_")[1]))
     if not files:
         return []
-    lines = files[-1].read_text(encoding="utf-8").splitlines()
-    return with_refinement(json.loads(line) for line in lines)
+    try:
+        lines = files[-1].read_text(encoding="utf-8").splitlines()
+        return with_refinement([json.loads(line) for line in lines])
+    except ValueError as error:
+        raise UserError(f"'{files[-1]}' cannot be read ({error}): remove it") from None
 
 
 def with_refinement(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

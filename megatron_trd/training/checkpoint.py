@@ -132,7 +132,11 @@ def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) 
     if not found:
         return 0
     step, path = list(found.items())[-1]
-    load(path, student)
+    try:
+        load(path, student)
+    except UserError as error:
+        older = [earlier.name for earlier in found.values() if earlier != path]
+        raise UserError(f"{error}; or remove '{path}', to go on from {older[-1]}" if older else str(error)) from None
     if teacher.averaged:
         if not (path / "ema").is_dir():
             raise UserError(f"checkpoint '{path}' has no averaged teacher; it was written with another teacher.weights")

@@ -56,6 +56,7 @@ def check(config: TrainConfig) -> Inputs:
     _check_method(config)
     _check_order(config)
     problems = _with_references(config, load_problems(config.data))
+    PromptBuilder.of(student.folder, config.data).ids("vanilla", problems[0].problem)  # whether there can be prompts
     student.check()
     if config.teacher.model:
         teacher.check()
@@ -161,8 +162,7 @@ def _world_size(config: TrainConfig) -> int:
     world = config.world_size or platform.current().ranks(config.fewest_ranks)
     Layout(config.student.tp, config.student.pp, world, config.student.ep)
     Layout(config.teacher.tp, config.teacher.pp, world, config.teacher.ep)
-    if world % config.sampler.tp:
-        raise UserError(f"world size {world} does not fit sampler.tp={config.sampler.tp}: use a multiple of it")
+    config.sampler.groups(world)
     return world
 
 

@@ -77,6 +77,8 @@ def _changes(begun: TrainConfig, config: TrainConfig, folder: Path) -> list[str]
 
 def make_folder(folder: Path) -> None:
     """Make a folder that can be written and is not full. Raises `UserError`."""
+    if folder.resolve() in (Path.cwd(), Path(folder.anchor)):
+        raise UserError(f"run folder '{folder}' would be spread over all that is in it: set another one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as probe:

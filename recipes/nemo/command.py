@@ -21,19 +21,13 @@ from nemo_run.cli.cli_parser import CLIException
 from nemo_run.cli.config import ConfigSerializer
 
 from megatron_trd.config import TrainConfig, apply_overrides, to_dict
-from megatron_trd.errors import UserError, in_one_line
+from megatron_trd.errors import JobFailed, UserError, in_one_line
 from megatron_trd.training.run_folder import check_run_folder
 from recipes.common import find_recipe, recipe_names
 from recipes.nemo import executors
 
 _NAMESPACE = "recipes"  # of `nemorun recipes NAME …`
 _NEMO_RUN = re.compile(r"(run\.)?(executor|plugins)[=.\[]|run\.")  # arguments of nemo-run; all others are settings
-
-
-class JobFailed(UserError):
-    """What was launched did not end well."""
-
-    exit_code = 1
 
 
 def task(recipe: str, *overrides: str) -> run.Script:

@@ -241,3 +241,10 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_the_order_is_the_one_that_checkpoints_were_written_with() -> None:
     # a resumed run reads on only as long as this does not change
     assert step_indices(10, 10, 0, seed=7, shuffle=True) == [8, 0, 7, 1, 3, 6, 2, 4, 5, 9]
+
+
+def test_another_kind_of_file_is_told_what_to_be(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("problem,answer\n1,2\n")
+    message = user_error(load_problems, DataConfig(path=str(tmp_path / "data.csv")))
+    assert ".jsonl" in message
+    assert ".parquet" in message

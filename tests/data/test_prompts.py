@@ -253,3 +253,11 @@ def test_builders_with_the_same_fields_are_equal_after_use() -> None:
     one.ids("vanilla", PROBLEM)
     assert one == other
     assert dataclasses.replace(one).ids("vanilla", PROBLEM) == other.ids("vanilla", PROBLEM)
+
+
+def test_a_chat_template_that_fails_is_named() -> None:
+    broken = PromptBuilder(_with_template("{% for m in messages %}{{ nothing.at.all }}{% endfor %}"))
+    message = user_error(broken.ids, "vanilla", PROBLEM)
+    assert "the chat template of" in message
+    assert "'nothing' is undefined" in message
+    assert len(message.splitlines()) == 1

@@ -289,3 +289,54 @@ def test_the_rate_warms_up_and_then_keeps_or_falls(models: dict[str, Path], sche
     falling = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * after / (decay + 1)))
     expected_rates = [0.5, 1.0, *(falling if schedule == "cosine" else np.ones(decay))]
     assert run_ranks(rates, 1, str(models["untied"]), schedule, warm + decay)[0] == pytest.approx(expected_rates)
+
+
+ADAM: dict[str, Any] = {"beta1": 0.6, "beta2": 0.7, "warmup_fraction": 0.0, "schedule": "cosine", "min_lr_ratio": 0.1}
+
+
+def take_steps(rank: int, world: int, model: str, teacher: str, steps: int) -> dict[str, Tensor]:
+    """Rank function: the student's parameters after some optimizer steps on the same samples."""
+    from megatron_trd import platform
+    from megatron_trd.engines.student import StudentEngine
+    from megatron_trd.engines.teacher import TeacherEngine
+    from megatron_trd.models.model import open_model
+    from megatron_trd.parallel.grid import student_grid
+
+    platform.current().set_up()
+    optimizer = make_config(model).optimizer
+    values = {"lr": LR, "weight_decay": WEIGHT_DECAY, "clip_grad": optimizer.clip_grad} | ADAM
+    # half as many steps of a run, each on two epochs of its samples
+    config = make_config(model, steps=steps // 2, epochs_per_batch=2, optimizer=values, teacher={"model": teacher})
+    student = StudentEngine(config, open_model(model), student_grid(1, 1, seed=0))
+    teacher_engine = TeacherEngine(config, student, open_model(teacher))
+    samples = make_samples()
+    everything = list(range(len(samples)))
+    for _ in range(steps):
+        student.train_step(samples, everything, teacher_engine.hidden(samples, [everything]), teacher_engine.head)
+    return full_tensors(student)
+
+
+def test_several_steps_are_adamw_s_with_a_falling_rate(models: dict[str, Path]) -> None:
+    steps = 4
+    found = run_ranks(take_steps, 1, str(models["untied"]), str(models["large"]), steps)[0]
+    student, teacher = reference.load(models["untied"]), reference.load(models["large"])
+    before = reference.by_disk_name(
+        {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    )
+    groups = [
+        {"params": [p for p in student.parameters() if (p.dim() > 1) == decayed], "weight_decay": decay}
+        for decayed, decay in ((True, WEIGHT_DECAY), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(ADAM["beta1"], ADAM["beta2"]), eps=1e-8)
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * step / (steps + 1))))
+        optimizer.zero_grad()
+        reference.step_loss(student, teacher, make_samples(), reference.forward_kl).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+        optimizer.step()
+    after = reference.by_disk_name({name: parameter.detach() for name, parameter in student.named_parameters()})
+    for name, parameter in found.items():
+        moved = after[name] - before[name]
+        error = (parameter.double() - after[name]).norm() / moved.norm()
+        assert error < 1e-2, (name, float(error))

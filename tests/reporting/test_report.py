@@ -299,3 +299,12 @@ def test_a_run_without_a_step_is_a_user_error(tmp_path: Path) -> None:
     MetricsWriter(tmp_path, tensorboard=False, resume_from=0).close()
     with pytest.raises(UserError, match="no step yet"):
         write_report(tmp_path / "report.html", {"a": tmp_path}, title="t")
+
+
+def test_a_broken_sample_file_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    newest = run / "samples" / "step_00001.jsonl"
+    newest.parent.mkdir(exist_ok=True)
+    newest.write_text("{")
+    with pytest.raises(UserError, match=newest.name):
+        write_report(tmp_path / "report.html", {"a": run}, title="t")

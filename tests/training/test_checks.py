@@ -534,6 +534,11 @@ def test_a_run_folder_is_made(run: Run, tmp_path: Path) -> None:
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
+@pytest.mark.parametrize("folder", ["/", "", "."])
+def test_a_folder_of_everything_is_no_run_folder(run: Run, folder: str) -> None:
+    assert "set another one" in user_error(check_run_folder, run(run_dir=folder), resume=False)
+
+
 def test_a_run_folder_that_holds_a_run_is_not_overwritten(run: Run, tmp_path: Path) -> None:
     config = run(run_dir=str(tmp_path))
     save(config, tmp_path / "config.yaml")

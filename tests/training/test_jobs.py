@@ -20,8 +20,8 @@ import torch
 
 from megatron_trd.config import CheckpointConfig
 from megatron_trd.data.problems import step_indices
-from megatron_trd.errors import UserError
-from megatron_trd.launch import JobFailed, launch
+from megatron_trd.errors import JobFailed, UserError
+from megatron_trd.launch import launch
 from tests.checkpoint_tools.folders import tensors
 from tests.distributed import run_ranks
 from tests.models import write_model
@@ -276,6 +276,7 @@ def test_a_run_that_samples_beside_training_is_marked_and_resumes_exactly(
     assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
     assert [row["staleness"] for row in jobs.metrics(on_policy)] == [0] * jobs.STEPS
     assert max(row["drift/mean"] for row in rows[1:]) > 1e-4, "the model has moved since, which is no fault"
+    assert all(row["time/refit"] > 0 for row in rows[:-1]), "before what the next step trains on is sampled"
     assert all(row["throughput/sample"] < 1e5 for row in rows), "sampling takes its time wherever it is done"
     assert rows[0]["loss"] == jobs.metrics(on_policy)[0]["loss"]
     assert rows[1]["loss"] != jobs.metrics(on_policy)[1]["loss"]
