@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tests.distributed import run_ranks
 from tests.engines import reference
 from tests.models import write_model
 
-PROMPTS = [[5, 6, 7 + index] for index in range(5)]
+# The last one fills blocks of the prefix cache, which are of the weights that computed them.
+PROMPTS = [*([5, 6, 7 + index] for index in range(4)), [5 + index * index % 80 for index in range(300)]]
 ROLLOUT, REFINEMENT = 12, 8  # tokens
 
 
@@ -52,7 +54,7 @@ def sample_ranks(
     opened = open_model(model)
     arch = opened.arch
     student = StudentEngine(greedy, opened, grid)
-    engine = Engine(opened, greedy, max_length=64)
+    engine = Engine(opened, greedy, max_length=320)
     engine.refit(opened.source)
     problems = [Problem(index, "", None, None) for index in range(len(PROMPTS))]
 
@@ -67,6 +69,10 @@ def sample_ranks(
     found["after"] = Sampler(greedy, engine, engine).sample(1, problems, PROMPTS, refine)
     random = make_config(model, student_settings, sampler_tp=sampler_tp, temperature=1.0)
     found["random"] = [Sampler(random, engine, engine).sample(step, problems, PROMPTS, refine) for step in (2, 2, 3)]
+    other_seed = replace(random, seed=random.seed + 1)
+    found["other seed"] = Sampler(other_seed, engine, engine).sample(2, problems, PROMPTS, refine)
+    nucleus = replace(random, sampler=replace(random.sampler, top_p=1e-6))
+    found["nucleus"] = Sampler(nucleus, engine, engine).sample(2, problems, PROMPTS, refine)
     return found
 
 
@@ -123,3 +129,6 @@ def test_greedy_refit_and_seeds(
     again, repeat, other = found["random"]
     assert again == repeat, "a step's tokens are a function of its seeds"
     assert again != other
+    assert found["other seed"] != again, "and of the run's"
+    greedy, nucleus = ([one.rollout.tokens for one in found[how]] for how in ("after", "nucleus"))
+    assert greedy == nucleus, "of the smallest nucleus, the most probable token is left"
