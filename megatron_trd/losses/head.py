@@ -12,7 +12,7 @@ from torch import Tensor
 # head once a chunk, whose time hides behind the products of a chunk of about a thousand tokens (by arithmetic, H100).
 HOST_CHUNK_BYTES = 256 * 2**20
 ACCELERATOR_CHUNK_BYTES = 640 * 2**20
-ROW_MULTIPLE = 128  # tokens of a chunk that was not asked for: matrix kernels work in tiles of so many
+ROW_MULTIPLE = 128  # tokens of a chunk on a GPU, where it was not asked for: its matrix kernels work in such tiles
 
 
 def budget_tokens(width: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -25,14 +25,15 @@ def chunks(
     tokens: int, width: int, chunk_tokens: int | None, dtype: torch.dtype, device: torch.device, *, under_way: int = 1
 ) -> list[slice]:
     """Cut `tokens` into slices, equal but for the last, of which any `under_way` next to each other have at most
-    `chunk_tokens` (None: `budget_tokens`, in whole tiles) and a few more for rounding.
+    `chunk_tokens` (None: `budget_tokens`, on a GPU in whole tiles) and a few more for rounding.
 
     `width` is the padded width of a shard, so that every rank cuts alike.
     """
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1 (None: from the memory budget), not {chunk_tokens}")
     most = max(1, (chunk_tokens or budget_tokens(width, dtype, device)) // under_way)
-    multiple = ROW_MULTIPLE if chunk_tokens is None and most >= ROW_MULTIPLE else 1
+    tiles = chunk_tokens is None and device.type == "cuda" and most >= ROW_MULTIPLE
+    multiple = ROW_MULTIPLE if tiles else 1
     most -= most % multiple
     step = math.ceil(tokens / max(1, math.ceil(tokens / most)) / multiple) * multiple
     return [slice(first, min(first + step, tokens)) for first in range(0, tokens, max(1, step))]
