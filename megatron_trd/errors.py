@@ -21,6 +21,11 @@ class JobFailed(UserError):
     exit_code = 1
 
 
+def line_of(error: BaseException, length: int = 300) -> str:
+    """What an error of someone else's says, in one line of at most `length` characters."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def in_one_line(command: Callable[[], object], program: str) -> None:
     """Run a command; a `UserError` is one line and its exit code, never a traceback."""
     try:

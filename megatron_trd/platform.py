@@ -130,14 +130,14 @@ class Platform(ABC):
         """Whether nobody else depends on where a storage is."""
         return bool(storage.resizable())
 
-    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in host memory that the device can read without a detour; made behind the work queued so far."""
-        pinned = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
-        return pinned.copy_(tensor, non_blocking=True)
-
     def host_bytes(self, size: int) -> torch.Tensor:
         """`[size]` uint8 of host memory that the device can read and write without a detour."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in such memory; made behind the work queued so far."""
+        host = self.host_bytes(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        return host.copy_(tensor, non_blocking=True)
 
     def release_memory(self) -> None:
         """Give memory that torch keeps for later back to others on the device."""

@@ -15,7 +15,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from megatron_trd.config import DataConfig
-from megatron_trd.errors import UserError
+from megatron_trd.errors import UserError, line_of
 
 if TYPE_CHECKING:
     from megatron_trd.models.folder import ModelFolder
@@ -129,8 +129,7 @@ class PromptBuilder:
                 messages, tokenize=False, add_generation_prompt=True, **options
             )
         except Exception as error:  # it is a program, and may raise anything
-            reason = " ".join(str(error).split())
-            raise UserError(f"{whose} fails: {reason}; mend it, or data.chat_template_kwargs") from None
+            raise UserError(f"{whose} fails: {line_of(error)}; mend it, or data.chat_template_kwargs") from None
         head, mark, tail = rendered.partition(_MARK)
         if not mark:
             raise UserError(f"{whose} does not show the user message; mend it")

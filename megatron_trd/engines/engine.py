@@ -20,7 +20,6 @@ from megatron_trd.config import SamplerConfig, TrainConfig
 from megatron_trd.engines import refit
 from megatron_trd.engines.work import Task
 from megatron_trd.errors import UserError
-from megatron_trd.methods import one_engine
 from megatron_trd.models import loading
 from megatron_trd.models.model import Model
 
@@ -46,20 +45,21 @@ class Engine:
     """One vLLM engine of this process. It begins without weights: `refit` brings them, from wherever they are.
 
     With `sleeps`, it gives its memory to training between samplings, its weights too; vLLM can do so with one engine of
-    a process. The order is vLLM's: wake for weights, refit, wake for sampling, sample, sleep.
+    a process (`alone`). The order is vLLM's: wake for weights, refit, wake for sampling, sample, sleep.
     """
 
-    def __init__(self, model: Model, config: TrainConfig, max_length: int, *, sleeps: bool = False) -> None:
-        self.model, self.config, self.max_length, self.sleeps = model, config, max_length, sleeps
+    def __init__(
+        self, model: Model, config: TrainConfig, max_length: int, *, sleeps: bool = False, alone: bool = True
+    ) -> None:
+        self.model, self.config, self.max_length = model, config, max_length
+        self.sleeps, self.alone = sleeps, alone
         self.empty = True  # no weights yet
         self._working = platform.current().engine_context()
         self.llm: Any = self._start()
 
     def _start(self) -> Any:
         current, config = platform.current(), self.config
-        arguments = current.sampler_arguments(
-            config.sampler, self.max_length, sleeps=self.sleeps, alone=one_engine(config)
-        )
+        arguments = current.sampler_arguments(config.sampler, self.max_length, sleeps=self.sleeps, alone=self.alone)
         os.environ.update(current.sampler_environment())
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
         from vllm import LLM

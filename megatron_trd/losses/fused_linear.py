@@ -112,10 +112,8 @@ class _FusedLinearDivergence(torch.autograd.Function):
         main = getattr(student_weight, "main_grad", None) if accumulate and needs_weight else None
         into = main if main is not None and main.dtype == scale.dtype else None
         result = _over_chunks(student, teacher, scale, shard, objective, chunk_tokens, needs_hidden, needs_weight, into)
-        ctx.accumulated = into is not None
         # Saved, not kept as attributes: autograd frees them after backward even while someone holds the loss.
-        weight_gradient = None if ctx.accumulated else result.weight_gradient
-        ctx.save_for_backward(result.hidden_gradient, weight_gradient, result.per_token)
+        ctx.save_for_backward(result.hidden_gradient, result.weight_gradient, result.per_token)
         ctx.dtypes = student_hidden.dtype, token_weights.dtype
         ctx.weight = student_weight
         ctx.mark_non_differentiable(result.per_token)
@@ -126,8 +124,6 @@ class _FusedLinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needs_hidden, needs_weight, needs_weights = (ctx.needs_input_grad[place] for place in (0, 1, 4))
         hidden, weight, per_token = ctx.saved_tensors
-        if ctx.accumulated:  # looked at where it is: the host does not wait for a GPU
-            torch._assert_async(upstream == 1, "accumulate=True is for a loss that is back-propagated as it is")
         # Scaled straight into the dtype that is wanted: no second float32 copy of a head's gradient.
         return (
             _scaled(hidden, upstream, ctx.dtypes[0]) if needs_hidden else None,
@@ -154,8 +150,8 @@ def _weight_gradient(weight: Any, gradient: Tensor | None, upstream: Tensor) -> 
     """The head's gradient for autograd; of a parameter under Megatron's DDP it goes to `main_grad`, unless it is there
     (None), and autograd gets a stand-in, for the hooks to run (megatron-core
     `LinearWithGradAccumulationAndAsyncCommunication`)."""
-    if gradient is None:
-        pass
+    if gradient is None:  # the upstream is looked at where it is: the host does not wait for a GPU
+        torch._assert_async(upstream == 1, "accumulate=True is for a loss that is back-propagated as it is")
     elif not hasattr(weight, "grad_added_to_main_grad"):
         return _scaled(gradient, upstream, weight.dtype)
     elif weight.main_grad.dtype == gradient.dtype:
@@ -179,7 +175,7 @@ def _over_chunks(
     into: Tensor | None,
 ) -> _Result:
     """Every chunk: two head products, the divergence and its gradient in their buffers, and the gradients' products,
-    that of the weight added to `into` if there is one.
+    that of the weight added to `into`, and not returned, if there is one.
 
     Over several ranks two chunks are under way: while the sums of one travel, the gradients' products of the one before
     are computed.
@@ -224,7 +220,7 @@ def _over_chunks(
         finish(*under_way.popleft())
     for work in sums:
         work.wait()
-    return _Result(per_token, hidden_gradient, weight_gradient)
+    return _Result(per_token, hidden_gradient, weight_gradient if into is None else None)
 
 
 def _check_shapes(

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_trd.errors import UserError
+from megatron_trd.errors import UserError, line_of
 from megatron_trd.files import HashedFile
 from megatron_trd.models.architecture import Architecture
 
@@ -149,7 +149,7 @@ class CheckpointReader:
             self._check_structure()
             names = {place.relative_path for place in self._places.values()}
         except Exception as error:  # a pickle that was tampered with can raise anything
-            raise UserError(f"checkpoint '{path}' cannot be read: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"checkpoint '{path}' cannot be read: {line_of(error, 200)}") from None
         for name in sorted(names):
             if Path(name).name != name:
                 raise UserError(f"checkpoint '{path}': .metadata names the file {name!r}, outside the folder")
@@ -250,8 +250,9 @@ class CheckpointReader:
                 view = _create_file_view(file, place.offset, place.length)
                 return torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except Exception as error:  # torch.load raises many kinds for damaged bytes
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"'{self.path / place.relative_path}' is damaged: {key} cannot be read: {reason}") from None
+            raise UserError(
+                f"'{self.path / place.relative_path}' is damaged: {key} cannot be read: {line_of(error, 120)}"
+            ) from None
 
 
 def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_trd.errors import UserError
+from megatron_trd.errors import UserError, line_of
 from megatron_trd.files import check_small_sums
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -56,7 +56,7 @@ class ModelFolder:
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for fields it cannot use
-            raise UserError(f"model folder '{self.path}': config.json cannot be read: {_in_one_line(error)}") from None
+            raise UserError(f"model folder '{self.path}': config.json cannot be read: {line_of(error)}") from None
 
     @property
     def has_tokenizer(self) -> bool:
@@ -73,7 +73,7 @@ class ModelFolder:
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # as above
-            raise UserError(f"model folder '{self.path}': no usable tokenizer: {_in_one_line(error)}") from None
+            raise UserError(f"model folder '{self.path}': no usable tokenizer: {line_of(error)}") from None
 
     @functools.cached_property
     def weight_map(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ class ModelFolder:
                 return dict(weight_map)
             reason = "a shard is not the name of a file in this folder"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {_in_one_line(error)}"
+            reason = f"{type(error).__name__}: {line_of(error)}"
         raise UserError(f"model folder '{self.path}': {index.name} has no usable weight_map: {reason}")
 
     def names(self) -> set[str]:
@@ -159,14 +159,10 @@ class ModelFolder:
         try:
             return safe_open(self.path / file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"model folder '{self.path}': {file} cannot be read: {_in_one_line(error)}") from None
+            raise UserError(f"model folder '{self.path}': {file} cannot be read: {line_of(error)}") from None
 
 
 def _dtype(file: Any, name: str) -> torch.dtype:
     part = file.get_slice(name)
     found: torch.dtype = (part[:0] if part.get_shape() else file.get_tensor(name)).dtype
     return found
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -98,7 +98,7 @@ class Sampling:
         # vLLM makes what experts need with the first engine of a process, and only if that one has experts.
         models = {"student": inputs.student, "teacher": inputs.teacher}  # one and the same in self-distillation
         order = sorted(models, key=lambda role: models[role].arch.experts, reverse=True)
-        engines = {role: Engine(models[role], config, inputs.max_length) for role in order}
+        engines = {role: Engine(models[role], config, inputs.max_length, alone=False) for role in order}
         return Sampler(config, engines["student"], engines["teacher"])
 
     def take(self, step: int) -> Sampled:
