@@ -69,7 +69,7 @@ def fused_linear_divergence(
         teacher_hidden: `[tokens, teacher's hidden]`; never receives a gradient.
         teacher_weight: `[V / p, teacher's hidden]`, sharded as the student's; never receives a gradient.
         token_weights: `[tokens]`, any sign, 0 for a token to leave out.
-        chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 256 MiB of float32
+        chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 320 MiB of float32
             logits a side, 640 MiB on a GPU. Twice these are allocated, and scratch of some 50 MiB. The result does
             not depend on it beyond rounding. In backward the chunks are gone, and float32 gradients are scaled where
             they are, unless the graph is retained.
@@ -199,14 +199,14 @@ def _over_chunks(
         per_token[here], gradient = rows.finish(scale[here], wanted)
         if gradient is None:
             return
-        narrow = gradient.to(student_head.dtype)
+        if gradient.is_cuda:
+            gradient = gradient.to(student_head.dtype)  # what tensor cores take
         if hidden_gradient is not None:
-            product_into(hidden_gradient[here], narrow, student_head)
+            product_into(hidden_gradient[here], gradient, student_head)
             sums.extend(shard.start_sum_(hidden_gradient[here]))  # rides under the products that follow
         if weight_gradient is not None:
-            left = narrow if narrow.is_cuda else gradient  # tensor cores want it narrow, a CPU has no mixed product
             first = into is None and here.start == 0
-            add_product(weight_gradient[: shard.columns], left.t(), student.hidden[here], first=first)
+            add_product(weight_gradient[: shard.columns], gradient.t(), student.hidden[here], first=first)
 
     under_way: deque[tuple[slice, PendingRows | PendingRestrictedRows]] = deque()
     for number, here in enumerate(slices):

@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_trd.losses.torch_kernels import blocks
+
 # Logits of one chunk and one side. The peak of the fused loss is a little over two of these. On a CPU larger chunks buy
 # longer products, which are full-speed well before this size. A GPU also reads and writes the float32 gradient of the
 # head once a chunk, whose time hides behind the products of a chunk of about a thousand tokens (by arithmetic, H100).
-HOST_CHUNK_BYTES = 256 * 2**20
+HOST_CHUNK_BYTES = 320 * 2**20
 ACCELERATOR_CHUNK_BYTES = 640 * 2**20
 ROW_MULTIPLE = 128  # tokens of a chunk on a GPU, where it was not asked for: its matrix kernels work in such tiles
 
@@ -45,12 +47,24 @@ def chunks_under_way(ranks: int) -> int:
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` into `out`, whose dtype is at least as wide; the accumulator's bits are kept where possible."""
-    if left.dtype == out.dtype:
+    """`left @ right` into `out`, summed and kept in its dtype, the widest of the three.
+
+    Rounded to bf16, the logits of a student near its teacher say little of what is between them: at 0.001 nats a token
+    half of the gradient is rounding (benchmarks/results/loss_near.md).
+    """
+    if left.dtype == right.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     if out.is_cuda:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    return out.copy_(left @ right)
+    # A CPU has no mixed product: the weight, which is the long side of `right`, is widened some rows at a time.
+    left, (inner, columns) = left.to(out.dtype), right.shape
+    if columns > inner:
+        for here in blocks(columns, inner * out.element_size(), out.device):
+            torch.mm(left, right[:, here].to(out.dtype), out=out[:, here])
+    else:
+        for here in blocks(inner, columns * out.element_size(), out.device):
+            add_product(out, left[:, here], right[here], first=here.start == 0)
+    return out
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> Tensor:

@@ -223,6 +223,31 @@ def test_bf16_is_no_worse_than_float32_softmaxes_of_dense_bf16_logits(name: str,
         assert (ours - right).norm() <= 1.05 * (dense - right).norm() + 1e-5 * right.norm()
 
 
+@pytest.mark.parametrize("wide", [True, False], ids=["vocabulary > hidden", "hidden > vocabulary"])
+def test_bf16_logits_are_not_rounded_to_bf16(wide: bool) -> None:
+    """Near its teacher a student's gradient is the difference of nearly equal softmaxes, which bf16 logits hide.
+
+    Dense logits, rounded, are beside it: the case must be one where that matters.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens, hidden, vocabulary = (96, 64, 3000) if wide else (16, 640, 256)
+    given = torch.randn(tokens, hidden, generator=generator), torch.randn(vocabulary, hidden, generator=generator)
+    student, weight = given[0].bfloat16(), (given[1] * 2.5 / hidden**0.5).bfloat16()
+    teacher = (given[0] + 0.02 * torch.randn(tokens, hidden, generator=generator)).bfloat16()
+    inputs = _trained(reference.Heads(student, weight, teacher, weight.clone(), torch.ones(tokens)))
+    case = Case()
+    exact = _trained(reference.Heads(*(tensor.detach().double() for tensor in inputs)))
+    want = _loss_and_gradients(exact, reference.divergence(*reference.products(exact), case))
+    assert 1e-4 < want[0] / tokens < 1e-2
+    found = call(inputs, chunk_tokens=32 if wide else 5)
+    gradients = torch.autograd.grad(found, inputs[:2])
+    rounded = _loss_and_gradients(inputs, _float32_divergence(*(x.float() for x in reference.products(inputs)), case))
+    for ours, dense, right in zip((found, *gradients), rounded, want, strict=True):
+        size = right.norm()
+        assert (ours.double() - right).norm() < 4e-3 * size  # gradients are returned in bf16
+        assert (dense.double() - right).norm() > 1e-2 * size
+
+
 def _bf16_heads(teacher_dtype: torch.dtype) -> reference.Heads:
     generator = torch.Generator().manual_seed(0)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_trd.losses import fused_linear_divergence, vocab_parallel_log_prob
 from megatron_trd.losses.head import chunks, chunks_under_way
@@ -88,38 +85,10 @@ def test_backward_scales_gradients_where_they_are_unless_they_are_wanted_again(r
     assert found.peak >= gradients if retained else found.peak < 0.01 * gradients
 
 
-class _NarrowCopies(TorchDispatchMode):
-    """Counts, whenever a chunk's logits are computed, the bf16 copies of earlier chunks' gradients still there."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.shape, self.products, self.outlived = shape, 0, 0
-        self.made: list[weakref.ref[Tensor]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.shape == self.shape:
-            if func.overloadpacket is torch.ops.aten._to_copy:
-                self.made.append(weakref.ref(result))
-            elif func.overloadpacket is torch.ops.aten.mm:
-                self.products += 1
-                self.outlived += sum(copy() is not None for copy in self.made)
-        return result
-
-
-def test_the_bf16_copy_of_a_chunks_gradient_is_gone_before_the_next_chunk() -> None:
-    """Half a chunk's logits; a name that still holds it would raise the peak by as much, unseen on one chunk."""
-    hidden, weight = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((12, 2), (64, 2)))
-    with _NarrowCopies((4, 64)) as seen:
-        fused_linear_divergence(hidden, weight, hidden, weight, torch.ones(12), chunk_tokens=4)
-    assert (seen.products, len(seen.made)) == (6, 3)
-    assert seen.outlived == 0
-
-
 @pytest.mark.parametrize(
     ("device", "parts", "tokens", "rows"),
     [
-        ("cpu", 1, 8192, 432),  # 441 fit, 19 chunks
+        ("cpu", 1, 8192, 547),  # 552 fit, 15 chunks
         ("cuda", 1, 8192, 1024),  # 1104 fit
         ("cuda", 2, 8192, 1024),  # of half the columns, and two chunks under way
         ("cuda", 4, 8192, 2048),
