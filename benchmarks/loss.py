@@ -11,8 +11,8 @@ so that a machine that changes its speed shows. Every case runs in fresh process
 same tensors: after one call to warm up, `--repeats` timed ones, each as long as its slowest rank. Memory is the peak
 of a rank above what it holds with the inputs and one gradient of each student input: resident bytes on a CPU (the
 `VmHWM` of the process), allocated ones on a GPU. Ours is called as the trainer does, whose gradient of the head is a
-float32 `main_grad` that lasts. A chunk is one side's float32 logits for the tokens of `--chunk-tokens` (default: 256
-MiB, on a GPU 640). Errors are norms relative to a float64 computation, on a small problem of its own.
+float32 `main_grad` that lasts. A chunk is one side's float32 logits for the tokens of `--chunk-tokens` (default: at
+most 320 MiB, on a GPU 640). Errors are norms relative to a float64 computation, on a small problem of its own.
 
 In a sweep each point is measured beside its own four products, chunk by chunk and in turn: their work is linear in
 everything, and what else the machine does happens to both.
@@ -42,7 +42,7 @@ from torch import Tensor
 from benchmarks.common import kernel_bytes, matches
 from benchmarks.rivals import Case, Loss, cases, loaded
 from megatron_trd.losses import dense_divergence
-from megatron_trd.losses.head import budget_tokens
+from megatron_trd.losses.head import chunks, chunks_under_way
 from tests.distributed import run_ranks
 
 MIB = 2**20
@@ -71,9 +71,10 @@ class Shape(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Bytes of one side's logits in a chunk."""
-        tokens = self.chunk_tokens or budget_tokens(self.width, torch.float32, torch.device(self.device))
-        return 4 * min(tokens, self.tokens) * self.width
+        """Bytes of one side's logits in a chunk, or in the two halves of one that several ranks have under way."""
+        depth, device = chunks_under_way(self.ranks), torch.device(self.device)
+        first, *_ = chunks(self.tokens, self.width, self.chunk_tokens, torch.float32, device, under_way=depth)
+        return 4 * depth * first.stop * self.width
 
 
 class Inputs(NamedTuple):
@@ -104,6 +105,8 @@ class Beside(NamedTuple):
 
 def main() -> None:
     options = _parser().parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here")
     if options.device == "cuda" and options.tp > 1:
         raise SystemExit("one GPU is measured: --device cuda goes with --tp 1")
     table = _sweep(options) if options.sweep is not None else _comparison(options)

@@ -87,8 +87,11 @@ class SamplerConfig:
     max_sequences: Positive = 256  # running at once in one engine
     max_running_tokens: Positive | None = None  # prompts and limits of the requests in one engine, together
     stream: bool = True  # refine each rollout as soon as it ends; otherwise all, when the last has ended
+    # A teacher that refines with weights of its own has a second engine, or, if this is true, the only one after all
+    # rollouts have ended: its weights are changed twice a step, nothing is streamed, and it can sleep.
+    one_engine: bool = False
     request_timeout: Annotated[float, Field(gt=0)] | None = None  # seconds, after which a request begins anew, once
-    # Of a GPU's memory, for weights and KV cache of one engine; a teacher with weights of its own has a second one.
+    # Of a GPU's memory, for weights and KV cache of one engine.
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     host_kv_cache_gib: Positive = 1  # KV cache of an engine that runs from host memory
     sleep: bool = True  # leave a GPU's memory to training between samplings; two engines of a rank cannot
@@ -361,12 +364,26 @@ def save(config: TrainConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'{key.value}' is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path) -> TrainConfig:
     """Read a configuration written by `save` or by hand. Raises `UserError` if it is missing or not valid."""
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; expected a YAML file of settings") from None
     except yaml.YAMLError as error:

@@ -42,7 +42,7 @@ _POLL_SECONDS = 0.2
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # As torch names an exception; what follows says it all.
-_USER_ERROR = re.compile(r"^(UserError|RefusedElsewhere|EngineDied): ")
+_USER_ERROR = re.compile(r"^(UserError|RefusedElsewhere|JobFailed|EngineDied): ")
 
 
 class RefusedElsewhere(UserError):
@@ -112,6 +112,8 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
         while (result := context.wait(timeout=_POLL_SECONDS)) is None:
             pass
     if result.is_failed():
+        if signals.killed:
+            raise JobFailed("stopped at once, as asked: what was not saved is lost")
         if signals.asked and all(failure.exitcode == -signal.SIGTERM for failure in result.failures.values()):
             return  # stopped before the ranks were far enough to save
         rank, failure = first_cause({rank: _failure(result.failures[rank]) for rank in failed or result.failures})
@@ -160,7 +162,7 @@ class _ForwardedSignals:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.killed = False
         self._previous = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
 
     @contextlib.contextmanager
@@ -176,10 +178,10 @@ class _ForwardedSignals:
                 signal.signal(number, handler)
 
     def _forward(self, context: PContext, _number: int, _frame: FrameType | None) -> None:
-        number = signal.SIGKILL if self.asked else signal.SIGTERM
-        if not self.asked:
+        self.asked, self.killed = True, self.asked
+        number = signal.SIGKILL if self.killed else signal.SIGTERM
+        if not self.killed:
             print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-        self.asked = True
         for pid in context.pids().values():
             try:
                 os.kill(pid, number)

@@ -83,8 +83,17 @@ METHODS: dict[MethodName, Method] = {
 
 
 def one_engine(config: TrainConfig) -> bool:
-    """Whether the student's vLLM engine samples all; a teacher that refines with weights of its own has another."""
-    return config.live_teacher or not METHODS[config.method].refines
+    """Whether the student's vLLM engine samples all; a teacher that refines with weights of its own may have one."""
+    return config.sampler.one_engine or not _refines_with_own_weights(config)
+
+
+def swaps_weights(config: TrainConfig) -> bool:
+    """Whether the only engine has the student's weights for rollouts, and then the teacher's for refinements."""
+    return config.sampler.one_engine and _refines_with_own_weights(config)
+
+
+def _refines_with_own_weights(config: TrainConfig) -> bool:
+    return METHODS[config.method].refines and not config.live_teacher
 
 
 def check_threads(config: TrainConfig) -> None:

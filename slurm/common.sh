@@ -119,6 +119,7 @@ evaluate() {
 
 need srun
 load_site
+check_ranks
 export TRD_PROJECT=${TRD_PROJECT:-$project}
 TRD_RANKS_PER_NODE=$(ranks_per_node) || exit
 TRD_HEAD_ADDRESS=${TRD_HEAD_ADDRESS:-$(head_address)} || exit

@@ -27,6 +27,15 @@ load_site() {
   done <"$file"
 }
 
+# Stop with one line unless the ranks of a node, where they are given, are a number.
+check_ranks() {
+  [[ ${TRD_RANKS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] || fail "TRD_RANKS_PER_NODE=$TRD_RANKS_PER_NODE: expected a number"
+}
+
+recipes() { # that have a job script
+  sed -n 's/^exec .* train \([^ ]*\) .*/\1/p' "$project"/slurm/*.sh | xargs
+}
+
 # Take `[sbatch options] RECIPE [key=value ...]` apart into `options`, `recipe`, `script` and `overrides`.
 split_arguments() {
   options=()
@@ -35,9 +44,10 @@ split_arguments() {
     shift
   done
   recipe=${1:-}
+  [[ -n $recipe ]] || fail "usage: $(basename "$0") [sbatch options] RECIPE [key=value ...]; recipes: $(recipes)"
   script=$project/slurm/$recipe.sh
   grep -qs " train $recipe " "$script" ||
-    fail "no job script for recipe '$recipe': $(sed -n 's/^exec .* train \([^ ]*\) .*/\1/p' "$project"/slurm/*.sh | xargs)"
+    fail "no job script for recipe '$recipe': $(recipes)"
   overrides=("${@:2}")
 }
 
@@ -45,7 +55,7 @@ split_arguments() {
 check_here() {
   local option nodes gpus ranks=()
   local python=${TRD_VENV:-$project/.venv}/bin/python
-  [[ ${TRD_RANKS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] || fail "TRD_RANKS_PER_NODE=$TRD_RANKS_PER_NODE: expected a number"
+  check_ranks
   if [[ -n ${TRD_CONTAINER_IMAGE:-} || ! -x $python ]]; then # the job checks the same once it has its nodes
     echo "$(basename "$0"): not checked here: $python cannot be run or is not what the job uses" >&2
     return

@@ -32,6 +32,7 @@ for override in "${overrides[@]}"; do
     folder=${override#*=}
   else
     IFS=, read -ra values <<<"${override#*=}"
+    [[ -z $(printf '%s\n' "${values[@]}" | sort | uniq -d) ]] || fail "'$override': a value is there twice"
     multiply "${override%%=*}" "${values[@]:-}"
   fi
 done

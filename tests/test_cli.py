@@ -66,6 +66,11 @@ def test_bad_training_input_is_one_line(
         (["eval", "--model", "nowhere", "--data", "x.jsonl"], ["nowhere"]),
         (["demo", "--method", "sft"], ["sft", "trd-opsd"]),
         (["demo", "--out", "."], ["something else than a demo"]),
+        (["demo", "method=trd-opd"], ["method=trd-opd", "demo --help"]),
+        (
+            ["eval", "--model", "nowhere", "--data", "x.jsonl", "optimizer.lr=3"],
+            ["optimizer.lr=3", "sampler.", "data."],
+        ),
     ],
 )
 def test_other_bad_input_is_one_line(
@@ -104,6 +109,27 @@ def test_an_evaluation_does_not_go_into_a_run_s_folder(
         assert code == 2
         assert "the folder of a training run" in error
     assert not (tmp_path / "config.yaml").exists()
+
+
+def test_an_evaluation_of_a_run_is_told_its_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (4, 10):
+        checkpoint = tmp_path / "checkpoints" / f"step_{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "metadata.json").write_text("{}")
+    code, error = run(["eval", "--model", str(tmp_path), "--data", "x.jsonl"], monkeypatch, capsys)
+    assert code == 2
+    assert f"--model {checkpoint}" in error
+
+
+def test_a_check_leaves_no_folder_behind(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kept").mkdir()
+    for folder in ("new/run", "kept"):
+        assert run(["check", str(job), f"run_dir={tmp_path / folder}"], monkeypatch, capsys)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_real_process_says_it_within_seconds_and_without_a_traceback(job: Path) -> None:

@@ -202,6 +202,7 @@ def test_a_wrong_override_is_named_with_its_cure(override: str, says: list[str])
         (b"steps: soon", ["steps='soon'", "integer"]),
         (b"steps: 1\nstudent: {tp: [}", ["line 2", "not YAML"]),
         (b"a: b: c", ["line 1", "not YAML"]),
+        (b"steps: 1\nstudent:\n  tp: 1\n  pp: 1\n  tp: 2", ["line 5", "'tp' is there twice"]),
         (b"\xff\xfe", ["UTF-8"]),
         (b"", ["mapping"]),
         (b"- steps", ["mapping"]),

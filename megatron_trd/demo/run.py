@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, MethodName, MethodName]] = {
     "trd-opsd": ("recipes.opsd_demo", "trd-opsd", "opsd-forward-kl"),
     "trd-opd": ("recipes.opd_demo", "trd-opd", "opd-forward-kl"),
 }
+_OPTIONS = ("method=", "run_dir=", "seed=")
 SAMPLES = 16  # responses a problem
 PAIRS = 3
 
@@ -41,6 +42,9 @@ def run_demo(method: str, out: Path, seed: int, overrides: Sequence[str] = (), p
     """
     if method not in METHODS:
         raise UserError(f"demo --method {method}: choose one of {', '.join(METHODS)}")
+    for override in overrides:
+        if override.startswith(_OPTIONS):
+            raise UserError(f"override '{override}': the demo has options for it, see megatron-trd demo --help")
     recipe, *names = METHODS[method]
     base = apply_overrides(importlib.import_module(recipe).recipe(), [*overrides, f"seed={seed}"])
     base = dataclasses.replace(base, world_size=check(base).world_size)

@@ -150,14 +150,15 @@ class Engine:
         with self._working():
             return refit.refit(self.llm, self.model.arch, source)
 
-    def verify(self, source: loading.Source) -> None:
-        """Raise `UserError` if a tensor in the engine is not the one in `source`. Collective."""
+    def verify(self, source: loading.Source) -> int:
+        """Tensors in the engine, every one of which is that in `source`, or `UserError` is raised. Collective."""
         with self._working():
-            different = refit.verify(self.llm, self.model.arch, source)
-        if different:
+            same = refit.verify(self.llm, self.model.arch, source)
+        if different := sorted(name for name, equal in same.items() if not equal):
             raise UserError(
                 f"refit check: {len(different)} tensors in the sampler differ from the trainer's, first {different[0]}"
             )
+        return len(same)
 
 
 def pre_emptions(engine: Engine) -> int:

@@ -104,8 +104,8 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.blake2b(data.numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def verify(llm: Any, arch: Architecture, source: loading.Source) -> list[str]:
-    """Names of the tensors whose checksum inside this rank's vLLM engine differs from Megatron's. Collective.
+def verify(llm: Any, arch: Architecture, source: loading.Source) -> dict[str, bool]:
+    """Of every tensor, whether its checksum inside this rank's vLLM engine is Megatron's. Collective.
 
     Weights are read back through the layers themselves (a linear layer of one-hot rows gives its weight), so the check
     holds where vLLM has repacked them for its kernels.
@@ -113,12 +113,12 @@ def verify(llm: Any, arch: Architecture, source: loading.Source) -> list[str]:
     [read] = llm.apply_model(_read_back)
     found, rank, tp = read
     kinds = {name: slot.kind for slot in weights.slots(arch) for name in slot.hf}
-    different = []
+    same: dict[str, bool] = {}
     for name, full in loading.named_tensors(arch, source):
         names = [name, "lm_head.weight"] if arch.tied and name == weights.slots(arch)[0].hf[0] else [name]
         expected = checksum(_engine_shard(full, kinds[name], rank, tp))
-        different += [copy for copy in names if found.get(copy) != expected]
-    return sorted(different)
+        same |= {copy: found.get(copy) == expected for copy in names}
+    return same
 
 
 def _parts(module: str, parameter: str) -> list[str]:

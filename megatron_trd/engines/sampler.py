@@ -43,6 +43,9 @@ RefinePrompt = Callable[[Problem, Completion], list[int] | None]
 # Told of trajectories as they are finished.
 Finished = Callable[[Sequence[Trajectory]], None]
 
+# Gives the engine the teacher's weights.
+ToTeacher = Callable[[], None]
+
 
 class EngineDied(UserError):
     """A vLLM engine of some rank failed; known to all ranks, none of which is in a collective."""
@@ -118,19 +121,21 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         refine_prompt: RefinePrompt | None,
         finished: Finished | None = None,
+        to_teacher: ToTeacher | None = None,
     ) -> list[Trajectory]:
         """The trajectories of each problem in order, the same list on every rank. Collective.
 
         With `refine_prompt`, each rollout is refined as soon as it ends (without `sampler.stream`: when all have
         ended), `refinements_per_rollout` times; without it, trajectories are raw. `finished` is told of trajectories
-        while others are still sampled, with the same ones in the same order on every rank. Raises `EngineDied` on every
-        rank if an engine failed: after `restart` and a refit, another call gives the tokens that this one would have
-        given.
+        while others are still sampled, with the same ones in the same order on every rank. `to_teacher`, where one
+        engine serves both, is called on every rank between the last rollout and the first refinement. Raises
+        `EngineDied` on every rank if an engine failed: after `restart` and a refit, another call gives the tokens that
+        this one would have given.
         """
         for engine in self.engines:
             engine.forget()
         begin, before = time.perf_counter(), pre_emptions(self.student)
-        sampling = _Step(self, step, problems, prompts, refine_prompt, finished)
+        sampling = _Step(self, step, problems, prompts, refine_prompt, finished, to_teacher)
         group = sampling.run()
         seconds = max(time.perf_counter() - begin, 1e-9)
         mine = {
@@ -166,10 +171,12 @@ class _Step:
         prompts: Sequence[Sequence[int]],
         refine_prompt: RefinePrompt | None,
         finished: Finished | None,
+        to_teacher: ToTeacher | None,
     ) -> None:
         self.sampler, self.step, self.problems, self.refine_prompt = sampler, step, problems, refine_prompt
-        self.finished = finished
+        self.finished, self.to_teacher = finished, to_teacher
         self.settings = sampler.settings
+        self.stream = self.settings.stream and to_teacher is None
         limit = self.settings.max_rollout_tokens
         self.waiting = [Task("rollout", index, 0, tuple(prompt), limit) for index, prompt in enumerate(prompts)]
         self.refinements = sampler.config.refinements_per_rollout if refine_prompt else 0
@@ -203,6 +210,9 @@ class _Step:
             self._begin(task)
         self.waiting += [task for report in reports for task in report.new]
         self._note([done for report in reports for done in report.done])
+        if self.to_teacher and self.rollouts_done:
+            to_teacher, self.to_teacher = self.to_teacher, None
+            to_teacher()
         loads = [report.load for report in reports]
         given = assign(self._ready(), loads, self.capacity, self.expected)
         for task in given[self.sampler.group]:
@@ -235,9 +245,13 @@ class _Step:
             for name in refined or [name_of("rollout", index)]:
                 yield self._trajectory(*self.done[name])
 
+    @property
+    def rollouts_done(self) -> bool:
+        return len(self.expected.lengths) == len(self.problems)
+
     def _ready(self) -> list[Task]:
         """Waiting tasks that may begin: without streaming, refinements wait for the last rollout."""
-        if self.settings.stream or len(self.expected.lengths) == len(self.problems):
+        if self.stream or self.rollouts_done:
             return self.waiting
         return [task for task in self.waiting if task.kind == "rollout"]
 
@@ -264,7 +278,7 @@ class _Step:
             limit = self.settings.max_refinement_tokens
             refinement = Task("refinement", task.index, number, tuple(prompt or ()), limit, length)
             load, room = self.group.load, self.capacity.with_share(share)
-            if self.settings.stream and at_once(refinement, load, room, self.waiting, self.expected):
+            if self.stream and at_once(refinement, load, room, self.waiting, self.expected):
                 self._begin(refinement)
             else:
                 self.group.new.append(refinement)

@@ -17,6 +17,7 @@ from megatron_trd.engines.offload import Offload
 from megatron_trd.engines.schedule import batches_of, run_schedule
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
+from megatron_trd.methods import swaps_weights
 from megatron_trd.models import loading, weights
 from megatron_trd.models.architecture import Architecture, build_model, transformer_config
 from megatron_trd.models.gathering import SpreadWeights
@@ -56,11 +57,11 @@ class TeacherEngine:
         named = loading.local_parameters(self.model, self.arch, self.grid)
         self._named: Mapping[str, Tensor] = named
         self._average: Mapping[str, Tensor] = named
-        if not self.averaged:
+        if not (self.averaged or swaps_weights(self.config)):
             return
         size = self.config.sampler.refit_bucket_bytes
         self._weights = self._averages = SpreadWeights(named, self.arch, self.grid, size)
-        if platform.current().dtype != torch.float32:
+        if self.averaged and platform.current().dtype != torch.float32:
             # An update of an average is a small part of the value, and 16 bits would lose it.
             self._average = {name: parameter.float() for name, parameter in named.items()}
             self._averages = SpreadWeights(self._average, self.arch, self.grid, size, dtype=torch.float32)
@@ -122,8 +123,8 @@ class TeacherEngine:
         self._round()
 
     def source(self) -> loading.Source:
-        """Full Hugging Face tensors of the present weights of a teacher that follows the student, as
-        `StudentEngine.source`; the head is the loss's own."""
+        """Full Hugging Face tensors of the present weights of a teacher whose weights go to an engine again and again,
+        as `StudentEngine.source`; the head is the loss's own."""
         self._memory.back()
         return self.student.source() if self.live else self._source(self._weights, self._head)
 

@@ -26,6 +26,7 @@ from megatron_trd.reporting.metrics import METRICS_FILE
 from megatron_trd.training.checkpoint import checkpoints
 from megatron_trd.training.run_folder import make_folder
 
+_SETTINGS = ("sampler.", "data.", "world_size=", "run_dir=")
 _MEMORY_FRACTION = 0.9  # of a GPU, vLLM's own default
 
 
@@ -36,6 +37,11 @@ def run_evaluation(
 
     Raises `UserError` for bad input and `JobFailed` if a rank died.
     """
+    _check_overrides(overrides)
+    if steps := checkpoints(model):
+        raise UserError(
+            f"'{model}' is the folder of a run: give one of its checkpoints, --model {list(steps.values())[-1]}"
+        )
     run = _run_of(model)
     name = f"{model.resolve().parents[1].name}-{model.name}" if run else model.resolve().name
     out = out or Path("runs/eval") / f"{name}-{Path(data).stem}"
@@ -71,6 +77,14 @@ def run_evaluation(
         raise UserError(f"the evaluation was stopped; nothing was written to '{out}'")
     scores: dict[str, Any] = json.loads((out / "scores.json").read_text())
     return scores
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not override.startswith(_SETTINGS):
+            raise UserError(
+                f"override '{override}': an evaluation has {', '.join(f'{key}…' for key in _SETTINGS)} alone"
+            )
 
 
 def print_scores(scores: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_trd.config import TrainConfig
+from megatron_trd.methods import swaps_weights
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning import memory, sizes
@@ -32,7 +33,7 @@ def _times(count: int, parts: Parts) -> Parts:
 def _refit(case: Case) -> Parts:
     """The student's engine, and that of a teacher which has moved; a frozen one's weights come once."""
     sources = [(case.student, case.student_layout)]
-    if len(case.engines) > 1 and case.config.averaged_teacher:
+    if swaps_weights(case.config) or (len(case.engines) > 1 and case.config.averaged_teacher):
         sources.append((case.teacher, case.teacher_layout))
     parts: Parts = {"exchange": 0.0, "loading": 0.0}
     for arch, layout in sources:
@@ -66,13 +67,14 @@ class _Requests:
 
 
 def _sample(case: Case) -> Parts:
-    """Both samplings. Two engines of a process take turns, so their times add; one engine does both together."""
+    """Both samplings. Two engines of a process take turns, and one that has other weights for each does one after the
+    other, so their times add; one engine of one model does both together."""
     mean, longest = case.work.mean, case.work.longest
     rollout = _Requests(1, mean.prompt, mean.rollout)
     if not case.refines:
         return _engine(case, case.student, [rollout], longest.rollout)
     refinements = _Requests(case.work.refinements, mean.teacher_prompt, mean.response)
-    if len(case.engines) == 1:
+    if len(case.engines) == 1 and not swaps_weights(case.config):
         return _engine(case, case.student, [rollout, refinements], longest.rollout + longest.response)
     student = _engine(case, case.student, [rollout], longest.rollout)
     teacher = _engine(case, case.teacher, [refinements], longest.response)

@@ -118,7 +118,7 @@ def _table(metrics: dict[str, Any]) -> Table:
 def _texts(metrics: dict[str, Any], arrow: str) -> dict[str, str]:
     """Label -> formatted value of every quantity that `metrics` holds."""
     texts = {
-        "loss": _format(metrics, "loss", ".4f"),
+        "loss": _format(metrics, "loss", ".4f") if metrics.get("samples/trained") != 0 else "none, nothing to train on",
         "grad": _format(metrics, "grad_norm", ".2f"),
         "lr": _scientific(metrics.get("lr"), 1),
         "right": _before_after(metrics, "right", ".2f", arrow),

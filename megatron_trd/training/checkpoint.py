@@ -8,11 +8,12 @@ as a Hugging Face folder (`ema/`), and the checksum of every file. Everything ra
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_trd import platform
 from megatron_trd.config import CheckpointConfig
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
-from megatron_trd.errors import UserError
+from megatron_trd.errors import JobFailed, UserError, line_of
 from megatron_trd.files import check_sums, digest, files_of, read_sums, to_disk, write_sums
 from megatron_trd.models.dist_checkpoint import CheckpointReader
 from megatron_trd.models.export import copy_companions, write_folder
@@ -33,6 +34,7 @@ from megatron_trd.models.model import open_model
 
 _STEP = re.compile(r"step_(\d+)$")
 _SAMPLED = "sampled.json"
+_LITTLE = 2**28  # bytes free on a disk that an error while writing is put down to
 
 
 def checkpoints(run_dir: str | Path) -> dict[int, Path]:
@@ -58,12 +60,6 @@ def save(
 
     sampled_ahead: what the next step trains on, where that has been sampled already; kept as it is.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    # megatron-core would start a server process for this queue, which outlives a killed trainer and holds its terminal;
-    # saves are synchronous here, and one process needs no server.
-    filesystem_async._results_queue = queue.Queue()
     target = Path(run_dir) / "checkpoints" / f"step_{step}"
     partial = target.with_name(f"{target.name}.partial")
     if dist.get_rank() == 0:
@@ -71,28 +67,56 @@ def save(
             shutil.rmtree(abandoned, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    with _writing(target):
+        _write(partial, step, student, teacher, sampled_ahead)
+        if dist.get_rank() == 0:
+            to_disk(partial)
+            os.rename(partial, target)
+            for old in _superseded(checkpoints(run_dir), config):
+                shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return target
+
+
+def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngine, sampled_ahead: str | None) -> None:
+    """Every file of a checkpoint, and their checksums. Collective."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # megatron-core would start a server process for this queue, which outlives a killed trainer and holds its terminal;
+    # saves are synchronous here, and one process needs no server.
+    filesystem_async._results_queue = queue.Queue()
     with platform.current().megatron():
         state = _state(student, step, loading=False)
         how = {"sharded_strategy": ("torch_dist", 1), "preprocess_common_before_consistancy_check": _comparable}
-        dist_checkpointing.save(state, str(partial), **how)
+        dist_checkpointing.save(state, str(folder), **how)
     if teacher.averaged:
         tensors = named_tensors(teacher.arch, teacher.averages())
-        write_folder(partial / "ema", teacher.folder, teacher.arch, tensors, torch.float32)
+        write_folder(folder / "ema", teacher.folder, teacher.arch, tensors, torch.float32)
     if dist.get_rank() == 0:
-        (partial / COMPANIONS).mkdir()
-        copy_companions(student.folder, partial / COMPANIONS, platform.current().dtype)
+        (folder / COMPANIONS).mkdir()
+        copy_companions(student.folder, folder / COMPANIONS, platform.current().dtype)
         if sampled_ahead is not None:
-            (partial / _SAMPLED).write_text(sampled_ahead)
+            (folder / _SAMPLED).write_text(sampled_ahead)
     dist.barrier()
-    digests = _shared_digests(partial)
+    digests = _shared_digests(folder)
     if dist.get_rank() == 0:
-        write_sums(partial, digests)
-        to_disk(partial)
-        os.rename(partial, target)
-        for old in _superseded(checkpoints(run_dir), config):
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return target
+        write_sums(folder, digests)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Say which checkpoint could not be written, and that its disk is full: torch's own error says neither."""
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(target.parent).free
+        if not isinstance(error, OSError) and free > _LITTLE:
+            raise
+        raise JobFailed(
+            f"checkpoint '{target}' could not be written, {free / 2**20:,.0f} MiB are free there ({line_of(error)}): "
+            "make room and --resume"
+        ) from error
 
 
 def _superseded(saved: dict[int, Path], config: CheckpointConfig) -> list[Path]:

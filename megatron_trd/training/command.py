@@ -39,7 +39,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> int:
     inputs = check_start(config, resume=resume)
     print(describe(config, inputs.world_size), flush=True)
     logs = Path(config.run_dir) / "logs"
-    logs.mkdir(exist_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=logs, prefix="config-", suffix=".yaml") as file:
         configuration.save(config, Path(file.name))
         arguments = ["-m", "megatron_trd.training.worker", file.name, *(["--resume"] if resume else [])]

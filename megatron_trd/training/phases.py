@@ -18,15 +18,21 @@ class Phases:
         self._largest: dict[str, float] = {}  # GiB of the run so far, by kind of memory
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """A part of the step; those of one name add up. The memory of a phase within counts for the inner one only."""
+    def measure(self, name: str, *, out_of: str | None = None) -> Iterator[None]:
+        """A part of the step; those of one name add up. The memory of a phase within counts for the inner one only.
+
+        Its time counts for both, unless it is taken out of the one that it is within.
+        """
         current = platform.current()
         current.synchronize()
         self._gauge(None)
         begin = time.perf_counter()
         yield
         current.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if out_of is not None:
+            self.seconds[out_of] = self.seconds.get(out_of, 0.0) - seconds
         self._gauge(name)
 
     def _gauge(self, name: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,10 @@ _LAYOUT = {  # these too: where and in what parts the same is computed, of which
     *("world_size", "overlap", "loss.chunk_tokens"),
     *(f"student.{key}" for key in ("tp", "pp", "ep", "sequence_parallel", "micro_batch_size", "recompute", "offload")),
     *(f"teacher.{key}" for key in ("tp", "pp", "ep", "micro_batch_size", "hidden_in", "offload")),
-    *(f"sampler.{key}" for key in ("tp", "stream", "max_sequences", "max_running_tokens", "request_timeout")),
+    *(
+        f"sampler.{key}"
+        for key in ("tp", "stream", "one_engine", "max_sequences", "max_running_tokens", "request_timeout")
+    ),
     *(
         f"sampler.{key}"
         for key in ("memory_fraction", "host_kv_cache_gib", "sleep", "refit_bucket_mib", "enforce_eager")
@@ -47,9 +51,13 @@ def claim(config: TrainConfig, *, resume: bool) -> None:
 def check_run_folder(config: TrainConfig, resume: bool) -> None:
     """Raise `UserError` if the run folder cannot be written, is in use, or holds a run that would be overwritten."""
     folder = Path(config.run_dir)
-    make_folder(folder)  # first: one cannot even look into a folder that is closed, or whose name is too long
+    # first: one cannot even look into a folder that is closed, or whose name is too long
+    made = make_folder(folder)
     check_lock(folder)
     _check_begun(config, folder, resume)
+    with contextlib.suppress(OSError):  # another run's by now
+        for empty in made:
+            empty.rmdir()
 
 
 def _check_begun(config: TrainConfig, folder: Path, resume: bool) -> list[str]:
@@ -75,13 +83,18 @@ def _changes(begun: TrainConfig, config: TrainConfig, folder: Path) -> list[str]
     return [f"{key}={now[key]} instead of {before[key]}" for key in changed]
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder that can be written and is not full. Raises `UserError`."""
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder that can be written and is not full; returns what had to be made, innermost first.
+
+    Raises `UserError`.
+    """
     if folder.resolve() in (Path.cwd(), Path(folder.anchor)):
         raise UserError(f"run folder '{folder}' would be spread over all that is in it: set another one")
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as probe:
             probe.write(bytes(_PROBE_BYTES))
     except OSError as error:
         raise UserError(f"run folder '{folder}' cannot be written: {error.strerror}; set another one") from None
+    return made

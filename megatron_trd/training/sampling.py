@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
@@ -19,13 +19,22 @@ from megatron_trd.engines.engine import Completion, Engine
 from megatron_trd.engines.sampler import EngineDied, Sampler, Trajectory
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
-from megatron_trd.methods import METHODS, engine_sleeps, one_engine
+from megatron_trd.methods import METHODS, engine_sleeps, one_engine, swaps_weights
+from megatron_trd.models import loading
 from megatron_trd.training.checks import Inputs
 from megatron_trd.training.phases import Phases
 from megatron_trd.training.samples import SampleBuilder
 
 _T = TypeVar("_T")
 _NO_STEP = -1  # in the seeds of what is not sampled for a step
+
+
+class _Refitted(NamedTuple):
+    """What one engine was given."""
+
+    bytes: int
+    seconds: float
+    verified: int  # tensors
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Sampling:
         self.config, self.inputs, self.student, self.teacher = config, inputs, student, teacher
         self.phases, self.note = phases, note
         self.sampler = self._sampler()
-        self.metrics: dict[str, float] = {}  # of the newest refit
+        self._refitted: list[_Refitted] = []  # for the newest sampling
         self.teacher_ahead = TeacherAhead(teacher, builder.sample) if config.overlap == "teacher" else None
         # Tokenizers are not for two threads at once: sampling beside training has a builder of its own.
         self._builder = copy.deepcopy(builder) if config.staleness else builder
@@ -149,7 +158,8 @@ class Sampling:
         problems, prompts, too_long = self._builder.begin(self.problems(step))
         refine = self._builder.refine_prompt if METHODS[self.config.method].refines else None
         finished = self.teacher_ahead.add if self.teacher_ahead else None
-        trajectories = self.sampler.sample(step, problems, prompts, refine, finished)
+        to_teacher = self._to_teacher if swaps_weights(self.config) else None
+        trajectories = self.sampler.sample(step, problems, prompts, refine, finished, to_teacher)
         return Sampled(step, weights, trajectories, too_long, time.perf_counter() - begin, self.sampler.stats)
 
     def _sample_or_rebuild(self, step: int) -> Sampled:
@@ -195,16 +205,34 @@ class Sampling:
                     engines.append((self.sampler.teacher, self.teacher.source()))
                 elif self.sampler.teacher.empty:  # a frozen teacher's weights come once
                     engines.append((self.sampler.teacher, self.inputs.teacher.source))
-            sent, seconds = 0, 0.0
-            for engine, source in engines:
-                engine.wake("weights")
-                begin = time.perf_counter()
-                sent += engine.refit(source)
-                seconds += time.perf_counter() - begin
-                if self.config.log.verify_refit:
-                    engine.verify(source)
+            self._refitted = [self._bring(engine, source) for engine, source in engines]
         with self.phases.measure("refit"):
             self.teacher.offload()
             platform.current().release_memory()  # the buckets
             self.sampler.student.wake("kv_cache")
-        self.metrics = {"refit/gib": sent / 2**30, "refit/gib_per_s": sent / 2**30 / seconds}
+
+    def _to_teacher(self) -> None:
+        """Give the only engine the teacher's weights, amid a sampling. Collective."""
+        engine = self.sampler.student
+        with self.phases.measure("refit", out_of="sample"):
+            engine.forget()
+            self._refitted.append(self._bring(engine, self.teacher.source()))
+            self.teacher.offload()
+            platform.current().release_memory()
+
+    def _bring(self, engine: Engine, source: loading.Source) -> _Refitted:
+        engine.wake("weights")
+        begin = time.perf_counter()
+        sent = engine.refit(source)
+        seconds = time.perf_counter() - begin
+        return _Refitted(sent, seconds, engine.verify(source) if self.config.log.verify_refit else 0)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the refits of the newest sampling."""
+        if not self._refitted:  # what was sampled before the run was resumed
+            return {}
+        gib, seconds, verified = (sum(values) for values in zip(*self._refitted, strict=True))
+        gib /= 2**30
+        metrics = {"refit/gib": gib, "refit/gib_per_s": gib / seconds}
+        return metrics | ({"refit/verified": verified} if verified else {})

@@ -57,6 +57,8 @@ def test_a_method_without_refinement_has_no_arrow(capsys: pytest.CaptureFixture[
 
 def test_a_step_without_training_leaves_out_what_it_has_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert plain(capsys, 39, {"length/rollout": 5.0, "time/step": 0.31}) == "step 40/40  len 5  0.3 s\n"
+    idle = {"length/rollout": 5.0, "time/step": 0.31, "samples/trained": 0}
+    assert plain(capsys, 39, idle) == "step 40/40  loss none, nothing to train on  len 5  0.3 s\n"
 
 
 def test_a_loss_that_is_not_a_number_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,8 @@ def ours(output: str) -> list[str]:
     ("name", "arguments", "message"),
     [
         ("submit.sh", ["opsd_llama"], "no job script for recipe 'opsd_llama': opd_qwen3_1_7b"),
-        ("sweep.sh", [], "no job script for recipe ''"),
+        ("sweep.sh", [], "usage: sweep.sh [sbatch options] RECIPE [key=value ...]; recipes: opd_qwen3_1_7b"),
+        ("sweep.sh", ["opsd_demo", "seed=0,1,0"], "'seed=0,1,0': a value is there twice"),
         ("submit.sh", ["opsd_demo", "stepz=3"], "stepz"),
         ("sweep.sh", ["opsd_demo", "steps=many,2"], "steps='many'"),
         ("submit.sh", ["--nodes=3", "--gpus-per-node=1", "opsd_demo", "student.tp=2"], "3"),

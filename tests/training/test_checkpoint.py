@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_trd.config import CheckpointConfig
 from megatron_trd.data.batching import deal
+from megatron_trd.errors import JobFailed
 from tests.distributed import run_ranks
 from tests.engines.test_numerics import LR, expert_layout, full_tensors, layout, make_config, make_samples
 from tests.models import write_model
@@ -97,3 +100,22 @@ def test_a_checkpoint_goes_on_in_another_layout(family: str, cases: list[Any], t
     cases = [(distributed(first), distributed(second)) for first, second in cases]
     for error, case in zip(run_ranks(go_on, 2, str(model), str(tmp_path), cases)[0], cases, strict=True):
         assert error < 2e-3, case
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch and megatron-core say that a write failed, and not why."""
+    from megatron_trd.training.checkpoint import _writing
+
+    def fail(error: Exception) -> None:
+        with _writing(tmp_path / "step_3"):
+            raise error
+
+    room = {"free": 5 * 2**20}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(**room))
+    with pytest.raises(JobFailed, match=r"step_3' could not be written, 5 MiB are free there \(unexpected pos 320\)"):
+        fail(RuntimeError("unexpected pos 320"))
+    room["free"] = 2**40
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        fail(RuntimeError("a bug"))
+    with pytest.raises(JobFailed, match="Disk quota exceeded"):
+        fail(OSError(122, "Disk quota exceeded"))

@@ -278,6 +278,7 @@ def test_problems_without_a_reference_are_refused_or_dropped(run: Run, tmp_path:
     ("changes", "parts"),
     [
         ({"staleness": 1, "overlap": "teacher"}, ["staleness=1", "overlap=none"]),
+        ({"staleness": 1, "sampler": {"one_engine": True}}, ["staleness=1", "sampler.one_engine=true"]),
         ({"staleness": 1, "student": {"offload": True}}, ["student.offload=true", "staleness=1"]),
         ({"log": {"max_drift": 0.1, "drift_tokens": 0}}, ["log.max_drift", "log.drift_tokens"]),
         ({"staleness": 1, "teacher": {"offload": True}}, ["teacher.offload=true", "staleness=1"]),
@@ -324,6 +325,14 @@ def test_a_teacher_whose_tokens_have_other_numbers(run: Run, models: Path, tmp_p
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (teacher / "tokenizer.json").write_text(json.dumps(text))
     says(run(teacher={"model": str(teacher)}), str(teacher), "'a'", "tokenizer")
+
+
+def test_one_engine_is_for_models_of_the_same_shapes(run: Run, models: Path, tmp_path: Path) -> None:
+    one = {"one_engine": True}
+    says(run(teacher={"model": str(models / "larger")}, sampler=one), "sampler.one_engine=true", "other shapes")
+    check(run(teacher={"model": str(models / "larger"), "weights": "frozen"}, sampler=one, method="opd-forward-kl"))
+    same = shutil.copytree(models / "student", tmp_path / "teacher")
+    check(run(teacher={"model": str(same)}, sampler=one))
 
 
 # Model folders
@@ -529,9 +538,13 @@ def test_a_broken_tokenizer(run: Run, copy: Path, content: str) -> None:
 # Run folders
 
 
-def test_a_run_folder_is_made(run: Run, tmp_path: Path) -> None:
-    check_run_folder(run(run_dir=str(tmp_path / "a" / "b")), resume=False)
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+def test_a_run_folder_is_made_when_it_is_claimed(run: Run, tmp_path: Path) -> None:
+    config = run(run_dir=str(tmp_path / "a" / "b"))
+    check_run_folder(config, resume=False)
+    assert list(tmp_path.iterdir()) == []
+    claim(config, resume=False)
+    release_lock(tmp_path / "a" / "b")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize("folder", ["/", "", "."])

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_a_run_writes_what_is_promised(unbroken: tuple[Path, Path, str]) -> None
         assert row["samples/trained"] == 3
         assert row["loss"] > 0
         assert row["grad_norm"] > 0
+        assert row["refit/verified"] > 2 * 20, "two engines, and --verify-refit looks at every tensor"
         assert row["drift/max"] < 1e-4, "sampler and trainer give the same log-probabilities"
         for key in ("time/refit", "time/sample", "time/teacher", "time/train", "throughput/sample", "memory/host_gib"):
             assert row[key] > 0, key
@@ -182,18 +184,25 @@ def test_a_killed_rank_ends_the_job_and_resume_gives_the_same_bits(
     assert_same_run(run, expected)
 
 
-def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_with_its_own_engine(tmp_path: Path) -> None:
+def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_whatever_its_engine(tmp_path: Path) -> None:
     student, teacher = {"tp": 1, "micro_batch_size": 2}, {"weights": "frozen", "tp": 2}
     several = {"refinements_per_rollout": 2, "epochs_per_batch": 2}
     job = jobs.write_job(tmp_path, student=student, teacher=teacher, world_size=2, **several)
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
     jobs.finish(jobs.start("train", job, f"run_dir={unbroken}"))
-    process = jobs.start("train", job, f"run_dir={run}")
+    swapped = [f"run_dir={run}", "sampler.one_engine=true", "--verify-refit"]
+    process = jobs.start("train", job, *swapped)
     jobs.wait_for(lambda: len(jobs.metrics(run)) >= 3)
     os.kill(jobs.rank_pids(process)[0], signal.SIGKILL)
     jobs.finish(process, code=1)
-    jobs.finish(jobs.start("train", job, f"run_dir={run}", "--resume"))
+    jobs.finish(jobs.start("train", job, *swapped, "--resume"))
     assert_same_run(run, unbroken)
+    for row, other in zip(jobs.metrics(run), jobs.metrics(unbroken), strict=True):
+        assert row["refit/gib"] > 1.5 * other["refit/gib"] or other["step"] == 0, (
+            "a frozen teacher's once, or each step"
+        )
+        assert row["drift/max"] < 1e-4, "refinements are the teacher's"
+        assert row["time/step"] >= sum(row[f"time/{name}"] for name in ("refit", "sample", "teacher", "train"))
     for row in jobs.metrics(unbroken):
         assert row["samples/trained"] == 3 * 2
         assert row["loss/last_epoch"] != row["loss"], "the second step is taken where the first one led"
@@ -209,10 +218,11 @@ def test_a_dense_student_learns_from_a_mixture_of_experts(tmp_path: Path) -> Non
     assert row["drift/max"] < 1e-4, "the second engine has the experts' weights"
 
 
-def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> tuple[list[str], list[Any]]:
+def train_with_failures(rank: int, world: int, job: str, run_dir: str, setting: str) -> tuple[list[str], list[Any]]:
     """Rank function: a job in which rank 1's engine dies in step 1, and after it a step in which every engine does.
 
-    It keeps what it can outside of the device's memory, which is to change nothing either. Returns the notes, and the
+    Where one engine has the student's weights and the averaged teacher's in turn, it dies among the refinements. The
+    job keeps what it can outside of the device's memory, which is to change nothing either. Returns the notes, and the
     responses to a held-out problem after training, again, and of other weights.
     """
     from megatron_trd.config import apply_overrides, load
@@ -222,11 +232,12 @@ def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> tuple[
 
     elsewhere = ["student.offload=true", "teacher.offload=true", "teacher.hidden_in=disk"]
     elsewhere += ["held_out.path=null", "held_out.every=0"]  # nor is it to matter to training that nothing is asked
-    run = Run(apply_overrides(load(Path(job)), [f"run_dir={run_dir}", *elsewhere]))
+    run = Run(apply_overrides(load(Path(job)), [f"run_dir={run_dir}", setting, *elsewhere]))
     step, steps = Engine.step, {"left": 5}
 
     def failing(engine: Engine) -> Any:
-        if run.phases.seconds.get("refit") and len(jobs.metrics(Path(run_dir))) == 1:
+        refitted = run.phases.seconds.get("refit") and len(run.sampling._refitted) == 2
+        if refitted and len(jobs.metrics(Path(run_dir))) == 1:
             steps["left"] -= 1
             if rank == 1 and steps["left"] == 0:
                 raise RuntimeError("out of luck")
@@ -250,12 +261,15 @@ def train_with_failures(rank: int, world: int, job: str, run_dir: str) -> tuple[
     return said, [[one.rollout.tokens for one in asked] for asked in responses]
 
 
-def test_an_engine_that_dies_and_memory_lent_change_nothing(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["sampler.one_engine=false", "sampler.one_engine=true"])
+def test_an_engine_that_dies_and_memory_lent_change_nothing(
+    unbroken: tuple[Path, Path, str], tmp_path: Path, setting: str
+) -> None:
     job, expected, _ = unbroken
     run = tmp_path / "run"
     abandoned = run / "checkpoints" / "step_3.partial"  # by a save that was killed
     abandoned.mkdir(parents=True)
-    for said, (trained, again, moved) in run_ranks(train_with_failures, 2, str(job), str(run)):
+    for said, (trained, again, moved) in run_ranks(train_with_failures, 2, str(job), str(run), setting):
         assert trained == again != moved, "held-out problems are asked of the present weights, with the same seeds"
         once, again, twice = [text for text in said if "died" in text]
         assert once.startswith("step 1: a sampler's engine died (RuntimeError: out of luck)")
@@ -294,6 +308,16 @@ def test_a_drift_above_its_bound_stops_the_run(unbroken: tuple[Path, Path, str],
     output = jobs.finish(jobs.start("train", job, f"run_dir={run}", "--verify-logprobs", "1e-9"), code=2)
     assert "log.max_drift is 1e-09" in output
     assert not (run / "checkpoints").exists()
+
+
+def test_a_run_that_never_trained_says_so_after_it_has_saved(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
+    job, run = unbroken[0], tmp_path / "run"
+    settings = [f"run_dir={run}", "steps=1", "data.overlong=drop", "held_out.path=null", "held_out.every=0"]
+    output = jobs.finish(jobs.start("train", job, *settings), code=2)
+    assert "step 1/1  loss none, nothing to train on" in output
+    assert "overflow/rollout 3" in output.splitlines()[-1]
+    assert "data.overlong" in output.splitlines()[-1]
+    assert (run / "checkpoints" / "step_1").is_dir()
 
 
 def save_and_resume_untrained(rank: int, world: int, job: str, run_dir: str) -> bool:
@@ -368,6 +392,32 @@ def test_a_rank_that_fails_takes_a_busy_one_down_within_seconds(tmp_path: Path) 
     with pytest.raises(JobFailed, match=r"rank 1 failed: ValueError: the reason"):
         launch([str(script)], 2, tmp_path / "logs")
     assert time.monotonic() - begin < 15
+
+
+def test_a_second_stop_request_ends_the_job_at_once_and_is_no_failure_of_a_rank(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import pathlib, signal, time\n"
+        "from megatron_trd.launch import run_rank\n"
+        "def main():\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        f"    pathlib.Path({str(ready)!r}).touch()\n"
+        "    time.sleep(600)\n"
+        "run_rank(main)\n"
+    )
+
+    def ask_twice() -> None:
+        jobs.wait_for(ready.exists)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    asking = threading.Thread(target=ask_twice)
+    asking.start()
+    with pytest.raises(JobFailed, match=r"^stopped at once, as asked"):
+        launch([str(script)], 1, tmp_path / "logs")
+    asking.join()
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
