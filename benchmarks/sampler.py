@@ -2,7 +2,9 @@
 
     python -m benchmarks.sampler --write benchmarks/results/sampler_cpu.md
 
-Models of random weights sample `--problems` rollouts and one refinement of each, on two ranks with an engine each.
+Models of random weights sample `--problems` rollouts and one refinement of each, on two ranks, in three ways: in two
+phases with an engine a rank (as `sampler.one_engine` does, which changes the engine's weights in between), streamed with
+an engine a rank (a live teacher), and streamed with two, one for each kind (a teacher with weights of its own).
 Lengths are drawn from log-normal distributions of median 64 tokens, at most `--longest`, and forced. How much streaming
 can save depends on
 
@@ -14,7 +16,7 @@ can save depends on
   rollout then, and as long in either way;
 - whether `--sequences` run at once in an engine, which is fewer than there are, or all.
 
-Every draw is sampled in both ways, in turn, and both must give the same tokens.
+Every draw is sampled in all ways, in turn, and all must give the same tokens.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 
-from megatron_trd.engines.work import Kind, name_of
+from megatron_trd.engines.work import Kind, Task, name_of
 from tests.distributed import run_ranks
 from tests.models import write_model
 
@@ -63,6 +65,9 @@ LARGE = SHAPE | {
     "head_dim": 64,
     "vocab_size": 16000,
 }
+
+
+Way = Literal["two phases", "streamed", "two engines"]
 
 
 class Case(NamedTuple):
@@ -103,7 +108,7 @@ STEPS = (32, 96)  # lengths whose times differ by that many steps
 
 
 class _Bench:
-    """This rank's engine, made to sample as many tokens as a case wants of each request."""
+    """This rank's engines, made to sample as many tokens as a case wants of each request."""
 
     def __init__(self, folder: str, options: argparse.Namespace) -> None:
         from megatron_trd.config import from_dict
@@ -112,11 +117,17 @@ class _Bench:
         from megatron_trd.models.model import open_model
 
         self.options, self.config, opened = options, from_dict({"model": folder}, "benchmark"), open_model(folder)
-        self.engine = module.Engine(opened, self.config, max_length=2 * options.longest + 64)
-        self.engine.refit(opened.source)
+        longest = 2 * options.longest + 64
+        self.engine, self.second = (module.Engine(opened, self.config, longest, alone=False) for _ in range(2))
+        for engine in (self.engine, self.second):
+            engine.refit(opened.source)
         self.problems = [Problem(index, "", None, None) for index in range(options.problems)]
         self.prompts = [[2 + (7 * index + place) % 1000 for place in range(32)] for index in range(options.problems)]
-        self._add, parameters = self.engine.add, module._parameters
+        self._forced: dict[str, int] = {}
+        add, parameters = module.Engine.add, module._parameters
+
+        def add_forced(engine: module.Engine, task: Task, *rest: Any) -> None:
+            add(engine, dataclasses.replace(task, limit=self._forced[task.name]), *rest)
 
         def to_the_limit(*arguments: Any) -> Any:
             found = parameters(*arguments)
@@ -124,30 +135,30 @@ class _Bench:
             return found
 
         module._parameters = to_the_limit
+        module.Engine.add = add_forced  # type: ignore[method-assign]
 
-    def run(self, forced: dict[str, int], stream: bool, few: bool) -> tuple[float, list[Any], dict[str, float]]:
+    def run(self, forced: dict[str, int], way: Way, few: bool) -> tuple[float, list[Any], dict[str, float]]:
         """Seconds, trajectories, and what the sampler says of itself."""
         most = self.options.sequences if few else self.config.sampler.max_sequences
-        return self._sample(forced, len(self.problems), stream, most, lambda _, rollout: [5, *rollout.tokens, 6])
+        return self._sample(forced, len(self.problems), way, most, lambda _, rollout: [5, *rollout.tokens, 6])
 
     def step(self, requests: int) -> float:
         """Seconds of an engine's step with so many requests in it, each engine at the same."""
         seconds = []
         for length in STEPS:
             forced = {name_of("rollout", index): length for index in range(RANKS * requests)}
-            seconds.append(min(self._sample(forced, len(forced), True, requests, None)[0] for _ in range(3)))
+            seconds.append(min(self._sample(forced, len(forced), "streamed", requests, None)[0] for _ in range(3)))
         return (seconds[1] - seconds[0]) / (STEPS[1] - STEPS[0])
 
     def _sample(
-        self, forced: dict[str, int], problems: int, stream: bool, most: int, refine: Any
+        self, forced: dict[str, int], problems: int, way: Way, most: int, refine: Any
     ) -> tuple[float, list[Any], dict[str, float]]:
         from megatron_trd.engines.sampler import Sampler
 
-        self.engine.add = lambda task, *rest: self._add(  # type: ignore[method-assign]
-            dataclasses.replace(task, limit=forced[task.name]), *rest
-        )
-        settings = dataclasses.replace(self.config.sampler, stream=stream, max_sequences=most)
-        sampler = Sampler(dataclasses.replace(self.config, sampler=settings), self.engine, self.engine)
+        self._forced = forced
+        settings = dataclasses.replace(self.config.sampler, stream=way != "two phases", max_sequences=most)
+        teacher = self.second if way == "two engines" else self.engine
+        sampler = Sampler(dataclasses.replace(self.config, sampler=settings), self.engine, teacher)
         dist.barrier()
         begin = time.perf_counter()
         found = sampler.sample(0, self.problems[:problems], self.prompts[:problems], refine)
@@ -155,10 +166,9 @@ class _Bench:
 
 
 class Draw(NamedTuple):
-    """One list of lengths, sampled in both ways."""
+    """One list of lengths, sampled in all ways."""
 
-    phases: float  # seconds
-    streamed: float
+    seconds: dict[Way, float]
     stats: dict[str, float]  # of the sampler, streamed
     tokens: int
 
@@ -183,18 +193,23 @@ def measure(rank: int, world: int, folder: str, cases: list[Case], options: argp
 
 def _draw(bench: _Bench, case: Case, number: int, show: bool) -> Draw:
     forced = case.lengths(bench.options.problems, bench.options.longest, number)
-    order = (True, False) if number % 2 == 0 else (False, True)
-    ways = {stream: bench.run(forced, stream, case.few) for stream in order}
-    (streamed, found, stats), (phases, again, _) = ways[True], ways[False]
-    both = [[(one.rollout.tokens, one.refinement and one.refinement.tokens) for one in way] for way in (found, again)]
-    if both[0] != both[1]:
-        raise RuntimeError("streamed and two-phase sampling gave different tokens")
-    sampled = sum(len(rollout) + len(refined or ()) for rollout, refined in both[0])
+    order = get_args(Way) if number % 2 == 0 else get_args(Way)[::-1]
+    ways = {way: bench.run(forced, way, case.few) for way in order}
+    tokens = [
+        [(one.rollout.tokens, one.refinement and one.refinement.tokens) for one in found]
+        for _, found, _ in ways.values()
+    ]
+    if any(other != tokens[0] for other in tokens[1:]):
+        raise RuntimeError("two ways of sampling gave different tokens")
+    sampled = sum(len(rollout) + len(refined or ()) for rollout, refined in tokens[0])
+    seconds = {way: took for way, (took, _, _) in ways.items()}
     if sampled != sum(forced.values()):
         raise RuntimeError(f"{sampled} tokens were sampled, {sum(forced.values())} were to be")
     if show:
-        print(f"{case}, draw {number}: {phases:.1f} s in two phases, {streamed:.1f} s streamed", flush=True)
-    return Draw(phases, streamed, stats, sampled)
+        print(
+            f"{case}, draw {number}: " + ", ".join(f"{way} {took:.1f} s" for way, took in seconds.items()), flush=True
+        )
+    return Draw(seconds, ways["streamed"][2], sampled)
 
 
 def _table(shape: dict[str, Any], cases: list[Case], options: argparse.Namespace) -> Iterator[str]:
@@ -206,9 +221,10 @@ def _table(shape: dict[str, Any], cases: list[Case], options: argparse.Namespace
     yield f"\n## {size:.1f} million parameters\n\nA step of an engine takes {steps} requests in it.\n"
     yield (
         "| refinement's length | sigma | nine of ten below | longest | at once | tokens | two phases, s | "
-        "streamed, s | streamed / two phases | longest chains' | idle | idle while requests wait |"
+        "streamed, s | streamed / two phases | longest chains' | idle | idle while requests wait | two engines, s | "
+        "two engines / two phases |"
     )
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---|" + "---:|" * 13
     for case, draws in zip(cases, found.draws, strict=True):
         yield _row(case, draws, options)
 
@@ -216,18 +232,22 @@ def _table(shape: dict[str, Any], cases: list[Case], options: argparse.Namespace
 def _row(case: Case, draws: list[Draw], options: argparse.Namespace) -> str:
     drawn = (case.lengths(options.problems, options.longest, number) for number in range(options.draws))
     lengths = sorted(length for forced in drawn for length in forced.values())
-    ratios = ", ".join(f"{draw.streamed / draw.phases:.2f}" for draw in draws)
-    tokens, phases, streamed = (
-        fmean(values) for values in zip(*((draw.tokens, draw.phases, draw.streamed) for draw in draws), strict=True)
-    )
+    tokens = fmean(draw.tokens for draw in draws)
+    seconds: dict[Way, float] = {way: fmean(draw.seconds[way] for draw in draws) for way in get_args(Way)}
+
+    def of_two_phases(way: Way) -> str:
+        ratios = ", ".join(f"{draw.seconds[way] / draw.seconds['two phases']:.2f}" for draw in draws)
+        return f"**{seconds[way] / seconds['two phases']:.2f}** ({ratios})"
+
     bounds = ", ".join(
         f"{case.bound(options.problems, options.longest, number):.2f}" for number in range(options.draws)
     )
     idle, queued = (100 * fmean(draw.stats[f"sampler/{key}"] for draw in draws) for key in ("idle", "idle_queued"))
     return (
         f"| {case.kind} | {case.sigma} | {lengths[len(lengths) * 9 // 10]} | {lengths[-1]} | "
-        f"{options.sequences if case.few else 'all'} | {tokens:,.0f} | {phases:.1f} | {streamed:.1f} | "
-        f"**{streamed / phases:.2f}** ({ratios}) | {bounds} | {idle:.1f} % | {queued:.1f} % |"
+        f"{options.sequences if case.few else 'all'} | {tokens:,.0f} | {seconds['two phases']:.1f} | "
+        f"{seconds['streamed']:.1f} | {of_two_phases('streamed')} | {bounds} | {idle:.1f} % | {queued:.1f} % | "
+        f"{seconds['two engines']:.1f} | {of_two_phases('two engines')} |"
     )
 
 
@@ -250,7 +270,7 @@ def main() -> None:
             f"problems, a rollout and a refinement each, on {RANKS} ranks. Log-normal lengths of median 64 tokens; "
             f"means over {options.draws} draws, each draw's ratio in brackets, and beside it what it is of the longest "
             "chain alone: the longest rollout with its refinement, over the longest rollout and the longest "
-            "refinement. Both ways gave the same tokens.",
+            "refinement. All ways gave the same tokens.",
             *(row for shape, cases in MODELS for row in _table(shape, cases, options)),
         ]
     )

@@ -9,6 +9,7 @@ import torch
 
 from megatron_trd.engines.hidden_store import WAVE
 from megatron_trd.losses.head import chunks, chunks_under_way
+from megatron_trd.methods import swaps_weights
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning import sizes
@@ -106,13 +107,14 @@ def _of_rank(case: Case, student_stage: int, teacher_stage: int) -> dict[str, Pa
     student, teacher = case.config.student, case.config.teacher
     away = {"gradients": 0.0, "optimizer": 0.0} if student.offload else {}
     refitting = graphs | away | ({_WEIGHTS: weights} if case.sleeps else awake)
-    sampling = graphs | away | ({"teacher weights": 0.0} if teacher.offload else {}) | awake | work
+    buckets, swaps = {"refit buckets": _refit_buckets(case)}, swaps_weights(case.config)  # swapped amid the sampling
+    sampling = graphs | away | ({"teacher weights": 0.0} if teacher.offload and not swaps else {}) | awake | work
     training = graphs | ({} if case.sleeps else awake) | (work if case.config.staleness else {})
     received = _received(case, student_stage)
     beside = _teacher_parts(case, teacher_stage, 0.0) if case.config.overlap == "teacher" else {}
     return {
-        "refit": refitting | {"refit buckets": _refit_buckets(case)},
-        "sample": sampling | beside,
+        "refit": refitting | buckets,
+        "sample": sampling | beside | (buckets if swaps else {}),
         "teacher": training | _teacher_parts(case, teacher_stage, received),
         "train": training | {"teacher's hidden states": received} | _train_parts(case, student_stage),
     }
