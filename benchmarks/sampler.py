@@ -3,8 +3,8 @@
     python -m benchmarks.sampler --write benchmarks/results/sampler_cpu.md
 
 Models of random weights sample `--problems` rollouts and one refinement of each, on two ranks, in three ways: in two
-phases with an engine a rank (as `sampler.one_engine` does, which changes the engine's weights in between), streamed with
-an engine a rank (a live teacher), and streamed with two, one for each kind (a teacher with weights of its own).
+phases with an engine a rank (as `sampler.one_engine` does, which changes the engine's weights in between), streamed
+with an engine a rank (a live teacher), and streamed with two, one for each kind (a teacher with weights of its own).
 Lengths are drawn from log-normal distributions of median 64 tokens, at most `--longest`, and forced. How much streaming
 can save depends on
 
