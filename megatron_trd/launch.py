@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -39,6 +40,7 @@ from megatron_trd.errors import JobFailed, UserError
 
 _GRACE_SECONDS = 5  # between asking the ranks of a failed job to end and killing them
 _POLL_SECONDS = 0.2
+_REASON_BYTES = 2**16  # that a rank's reason takes at most; with less free it may be lost
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # As torch names an exception; what follows says it all.
@@ -119,7 +121,8 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
         rank, failure = first_cause({rank: _failure(result.failures[rank]) for rank in failed or result.failures})
         if failure.exit_code == UserError.exit_code:
             raise UserError(failure.reason)
-        raise JobFailed(f"rank {rank} failed: {failure.reason}; logs in {attempt}")
+        full = ", whose disk is full" if shutil.disk_usage(attempt).free < _REASON_BYTES else ""
+        raise JobFailed(f"rank {rank} failed: {failure.reason}; logs in {attempt}{full}")
 
 
 def _quick_close(context: PContext) -> set[int]:

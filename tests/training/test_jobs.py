@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -313,6 +315,7 @@ def test_a_drift_above_its_bound_stops_the_run(unbroken: tuple[Path, Path, str],
 def test_a_run_that_never_trained_says_so_after_it_has_saved(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
     job, run = unbroken[0], tmp_path / "run"
     settings = [f"run_dir={run}", "steps=1", "data.overlong=drop", "held_out.path=null", "held_out.every=0"]
+    settings += ["sampler.max_rollout_tokens=1", "sampler.max_refinement_tokens=1"]
     output = jobs.finish(jobs.start("train", job, *settings), code=2)
     assert "step 1/1  loss none, nothing to train on" in output
     assert "overflow/rollout 3" in output.splitlines()[-1]
@@ -441,3 +444,13 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     launcher.kill()
     launcher.wait()
     jobs.wait_for(lambda: not any(Path("/proc", path.name).exists() for path in pids.iterdir()))
+
+
+def test_a_rank_whose_reason_found_no_room_is_said_to_have_had_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    script = tmp_path / "worker.py"
+    script.write_text("import os\nos._exit(1)\n")
+    with pytest.raises(JobFailed, match=r"rank 0 failed: exit code 1; logs in .*, whose disk is full$"):
+        launch([str(script)], 1, tmp_path / "logs")
