@@ -87,9 +87,10 @@ class SamplerConfig:
     max_sequences: Positive = 256  # running at once in one engine
     max_running_tokens: Positive | None = None  # prompts and limits of the requests in one engine, together
     stream: bool = True  # refine each rollout as soon as it ends; otherwise all, when the last has ended
-    # A teacher that refines with weights of its own has a second engine, or, if this is true, the only one after all
-    # rollouts have ended: its weights are changed twice a step, nothing is streamed, and it can sleep.
-    one_engine: bool = False
+    # A teacher that refines with weights of its own has an engine of its own, or that of the student, whose weights are
+    # changed when the last rollout has ended: half the memory, which it can give up while there is training, for one
+    # more refit a step and no streaming. None: the student's for a self-teacher, unless staleness=1.
+    one_engine: bool | None = None
     request_timeout: Annotated[float, Field(gt=0)] | None = None  # seconds, after which a request begins anew, once
     # Of a GPU's memory, for weights and KV cache of one engine.
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3

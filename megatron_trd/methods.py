@@ -84,12 +84,15 @@ METHODS: dict[MethodName, Method] = {
 
 def one_engine(config: TrainConfig) -> bool:
     """Whether the student's vLLM engine samples all; a teacher that refines with weights of its own may have one."""
-    return config.sampler.one_engine or not _refines_with_own_weights(config)
+    return swaps_weights(config) or not _refines_with_own_weights(config)
 
 
 def swaps_weights(config: TrainConfig) -> bool:
     """Whether the only engine has the student's weights for rollouts, and then the teacher's for refinements."""
-    return config.sampler.one_engine and _refines_with_own_weights(config)
+    wanted = config.sampler.one_engine
+    if wanted is None:
+        wanted = config.teacher.model is None and not config.staleness
+    return wanted and _refines_with_own_weights(config)
 
 
 def _refines_with_own_weights(config: TrainConfig) -> bool:

@@ -58,10 +58,11 @@ def paper_run(name: str, model: str, *, tp: int) -> TrainConfig:
         frozen teacher 2 B, over TP; its output head again           4.4
         36 activations of [38912 / TP, 4096], kept to recompute      2.9
         one layer's own, the teacher's hidden states, the loss    about 5
-        two vLLM engines, a fifth of the memory each                34
+        a vLLM engine, 0.3 of the memory, asleep while there is training   25.5
 
-    That is 71 of 85. In an engine's 17, weights take 4.1, and keys and values (147 KB a token, over TP) of 290,000
-    tokens fit beside them: about the 8 longest sequences, and 8 of a step's 16 problems are what it works on.
+    That is 55 of 85 while there is sampling and 37 in training. In the engine's 25.5, weights take 4.1, and keys and
+    values (147 KB a token, over TP) of some 500,000 tokens fit beside them: more than the 8 longest sequences, and 8 of
+    a step's 16 problems are what it works on. It has the student's weights for rollouts, then the teacher's.
     """
     return TrainConfig(
         model=f"models/{model}",
@@ -70,7 +71,7 @@ def paper_run(name: str, model: str, *, tp: int) -> TrainConfig:
         # Ours: sequences of this length do not fit without sequence parallelism and recomputation.
         student=StudentConfig(tp=tp, sequence_parallel=tp > 1, recompute=True),
         teacher=TeacherConfig(tp=tp),
-        sampler=SamplerConfig(tp=tp, memory_fraction=0.2),  # ours: there are two of them
+        sampler=SamplerConfig(tp=tp),
         # The paper's mathematics, its fields named as ours. Many of its problems have no solution to show a teacher.
         data=DataConfig(path="data/DeepScaleR-Preview-Dataset", missing_reference="drop"),
         checkpoint=CheckpointConfig(every=50),  # ours: what a node that dies without warning may cost

@@ -17,7 +17,7 @@ def recipe() -> TrainConfig:
         method="trd-opd",
         run_dir="runs/opd_qwen3_4b",
         teacher=TeacherConfig(model="models/Qwen3-8B", tp=4),
-        sampler=dataclasses.replace(base.sampler, tp=4),
+        sampler=dataclasses.replace(base.sampler, tp=4, memory_fraction=0.2),  # of each of two engines
     )
 
 

@@ -23,7 +23,7 @@ def recipe() -> TrainConfig:
         run_dir="runs/opd_qwen3_8b",
         student=dataclasses.replace(base.student, tp=8),
         teacher=TeacherConfig(model="models/Qwen3-32B", tp=8),
-        sampler=dataclasses.replace(base.sampler, tp=8),
+        sampler=dataclasses.replace(base.sampler, tp=8, memory_fraction=0.2),  # of each of two engines
     )
 
 

@@ -143,14 +143,26 @@ def test_each_phase_shows_its_fullest_rank() -> None:
 
 def test_one_engine_leaves_its_memory_to_training_and_two_do_not() -> None:
     live: dict[str, Any] = {"teacher": {"weights": "live"}}
-    asleep = memory.by_phase(make(live))
-    assert "KV cache" not in asleep["train"]
-    assert asleep["sample"]["KV cache"] > 0
-    for awake in (make({}), make(live | {"sampler": {"sleep": False}})):
+    two: dict[str, Any] = {"one_engine": False}
+    for alone in (make(live), make({})):
+        asleep = memory.by_phase(alone)
+        assert "KV cache" not in asleep["train"]
+        assert asleep["sample"]["KV cache"] > 0
+    for awake in (make({"sampler": two}), make(live | {"sampler": {"sleep": False}})):
         found = memory.by_phase(awake)
         assert found["train"]["KV cache"] == found["sample"]["KV cache"] > 0
-    on_cpu = memory.by_phase(make({"sampler": {"host_kv_cache_gib": 2}}, gpu="cpu", gpus_per_node=1))
+    on_cpu = memory.by_phase(make({"sampler": two | {"host_kv_cache_gib": 2}}, gpu="cpu", gpus_per_node=1))
     assert on_cpu["train"]["KV cache"] == 2 * 2 * GIB  # two engines, awake
+
+
+def test_weights_that_are_changed_amid_the_sampling_take_room_there() -> None:
+    offload: dict[str, Any] = {"teacher": {"offload": True}}
+    apart, swapped = (
+        memory.by_phase(make(offload | {"sampler": {"one_engine": one}}))["sample"] for one in (False, True)
+    )
+    assert "refit buckets" not in apart
+    assert swapped["refit buckets"] > 0
+    assert apart["teacher weights"] == 0 < swapped["teacher weights"]
 
 
 def test_a_live_teacher_takes_no_memory_of_its_own() -> None:

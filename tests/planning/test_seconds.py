@@ -37,8 +37,9 @@ def test_decoding_reads_the_weights_once_a_step_and_keys_and_values_once_a_token
     assert sample["engine steps"] == pytest.approx(8192 * SHARE.engine_seconds)
 
 
-def test_two_engines_take_turns_and_one_does_both_at_once() -> None:
+def test_two_engines_take_turns_and_one_of_one_model_does_both_at_once() -> None:
     frozen = seconds.by_phase(make({}))["sample"]
+    assert frozen == seconds.by_phase(make({"sampler": {"one_engine": False}}))["sample"]
     live = seconds.by_phase(make({"teacher": {"weights": "live"}}))["sample"]
     assert live["engine steps"] == pytest.approx(frozen["engine steps"], rel=0.01)  # one after the other either way
     raw = seconds.by_phase(make({"method": "opsd-forward-kl"}))["sample"]
@@ -120,11 +121,12 @@ def test_refit_gathers_the_model_and_a_moving_teacher_s() -> None:
     settings: dict[str, Any] = {"student": {"tp": 8, "sequence_parallel": True}, "sampler": {"tp": 8}}
     live = seconds.by_phase(make(settings | {"teacher": {"weights": "live"}}))["refit"]
     assert live["exchange"] == pytest.approx(8.19e9 * 2 * 7 / 8 / (450e9 * SHARE.link), rel=0.01)
-    moving, frozen = (
-        seconds.by_phase(make(settings | {"teacher": {"tp": 8, "weights": weights}}))["refit"]
-        for weights in ("ema", "frozen")
+    two = {"sampler": {"tp": 8, "one_engine": False}}
+    moving, frozen, swapped = (
+        seconds.by_phase(make(settings | {"teacher": {"tp": 8, "weights": weights}} | engines))["refit"]
+        for weights, engines in (("ema", two), ("frozen", two), ("frozen", {}))
     )
-    assert moving["exchange"] == pytest.approx(2 * live["exchange"])
+    assert moving["exchange"] == swapped["exchange"] == pytest.approx(2 * live["exchange"])
     assert frozen["exchange"] == live["exchange"]
     far, near = (
         seconds.by_phase(make({"student": {"pp": 2}, "teacher": {"weights": "live"}}, nodes=nodes))["refit"]

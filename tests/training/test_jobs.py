@@ -96,7 +96,7 @@ def test_a_run_writes_what_is_promised(unbroken: tuple[Path, Path, str]) -> None
         assert row["samples/trained"] == 3
         assert row["loss"] > 0
         assert row["grad_norm"] > 0
-        assert row["refit/verified"] > 2 * 20, "two engines, and --verify-refit looks at every tensor"
+        assert row["refit/verified"] > 2 * 20, "of student and teacher, and --verify-refit looks at every tensor"
         assert row["drift/max"] < 1e-4, "sampler and trainer give the same log-probabilities"
         for key in ("time/refit", "time/sample", "time/teacher", "time/train", "throughput/sample", "memory/host_gib"):
             assert row[key] > 0, key
@@ -191,8 +191,8 @@ def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_whatever_
     several = {"refinements_per_rollout": 2, "epochs_per_batch": 2}
     job = jobs.write_job(tmp_path, student=student, teacher=teacher, world_size=2, **several)
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
-    jobs.finish(jobs.start("train", job, f"run_dir={unbroken}"))
-    swapped = [f"run_dir={run}", "sampler.one_engine=true", "--verify-refit"]
+    jobs.finish(jobs.start("train", job, f"run_dir={unbroken}", "sampler.one_engine=false"))
+    swapped = [f"run_dir={run}", "--verify-refit"]
     process = jobs.start("train", job, *swapped)
     jobs.wait_for(lambda: len(jobs.metrics(run)) >= 3)
     os.kill(jobs.rank_pids(process)[0], signal.SIGKILL)
