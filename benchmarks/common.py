@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 
@@ -12,6 +14,14 @@ def kernel_bytes(name: str, path: str = "/proc/self/status") -> int:
     """
     [line] = [line for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
+
+
+def publish(title: str, text: str, path: Path | None) -> None:
+    """Print a benchmark's text; with a `path`, write it there under its title and the command that gave it."""
+    print(text)
+    if path is not None:
+        command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+        path.write_text(f"# {title}\n\n```\n{command}\n```\n\n{text}\n", encoding="utf-8")
 
 
 def matches(name: str, texts: list[str]) -> bool:

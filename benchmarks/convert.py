@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.common import kernel_bytes
+from benchmarks.common import kernel_bytes, publish
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.export import FolderWriter, exported_tensors
@@ -78,10 +77,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
                 rows += _compare(Path(folder), size * 1e9, vocabulary, options.repeats)
     table = "\n".join([_head(options.repeats), *rows])
-    print(table)
-    if options.write:
-        command = shlex.join(["python", "-m", "benchmarks.convert", *sys.argv[1:]])
-        options.write.write_text(f"# Conversions\n\n```\n{command}\n```\n\n{table}\n")
+    publish("Conversions", table, options.write)
 
 
 def _head(repeats: int) -> str:

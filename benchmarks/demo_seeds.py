@@ -12,11 +12,10 @@ import argparse
 import json
 import os
 import platform
-import shlex
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from benchmarks.common import publish
 from megatron_trd.demo.run import METHODS, SAMPLES, run_demo
 
 
@@ -34,10 +33,7 @@ def main() -> None:
         run_demo(options.method, out, seed, options.overrides)
         summaries.append(json.loads((out / "summary.json").read_text()))
     table = _table(summaries)
-    print(table)
-    if options.write:
-        command = shlex.join(["python", "-m", "benchmarks.demo_seeds", *sys.argv[1:]])
-        options.write.write_text(f"# The demo over seeds\n\n```\n{command}\n```\n\n{table}\n")
+    publish("The demo over seeds", table, options.write)
 
 
 def _table(summaries: list[dict]) -> str:

@@ -24,7 +24,6 @@ import argparse
 import os
 import platform
 import resource
-import shlex
 import sys
 import time
 import warnings
@@ -39,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import kernel_bytes, matches
+from benchmarks.common import kernel_bytes, matches, publish
 from benchmarks.rivals import Case, Loss, cases, loaded
 from megatron_trd.losses import dense_divergence
 from megatron_trd.losses.head import chunks, chunks_under_way
@@ -111,11 +110,7 @@ def main() -> None:
         raise SystemExit("one GPU is measured: --device cuda goes with --tp 1")
     table = _sweep(options) if options.sweep is not None else _comparison(options)
     text = f"{_machine(options)}\n\n{table}"
-    print(text)
-    if options.write:
-        command = shlex.join(["python", "-m", "benchmarks.loss", *sys.argv[1:]])
-        title = "The loss on a CPU" if options.device == "cpu" else "The loss on a GPU"
-        options.write.write_text(f"# {title}\n\n```\n{command}\n```\n\n{text}\n")
+    publish("The loss on a CPU" if options.device == "cpu" else "The loss on a GPU", text, options.write)
 
 
 def _parser() -> argparse.ArgumentParser:

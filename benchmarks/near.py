@@ -4,7 +4,7 @@
     python -m benchmarks.near --write benchmarks/results/loss_near.md
 
 Self-distillation begins near its teacher and ends nearer: the gradient is then the difference of two nearly equal
-softmaxes, and what rounds the logits rounds it away. Both sides have one output head here, and the teacher's hidden
+softmaxes, and what rounds the logits rounds it away. Both sides share one output head here, and the teacher's hidden
 states are the student's and a little noise. Errors are norms relative to a float64 computation on the same bf16 inputs;
 of the two gradients (hidden states and head) the worse.
 """
@@ -12,14 +12,13 @@ of the two gradients (hidden states and head) the worse.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.common import publish
 from benchmarks.rivals import Loss, cases, loaded
 from megatron_trd.losses import dense_divergence
 
@@ -46,10 +45,7 @@ def main() -> None:
         f"{options.tokens} tokens, hidden {options.hidden:,}, vocabulary {options.vocab:,}, torch {torch.__version__}, "
         f"{options.device}; bf16.\n\n{table}"
     )
-    print(text)
-    if options.write:
-        command = shlex.join(["python", "-m", "benchmarks.near", *sys.argv[1:]])
-        options.write.write_text(f"# The loss near the teacher\n\n```\n{command}\n```\n\n{text}\n")
+    publish("The loss near the teacher", text, options.write)
 
 
 def _table(student: Tensor, weight: Tensor, teachers: list[Tensor]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from statistics import fmean, median
 
 import torch
 
+from benchmarks.common import publish
 from megatron_trd.config import TrainConfig, apply_overrides
 from megatron_trd.data.problems import load_problems
 from megatron_trd.data.prompts import PromptBuilder
@@ -60,10 +60,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="also write the table here")
     options = parser.parse_args()
     text = _recipes() if options.recipes else _against_measured(options.only, options.steps)
-    print(text)
-    if options.write:
-        command = shlex.join(["python", "-m", "benchmarks.plan", *sys.argv[1:]])
-        options.write.write_text(f"# Forecast and measured on a CPU\n\n```\n{command}\n```\n\n{text}\n")
+    publish("Forecast and measured on a CPU", text, options.write)
 
 
 def _recipes() -> str:

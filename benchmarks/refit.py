@@ -20,8 +20,6 @@ import argparse
 import functools
 import os
 import platform as machine
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import kernel_bytes
+from benchmarks.common import kernel_bytes, publish
 from megatron_trd.config import SamplerConfig
 from tests.distributed import run_ranks
 from tests.models import write_model
@@ -164,8 +162,6 @@ def main() -> None:
         rows = list(_rows(folder, options))
     text = "\n".join(
         [
-            "# Refit on a CPU\n\n```",
-            f"python -m benchmarks.refit {shlex.join(sys.argv[1:])}\n```\n",
             f"{machine.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32, {parameters:.2f} billion "
             f"parameters, {RANKS} ranks at TP {TP} x PP {PP}; median of {options.repeats}. Every tensor of every "
             "engine was compared with the student's by checksum after the last refit.\n",
@@ -174,9 +170,7 @@ def main() -> None:
             *rows,
         ]
     )
-    print(text)
-    if options.write:
-        options.write.write_text(text + "\n", encoding="utf-8")
+    publish("Refit on a CPU", text, options.write)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ours and the public losses, behind one signature for `benchmarks.loss`: mean divergence over tokens, with autograd.
+"""Ours and the public losses, behind one signature for `benchmarks.loss` and `near`: mean divergence over tokens.
 
 A rival's package is imported when its case is loaded, in the process that measures it and before its memory is looked
 at: none is a dependency of this project, and one that is missing is only left out. Each is called with its defaults,

@@ -3,7 +3,7 @@
     python -m benchmarks.sampler --write benchmarks/results/sampler_cpu.md
 
 Models of random weights sample `--problems` rollouts and one refinement of each, on two ranks, in three ways: in two
-phases with an engine a rank (as `sampler.one_engine` does, which changes the engine's weights in between), streamed
+phases with an engine a rank (as with `sampler.one_engine`, but without the refit in between), streamed
 with an engine a rank (a live teacher), and streamed with two, one for each kind (a teacher with weights of its own).
 Lengths are drawn from log-normal distributions of median 64 tokens, at most `--longest`, and forced. How much streaming
 can save depends on
@@ -27,8 +27,6 @@ import math
 import os
 import platform as machine
 import random
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -39,6 +37,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import publish
 from megatron_trd.engines.work import Kind, Task, name_of
 from tests.distributed import run_ranks
 from tests.models import write_model
@@ -264,8 +263,6 @@ def main() -> None:
         parser.error(f"--problems: at least {RANKS * options.sequences}, or no engine has --sequences at once")
     text = "\n".join(
         [
-            "# Sampling on a CPU\n\n```",
-            f"python -m benchmarks.sampler {shlex.join(sys.argv[1:])}\n```\n",
             f"{machine.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32; {options.problems} "
             f"problems, a rollout and a refinement each, on {RANKS} ranks. Log-normal lengths of median 64 tokens; "
             f"means over {options.draws} draws, each draw's ratio in brackets, and beside it what it is of the longest "
@@ -274,9 +271,7 @@ def main() -> None:
             *(row for shape, cases in MODELS for row in _table(shape, cases, options)),
         ]
     )
-    print(text)
-    if options.write:
-        options.write.write_text(text + "\n", encoding="utf-8")
+    publish("Sampling on a CPU", text, options.write)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import kernel_bytes, matches
+from benchmarks.common import kernel_bytes, matches, publish
 from megatron_trd.config import OptimizerConfig
 from megatron_trd.errors import UserError
 from megatron_trd.reporting.metrics import read_metrics
@@ -70,10 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="step-", dir=options.folder) as name:
         table = _comparison(Path(name), options)
     text = f"{_machine()}; median of {options.steps}.\n\n{table}"
-    print(text)
-    if options.write:
-        command = shlex.join(["python", "-m", "benchmarks.step", *sys.argv[1:]])
-        options.write.write_text(f"# A whole step on a CPU\n\n```\n{command}\n```\n\n{text}\n")
+    publish("A whole step on a CPU", text, options.write)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -74,7 +74,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="responses a problem; avg@k and pass@k are for k = samples")] = 16,
     out: Annotated[Path | None, typer.Option(help="folder for responses.jsonl and scores.json")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of sampling and of the bootstrap")] = 0,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of sampler and data settings")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value: sampler.…, data.… and world_size")] = None,
 ) -> None:
     """Score a model: avg@k and pass@k with 95 % intervals."""
     from megatron_trd.evaluation.command import print_scores, run_evaluation

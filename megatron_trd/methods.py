@@ -83,7 +83,7 @@ METHODS: dict[MethodName, Method] = {
 
 
 def one_engine(config: TrainConfig) -> bool:
-    """Whether the student's vLLM engine samples all; a teacher that refines with weights of its own may have one."""
+    """Whether the student's vLLM engine does all the sampling, if need be with the teacher's weights in turn."""
     return swaps_weights(config) or not _refines_with_own_weights(config)
 
 

@@ -20,6 +20,8 @@ from megatron_trd.errors import UserError, in_one_line
 _FOLDER = Path(__file__).parent
 _NO_RECIPES = ("__init__", "common")
 
+OF_TWO_ENGINES = 0.2  # of a GPU's memory, for each of two vLLM engines, neither of which can sleep
+
 
 def recipe_names() -> list[str]:
     """Names of all recipes."""
@@ -50,7 +52,7 @@ def paper_run(name: str, model: str, *, tp: int) -> TrainConfig:
     tokens a prompt, 4,096 a reference, 16,384 a response, 16 problems a step, AdamW at 5e-6 after 10 % of warm-up. The
     paper trains LoRA adapters unless told otherwise; here all weights are trained, its other option.
 
-    Layouts are ours, for training sequences of up to 38,912 tokens on 80 GB cards (85e9 bytes) that keep everything in
+    Layouts are ours, for training sequences of up to 38,912 tokens on 80 GB cards (85e9 bytes), all of Megatron's in
     their memory at once. By arithmetic, for the 8 G parameters of Qwen3-8B at TP 4 on 8 GPUs, 1e9 bytes a GPU:
 
         weights 2 B and gradients 4 B a parameter, over TP          12.3
@@ -59,8 +61,9 @@ def paper_run(name: str, model: str, *, tp: int) -> TrainConfig:
         36 activations of [38912 / TP, 4096], kept to recompute      2.9
         one layer's own, the teacher's hidden states, the loss    about 5
         a vLLM engine, 0.3 of the memory, asleep while there is training   25.5
+        what brings it other weights                                 2.8
 
-    That is 55 of 85 while there is sampling and 37 in training. In the engine's 25.5, weights take 4.1, and keys and
+    That is 57 of 85 while there is sampling and 37 in training. In the engine's 25.5, weights take 4.1, and keys and
     values (147 KB a token, over TP) of some 500,000 tokens fit beside them: more than the 8 longest sequences, and 8 of
     a step's 16 problems are what it works on. It has the student's weights for rollouts, then the teacher's.
     """

@@ -6,7 +6,7 @@ import dataclasses
 
 from megatron_trd.config import TeacherConfig, TrainConfig
 from recipes import opsd_qwen3_1_7b
-from recipes.common import run_as_program
+from recipes.common import OF_TWO_ENGINES, run_as_program
 
 
 def recipe() -> TrainConfig:
@@ -17,7 +17,7 @@ def recipe() -> TrainConfig:
         method="trd-opd",
         run_dir="runs/opd_qwen3_1_7b",
         teacher=TeacherConfig(model="models/Qwen3-8B", tp=4),
-        sampler=dataclasses.replace(base.sampler, tp=4, memory_fraction=0.2),  # of each of two engines
+        sampler=dataclasses.replace(base.sampler, tp=4, memory_fraction=OF_TWO_ENGINES),
     )
 
 

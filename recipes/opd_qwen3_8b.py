@@ -6,7 +6,7 @@ import dataclasses
 
 from megatron_trd.config import TeacherConfig, TrainConfig
 from recipes import opsd_qwen3_8b
-from recipes.common import run_as_program
+from recipes.common import OF_TWO_ENGINES, run_as_program
 
 
 def recipe() -> TrainConfig:
@@ -23,7 +23,7 @@ def recipe() -> TrainConfig:
         run_dir="runs/opd_qwen3_8b",
         student=dataclasses.replace(base.student, tp=8),
         teacher=TeacherConfig(model="models/Qwen3-32B", tp=8),
-        sampler=dataclasses.replace(base.sampler, tp=8, memory_fraction=0.2),  # of each of two engines
+        sampler=dataclasses.replace(base.sampler, tp=8, memory_fraction=OF_TWO_ENGINES),
     )
 
 

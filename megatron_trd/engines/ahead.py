@@ -20,7 +20,7 @@ class TeacherAhead:
     """Computes the teacher's hidden states of finished trajectories (`overlap=teacher`).
 
     All ranks are told of the same trajectories in the same order, so that they put the same samples together and their
-    threads meet in the teacher's collectives. Its process groups are used by nothing else while there is sampling.
+    threads meet in the teacher's collectives. Its process groups are used by nothing else once there are some.
     """
 
     def __init__(self, teacher: TeacherEngine, sample_of: Callable[[Trajectory], Sample | None]) -> None:

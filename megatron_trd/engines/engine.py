@@ -151,7 +151,7 @@ class Engine:
             return refit.refit(self.llm, self.model.arch, source)
 
     def verify(self, source: loading.Source) -> int:
-        """Tensors in the engine, every one of which is that in `source`, or `UserError` is raised. Collective."""
+        """Compare every tensor with that in `source`; returns how many. `UserError` if one differs. Collective."""
         with self._working():
             same = refit.verify(self.llm, self.model.arch, source)
         if different := sorted(name for name, equal in same.items() if not equal):

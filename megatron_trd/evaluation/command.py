@@ -26,7 +26,7 @@ from megatron_trd.reporting.metrics import METRICS_FILE
 from megatron_trd.training.checkpoint import checkpoints
 from megatron_trd.training.run_folder import make_folder
 
-_SETTINGS = ("sampler.", "data.", "world_size=", "run_dir=")
+_SETTINGS = ("sampler.", "data.", "world_size=")
 _MEMORY_FRACTION = 0.9  # of a GPU, vLLM's own default
 
 
@@ -66,7 +66,6 @@ def run_evaluation(
         ),
     )
     config = _check(configuration.apply_overrides(config, overrides))
-    out = Path(config.run_dir)
     if (out / METRICS_FILE).exists() or checkpoints(out):
         raise UserError(f"'{out}' is the folder of a training run, whose config.yaml would be lost: set another --out")
     make_folder(out)

@@ -10,8 +10,9 @@ from torch import Tensor
 from megatron_trd.losses.torch_kernels import blocks
 
 # Logits of one chunk and one side. The peak of the fused loss is a little over two of these. On a CPU larger chunks buy
-# longer products, which are full-speed well before this size. A GPU also reads and writes the float32 gradient of the
-# head once a chunk, whose time hides behind the products of a chunk of about a thousand tokens (by arithmetic, H100).
+# longer products: these hold 512 tokens of 151,936 columns, with which they are at full speed. A GPU also reads and
+# writes the float32 gradient of the head once a chunk, whose time hides behind the products of a chunk of about a
+# thousand tokens (by arithmetic, H100).
 HOST_CHUNK_BYTES = 320 * 2**20
 ACCELERATOR_CHUNK_BYTES = 640 * 2**20
 ROW_MULTIPLE = 128  # tokens of a chunk on a GPU, where it was not asked for: its matrix kernels work in such tiles
@@ -49,8 +50,8 @@ def chunks_under_way(ranks: int) -> int:
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` into `out`, summed and kept in its dtype, the widest of the three.
 
-    Rounded to bf16, the logits of a student near its teacher say little of what is between them: at 0.001 nats a token
-    half of the gradient is rounding (benchmarks/results/loss_near.md).
+    Rounded to bf16, the logits of a student near its teacher say little of what is between them: at 0.003 nats a token
+    the gradient is 39 % off (benchmarks/results/loss_near.md).
     """
     if left.dtype == right.dtype == out.dtype:
         return torch.mm(left, right, out=out)

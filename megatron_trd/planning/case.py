@@ -50,7 +50,7 @@ class Case:
 
     @property
     def engines(self) -> list[Architecture]:
-        """Models of a rank's vLLM engines: the teacher's too where it refines with weights of its own."""
+        """Models of a rank's vLLM engines: the teacher's too where it refines with an engine of its own."""
         return [self.student] if one_engine(self.config) else [self.student, self.teacher]
 
     @property

@@ -31,7 +31,8 @@ def _times(count: int, parts: Parts) -> Parts:
 
 
 def _refit(case: Case) -> Parts:
-    """The student's engine, and that of a teacher which has moved; a frozen one's weights come once."""
+    """The student's weights, and the teacher's where they are an average that moves or share its engine; to an engine
+    of its own a frozen teacher's come once."""
     sources = [(case.student, case.student_layout)]
     if swaps_weights(case.config) or (len(case.engines) > 1 and case.config.averaged_teacher):
         sources.append((case.teacher, case.teacher_layout))

@@ -34,7 +34,7 @@ from megatron_trd.models.model import open_model
 
 _STEP = re.compile(r"step_(\d+)$")
 _SAMPLED = "sampled.json"
-_LITTLE = 2**28  # bytes free on a disk that an error while writing is put down to
+_FULL = 2**28  # with fewer bytes free, an error while writing is put down to the disk
 
 
 def checkpoints(run_dir: str | Path) -> dict[int, Path]:
@@ -106,16 +106,16 @@ def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngi
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Say which checkpoint could not be written, and that its disk is full: torch's own error says neither."""
+    """Say which checkpoint could not be written, and how much is free there: torch's own error says neither."""
     try:
         yield
     except Exception as error:
         free = shutil.disk_usage(target.parent).free
-        if not isinstance(error, OSError) and free > _LITTLE:
+        if not isinstance(error, OSError) and free > _FULL:
             raise
         raise JobFailed(
             f"checkpoint '{target}' could not be written, {free / 2**20:,.0f} MiB are free there ({line_of(error)}): "
-            "make room and --resume"
+            "mend that, or make room, and --resume"
         ) from error
 
 

@@ -144,7 +144,7 @@ def _check_order(config: TrainConfig) -> None:
     if config.staleness and swaps_weights(config):
         raise UserError(
             "staleness=1 samples beside training, and with sampler.one_engine=true the engine's weights would change "
-            "meanwhile: set one of the two"
+            "meanwhile: sampler.one_engine=false, or staleness=0"
         )
     stale = "staleness=1" if config.staleness else ""
     overlap = "overlap=teacher" if config.overlap == "teacher" else ""

@@ -166,8 +166,9 @@ class Run:
         if self._left_out:
             counts = ", ".join(f"{key} {value:g}" for key, value in self._left_out.items())
             raise UserError(
-                f"no step had anything to train on (the newest one's {counts}): raise data.max_prompt_tokens or the "
-                "sampler's limits, see data.overlong, or see in samples/ what the model writes"
+                f"no step of this start had anything to train on (the newest one's {counts}): raise "
+                "data.max_prompt_tokens or the sampler's limits, see data.overlong and corpus, or see in samples/ what "
+                "the model writes"
             )
 
 

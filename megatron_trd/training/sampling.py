@@ -99,7 +99,7 @@ class Sampling:
         self._ready: Sampled | None = None  # sampled ahead and not taken yet
 
     def _sampler(self) -> Sampler:
-        """One vLLM engine, and a second one for a teacher whose weights are not the student's."""
+        """One vLLM engine, and a second one where a teacher refines with an engine of its own."""
         config, inputs = self.config, self.inputs
         if one_engine(config):
             engine = Engine(inputs.student, config, inputs.max_length, sleeps=engine_sleeps(config))

@@ -48,17 +48,17 @@ def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
         print(text, file=sys.stderr)
 
     done = max(checkpoints(config.run_dir), default=0)
+    failures = dict(_failures(logs))
+    rank, cause = first_cause(failures) if failures else (0, None)
+    if cause and cause.exit_code == UserError.exit_code:  # it would end the same way again
+        say(f"megatron-trd: {cause.reason}")
+        return str(cause.exit_code)
     if done >= config.steps:
         say(f"{done} steps done, run folder {config.run_dir}")
         return "0"
-    failures = dict(_failures(logs))
-    why = f"srun ended with exit code {status}" if status else "stopped on request"
-    if failures:
-        rank, cause = first_cause(failures)
-        if cause.exit_code == UserError.exit_code:  # it would end the same way again
-            say(f"megatron-trd: {cause.reason}")
-            return str(cause.exit_code)
-        why = f"rank {rank} failed: {cause.reason}"
+    why = f"rank {rank} failed: {cause.reason}" if cause else f"srun ended with exit code {status}"
+    if not cause and not status:
+        why = "stopped on request"
     count = _restarts(config, done)
     why += f"; step {done} of {config.steps} is saved, logs in {logs}"
     if count > allowed:
