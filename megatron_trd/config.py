@@ -87,10 +87,10 @@ class SamplerConfig:
     max_sequences: Positive = 256  # running at once in one engine
     max_running_tokens: Positive | None = None  # prompts and limits of the requests in one engine, together
     stream: bool = True  # refine each rollout as soon as it ends; otherwise all, when the last has ended
-    # A teacher that refines with weights of its own has an engine of its own, or that of the student, whose weights are
-    # changed when the last rollout has ended: half the memory, which it can give up while there is training, for one
-    # more refit a step and no streaming. None: the student's for a self-teacher, unless staleness=1.
-    one_engine: bool | None = None
+    # A self-teacher refines with the student's engine, whose weights become the teacher's when the last rollout has
+    # ended, unless they are the same or staleness=1: half the memory, which the engine can give up while there is
+    # training, for one more refit a step and no streaming. A teacher model always has an engine of its own.
+    one_engine: bool = True
     request_timeout: Annotated[float, Field(gt=0)] | None = None  # seconds, after which a request begins anew, once
     # Of a GPU's memory, for weights and KV cache of one engine.
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3

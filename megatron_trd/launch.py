@@ -64,17 +64,20 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
     code = 0
     try:
         work()
-    except UserError as error:
-        if not isinstance(error, RefusedElsewhere):
-            print(error, file=sys.stderr)
-        handler.record_exception(error)
-        code = error.exit_code
-    except Exception as error:
-        traceback.print_exc()
-        handler.record_exception(error)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    except SystemExit:  # bad arguments
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        code = error.exit_code if isinstance(error, UserError) else 1
+        with contextlib.suppress(OSError):  # a full disk must not keep the rank from ending
+            handler.record_exception(error)
+        with contextlib.suppress(OSError):
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            elif not isinstance(error, RefusedElsewhere):
+                print(error, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # no exit handlers: they would wait for ranks that this one has failed; vLLM and gloo have threads
 
 

@@ -89,9 +89,7 @@ def one_engine(config: TrainConfig) -> bool:
 
 def swaps_weights(config: TrainConfig) -> bool:
     """Whether the only engine has the student's weights for rollouts, and then the teacher's for refinements."""
-    wanted = config.sampler.one_engine
-    if wanted is None:
-        wanted = config.teacher.model is None and not config.staleness
+    wanted = config.sampler.one_engine and config.teacher.model is None and not config.staleness
     return wanted and _refines_with_own_weights(config)
 
 

@@ -81,6 +81,7 @@ class _Group:
     failure: str | None = None
     idle: float = 0.0  # seconds at meetings, waiting for the others
     idle_queued: float = 0.0  # of them, while requests waited for room
+    changing: float = 0.0  # seconds in which the engine's weights became the teacher's
 
     @property
     def load(self) -> Load:
@@ -137,7 +138,7 @@ class Sampler:
         begin, before = time.perf_counter(), pre_emptions(self.student)
         sampling = _Step(self, step, problems, prompts, refine_prompt, finished, to_teacher)
         group = sampling.run()
-        seconds = max(time.perf_counter() - begin, 1e-9)
+        seconds = max(time.perf_counter() - begin - group.changing, 1e-9)
         mine = {
             "sampler/idle": group.idle / seconds / self.groups,
             "sampler/idle_queued": group.idle_queued / seconds / self.groups,
@@ -200,7 +201,7 @@ class _Step:
         reports: list[_Report] = self.sampler.tell(group.report(self.settings.request_timeout))
         seconds = time.perf_counter() - begin
         group.idle += seconds
-        group.idle_queued += seconds if self.waiting else 0.0
+        group.idle_queued += seconds if self._ready() else 0.0
         for failure in (report.failure for report in reports if report.failure):
             raise EngineDied(failure)
         for name in reports[self.sampler.group].overdue:
@@ -210,9 +211,10 @@ class _Step:
             self._begin(task)
         self.waiting += [task for report in reports for task in report.new]
         self._note([done for report in reports for done in report.done])
-        if self.to_teacher and self.rollouts_done:
-            to_teacher, self.to_teacher = self.to_teacher, None
+        if self.to_teacher and self.rollouts_done and self.waiting:
+            begin, to_teacher, self.to_teacher = time.perf_counter(), self.to_teacher, None
             to_teacher()
+            group.changing = time.perf_counter() - begin
         loads = [report.load for report in reports]
         given = assign(self._ready(), loads, self.capacity, self.expected)
         for task in given[self.sampler.group]:

@@ -20,7 +20,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.methods import swaps_weights
 from megatron_trd.models import loading, weights
 from megatron_trd.models.architecture import Architecture, build_model, transformer_config
-from megatron_trd.models.gathering import SpreadWeights
+from megatron_trd.models.gathering import GatheredSource, SpreadWeights
 from megatron_trd.models.model import Model
 from megatron_trd.parallel.exchange import Route, exchange_hidden
 from megatron_trd.parallel.grid import Grid, teacher_grid
@@ -141,7 +141,7 @@ class TeacherEngine:
         shard = {} if head is None else {slot.megatron[0]: head}
         grid, size, dtype = self.student.grid, body_weights.bucket_bytes, body_weights.dtype
         last = SpreadWeights(shard, self.arch, grid, size, dtype=dtype, shown=False).source([slot])
-        return lambda asked: last(asked) if asked == slot else body(asked)
+        return _WithHead(body, last, slot)
 
     def forget(self) -> None:
         """Drop all hidden states: their step is over."""
@@ -216,6 +216,22 @@ class TeacherEngine:
         local = {route.sample: self._made[names[route.sample]] for route in routes if names[route.sample] in self._made}
         layouts = self.grid.layout, self.student.grid.layout
         return exchange_hidden(routes, local, *layouts, self.arch.hidden_size, current.dtype, current.device)
+
+
+class _WithHead:
+    """Body and output head of a model, each from where it is; a `PiecewiseSource`."""
+
+    def __init__(self, body: GatheredSource, head: GatheredSource, slot: weights.Slot) -> None:
+        self._body, self._head, self._slot = body, head, slot
+
+    def _of(self, slot: weights.Slot) -> GatheredSource:
+        return self._head if slot == self._slot else self._body
+
+    def __call__(self, slot: weights.Slot) -> list[Tensor]:
+        return self._of(slot)(slot)
+
+    def pieces(self, slot: weights.Slot) -> list[weights.Piece]:
+        return self._of(slot).pieces(slot)
 
 
 def check_teacher(student: Architecture, teacher: Architecture) -> None:

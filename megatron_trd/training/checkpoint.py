@@ -107,9 +107,11 @@ def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngi
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[None]:
     """Say which checkpoint could not be written, and how much is free there: torch's own error says neither."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # which is no Exception
         free = shutil.disk_usage(target.parent).free
         if not isinstance(error, OSError) and free > _FULL:
             raise

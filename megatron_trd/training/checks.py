@@ -12,7 +12,7 @@ from megatron_trd.data.prompts import Context, PromptBuilder
 from megatron_trd.engines.teacher import check_teacher
 from megatron_trd.errors import UserError
 from megatron_trd.evaluation.grading import check_gradable
-from megatron_trd.methods import METHODS, check_threads, swaps_weights
+from megatron_trd.methods import METHODS, check_threads
 from megatron_trd.models.loading import check_tokenizer
 from megatron_trd.models.model import Model, open_model
 from megatron_trd.parallel.grid import Layout
@@ -44,11 +44,6 @@ def check(config: TrainConfig) -> Inputs:
         raise UserError("a mixture of experts with student.tp > 1 needs student.sequence_parallel=true")
     for model in (student, teacher):
         model.arch.check_layout(config.sampler.tp, 1, "sampler")
-    if swaps_weights(config) and teacher.arch != student.arch:
-        raise UserError(
-            f"sampler.one_engine=true gives one engine the weights of both, and teacher.model '{config.teacher.model}' "
-            f"has other shapes than model '{config.model}': set it to false"
-        )
     world = _world_size(config)
     max_length = _longest(config)
     for what, model in (("student", student), ("teacher", teacher)):
@@ -140,11 +135,6 @@ def _check_order(config: TrainConfig) -> None:
     if config.staleness and config.overlap != "none":
         raise UserError(
             "staleness=1 samples beside training, when the teacher is at work: overlap=none, or staleness=0"
-        )
-    if config.staleness and swaps_weights(config):
-        raise UserError(
-            "staleness=1 samples beside training, and with sampler.one_engine=true the engine's weights would change "
-            "meanwhile: sampler.one_engine=false, or staleness=0"
         )
     stale = "staleness=1" if config.staleness else ""
     overlap = "overlap=teacher" if config.overlap == "teacher" else ""

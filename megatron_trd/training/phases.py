@@ -25,7 +25,7 @@ class Phases:
         """
         current = platform.current()
         current.synchronize()
-        self._gauge(None)
+        self._gauge(out_of)
         begin = time.perf_counter()
         yield
         current.synchronize()

@@ -20,7 +20,7 @@ from megatron_trd.engines.teacher import TeacherEngine
 from megatron_trd.errors import UserError
 from megatron_trd.methods import METHODS
 from megatron_trd.parallel.grid import student_grid
-from megatron_trd.reporting.metrics import HELD_OUT_FILE, MetricsWriter, SampleWriter
+from megatron_trd.reporting.metrics import HELD_OUT_FILE, MetricsWriter, SampleWriter, read_metrics
 from megatron_trd.reporting.progress import Progress
 from megatron_trd.training import checkpoint
 from megatron_trd.training.checks import Inputs, check
@@ -64,7 +64,6 @@ class Run:
         if self.steps_done and (ahead := checkpoint.sampled_ahead(config.run_dir)):
             self.sampling.restore(sampled_from_json(ahead))
         self.sampled: Sampled  # what the present step trains on
-        self._left_out: dict[str, float] | None = None  # on rank 0, while no step has had anything to train on
 
     def evaluate(self, steps_done: int) -> None:
         """Ask the student the held-out problems, where there are some and it is time. Collective."""
@@ -103,7 +102,6 @@ class Run:
             metrics |= dict(self._throughput(trajectories, metrics, len(results)))
             pairs = [self.builder.pair(trajectory) for trajectory in trajectories[: self.config.log.samples_per_step]]
             self._writers.write(step, metrics, pairs)
-            self._note_left_out(metrics)
         bound = self.config.log.max_drift
         # A model that has moved since it sampled has other log-probabilities: nothing is wrong then.
         unmoved = self.sampled.weights == step or (self.method.refines and self.config.frozen_teacher)
@@ -112,12 +110,6 @@ class Run:
                 f"sampler and trainer differ by {results[0].drift_mean:.3g} nats a token, log.max_drift is {bound:g}: "
                 "see whether --verify-refit finds other weights in the sampler, or raise the bound"
             )
-
-    def _note_left_out(self, metrics: Mapping[str, float]) -> None:
-        if metrics["samples/trained"]:
-            self._left_out = {}
-        elif self._left_out != {}:
-            self._left_out = {key: value for key, value in metrics.items() if key.startswith("overflow/")}
 
     def _throughput(
         self, trajectories: list[Trajectory], metrics: Mapping[str, float], epochs: int
@@ -156,20 +148,25 @@ class Run:
     def close(self) -> None:
         """Flush the writers and leave the process group.
 
-        Raises `UserError`, on rank 0, if there were steps and not one had anything to train on.
+        Raises `UserError`, on rank 0, if the run is at its end and no step of it had anything to train on.
         """
         self.teacher.store.close()
         if self._writers is not None:
             self._writers.close()
         dist.barrier()
         dist.destroy_process_group()
-        if self._left_out:
-            counts = ", ".join(f"{key} {value:g}" for key, value in self._left_out.items())
-            raise UserError(
-                f"no step of this start had anything to train on (the newest one's {counts}): raise "
-                "data.max_prompt_tokens or the sampler's limits, see data.overlong and corpus, or see in samples/ what "
-                "the model writes"
-            )
+        if self._writers is not None:
+            _check_trained(read_metrics(Path(self.config.run_dir)), self.config.steps)
+
+
+def _check_trained(rows: list[dict[str, Any]], steps: int) -> None:
+    if len(rows) < steps or any(row["samples/trained"] for row in rows):
+        return
+    counts = ", ".join(f"{key} {value:g}" for key, value in rows[-1].items() if key.startswith("overflow/"))
+    raise UserError(
+        f"no step had anything to train on (the newest one's {counts}): raise data.max_prompt_tokens or the sampler's "
+        "limits, see data.overlong and corpus, or see in samples/ what the model writes"
+    )
 
 
 def _trained(results: list[StepResult]) -> dict[str, float]:

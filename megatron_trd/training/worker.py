@@ -34,9 +34,11 @@ def main() -> None:
         config, first = _begin(arguments), dist.get_rank() == 0
         run = Run(config, resume=arguments.resume)
     train(run)
-    run.close()
-    if first:
-        release_lock(Path(config.run_dir))
+    try:
+        run.close()
+    finally:
+        if first:
+            release_lock(Path(config.run_dir))
 
 
 def _begin(arguments: argparse.Namespace) -> TrainConfig:

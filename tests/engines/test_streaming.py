@@ -53,6 +53,13 @@ def stream_ranks(rank: int, world: int, model: str) -> dict[str, Any]:
         "several": sample(refinements=3),
         "overdue": None,
     }
+    # Weights that change amid the sampling do so once, when nothing runs, and only if there is something to refine.
+    found["changes"], nothing = [], []
+    changing, note = Sampler(config, engine, engine), found["changes"]
+    trajectories = changing.sample(0, problems, prompts, refine, None, lambda: note.append(engine.busy))
+    found["changed"] = trajectories, changing.stats
+    changing.sample(0, problems, prompts, lambda *_: None, None, lambda: nothing.append(engine.busy))
+    assert nothing == []
     # Asleep while others train. On a CPU vLLM keeps the memory, all else is as on a GPU.
     engine.sleep()
     assert engine.empty
@@ -103,7 +110,7 @@ def test_the_same_tokens_however_they_are_sampled(tmp_path: Path) -> None:
     streamed = tokens(found["streamed"][0])
     assert [index for index, *_ in streamed] == list(range(PROBLEMS))
     assert len({len(rollout) for _, rollout, *_ in streamed}) > 1, "rollouts end at different times"
-    for way in ("two phases", "few at once", "few tokens", "slept", "restarted"):
+    for way in ("two phases", "few at once", "few tokens", "changed", "slept", "restarted"):
         assert tokens(found[way][0]) == streamed, way
     several = tokens(found["several"][0])
     assert len(several) == 3 * PROBLEMS - 2, "but for the one without a refinement prompt"
@@ -111,6 +118,7 @@ def test_the_same_tokens_however_they_are_sampled(tmp_path: Path) -> None:
     assert [(index, *rest) for index, rest in sorted(first.items())] == streamed
     per_rollout = [refined for index, *_, refined in several if index == 0]
     assert len(set(per_rollout)) == 3, "each refinement has its own seed"
+    assert [rank["changes"] for rank in ranks] == [[False], [False]]
     assert "killed" in found["death"]
     assert ranks[0]["death"] == ranks[1]["death"]
     assert "twice" in found["overdue"]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from megatron_trd.config import CheckpointConfig
 from megatron_trd.data.batching import deal
@@ -106,7 +107,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """torch and megatron-core say that a write failed, and not why."""
     from megatron_trd.training.checkpoint import _writing
 
-    def fail(error: Exception) -> None:
+    def fail(error: BaseException) -> None:
         with _writing(tmp_path / "step_3"):
             raise error
 
@@ -114,6 +115,8 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(**room))
     with pytest.raises(JobFailed, match=r"step_3' could not be written, 5 MiB are free there \(unexpected pos 320\)"):
         fail(RuntimeError("unexpected pos 320"))
+    with pytest.raises(JobFailed, match="5 MiB are free there"):
+        fail(CheckpointException("write", {0: _wrap_exception(RuntimeError("unexpected pos 320"))}))
     room["free"] = 2**40
     with pytest.raises(RuntimeError, match=r"^a bug$"):
         fail(RuntimeError("a bug"))

@@ -278,7 +278,6 @@ def test_problems_without_a_reference_are_refused_or_dropped(run: Run, tmp_path:
     ("changes", "parts"),
     [
         ({"staleness": 1, "overlap": "teacher"}, ["staleness=1", "overlap=none"]),
-        ({"staleness": 1, "sampler": {"one_engine": True}}, ["staleness=1", "sampler.one_engine=true"]),
         ({"staleness": 1, "student": {"offload": True}}, ["student.offload=true", "staleness=1"]),
         ({"log": {"max_drift": 0.1, "drift_tokens": 0}}, ["log.max_drift", "log.drift_tokens"]),
         ({"staleness": 1, "teacher": {"offload": True}}, ["teacher.offload=true", "staleness=1"]),
@@ -325,14 +324,6 @@ def test_a_teacher_whose_tokens_have_other_numbers(run: Run, models: Path, tmp_p
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (teacher / "tokenizer.json").write_text(json.dumps(text))
     says(run(teacher={"model": str(teacher)}), str(teacher), "'a'", "tokenizer")
-
-
-def test_one_engine_is_for_models_of_the_same_shapes(run: Run, models: Path, tmp_path: Path) -> None:
-    one = {"one_engine": True}
-    says(run(teacher={"model": str(models / "larger")}, sampler=one), "sampler.one_engine=true", "other shapes")
-    check(run(teacher={"model": str(models / "larger"), "weights": "frozen"}, sampler=one, method="opd-forward-kl"))
-    same = shutil.copytree(models / "student", tmp_path / "teacher")
-    check(run(teacher={"model": str(same)}, sampler=one))
 
 
 # Model folders

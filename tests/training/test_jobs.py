@@ -454,3 +454,16 @@ def test_a_rank_whose_reason_found_no_room_is_said_to_have_had_none(
     script.write_text("import os\nos._exit(1)\n")
     with pytest.raises(JobFailed, match=r"rank 0 failed: exit code 1; logs in .*, whose disk is full$"):
         launch([str(script)], 1, tmp_path / "logs")
+
+
+def test_what_torch_raises_when_it_cannot_write_is_an_error_too(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "from megatron_trd.launch import run_rank\n"
+        "from torch.distributed.checkpoint.api import CheckpointException\n"
+        "def main():\n"
+        "    raise CheckpointException('write', {})\n"
+        "run_rank(main)\n"
+    )
+    with pytest.raises(JobFailed, match=r"rank 0 failed: CheckpointException: "):
+        launch([str(script)], 1, tmp_path / "logs")
