@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 
 def kernel_bytes(name: str, path: str = "/proc/self/status") -> int:
     """Bytes by this name in a file of /proc: this process's `VmRSS` and `VmHWM`, or `MemAvailable` of /proc/meminfo.
@@ -14,6 +16,11 @@ def kernel_bytes(name: str, path: str = "/proc/self/status") -> int:
     """
     [line] = [line for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of `exact`, which is float64."""
+    return float((found.double() - exact).norm() / exact.norm())
 
 
 def publish(title: str, text: str, path: Path | None) -> None:

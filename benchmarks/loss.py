@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import kernel_bytes, matches, publish
+from benchmarks.common import kernel_bytes, matches, publish, relative_error
 from benchmarks.rivals import Case, Loss, cases, loaded
 from megatron_trd.losses import dense_divergence
 from megatron_trd.losses.head import chunks, chunks_under_way
@@ -363,12 +363,8 @@ def _errors(loss: Loss, case: Case, shape: Shape, rank: int, group: dist.Process
     hidden_gradient, weight_gradient = torch.autograd.grad(exact, (student, weight))
     value, *gradients = _gradients(loss, mine, group)
     wanted = (hidden_gradient, weight_gradient.chunk(small.ranks)[rank])
-    errors = [_relative(found, exact) for found, exact in zip(gradients, wanted, strict=True)]
-    return max(errors), _relative(value, exact.detach())
-
-
-def _relative(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+    errors = [relative_error(found, exact) for found, exact in zip(gradients, wanted, strict=True)]
+    return max(errors), relative_error(value, exact.detach())
 
 
 def _wait(device: str) -> None:

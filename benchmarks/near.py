@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import publish
+from benchmarks.common import publish, relative_error
 from benchmarks.rivals import Loss, cases, loaded
 from megatron_trd.losses import dense_divergence
 
@@ -61,8 +61,8 @@ def _table(student: Tensor, weight: Tensor, teachers: list[Tensor]) -> str:
         cells = []
         for teacher, (value, *right) in zip(teachers, exact, strict=True):
             found, *gradients = _gradients(loss, *leaves, teacher)
-            error = max(_relative(ours, theirs) for ours, theirs in zip(gradients, right, strict=True))
-            cells.append(f" {error:.1%} ({_relative(found, value):.1%}) |")
+            error = max(relative_error(ours, theirs) for ours, theirs in zip(gradients, right, strict=True))
+            cells.append(f" {error:.1%} ({relative_error(found, value):.1%}) |")
         lines.append(f"| {case.name} |{''.join(cells)}")
     return "\n".join(lines)
 
@@ -74,10 +74,6 @@ def _float64(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: T
 def _gradients(loss: Loss, student: Tensor, weight: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value = loss(student, weight, teacher, weight.detach(), None)
     return value.detach(), *torch.autograd.grad(value, (student, weight))
-
-
-def _relative(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
 
 
 if __name__ == "__main__":

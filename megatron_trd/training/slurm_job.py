@@ -56,9 +56,9 @@ def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
     if done >= config.steps:
         say(f"{done} steps done, run folder {config.run_dir}")
         return "0"
-    why = f"rank {rank} failed: {cause.reason}" if cause else f"srun ended with exit code {status}"
-    if not cause and not status:
-        why = "stopped on request"
+    why = f"srun ended with exit code {status}" if status else "stopped on request"
+    if cause:
+        why = f"rank {rank} failed: {cause.reason}"
     count = _restarts(config, done)
     why += f"; step {done} of {config.steps} is saved, logs in {logs}"
     if count > allowed:
