@@ -100,9 +100,13 @@ class StudentEngine:
         platform.current().sum_gradients_in_fp32(model)
         self._named = loading.local_parameters(model, self.arch, self.grid)
         loading.load(self._named, self.arch, self.grid, source)
+        # megatron-core (0.16) says of experts that they are reduced over their own replicas for ep > 1 only; and of
+        # transformer-engine's it does not say that each rank has its own, so that the gradient's norm would leave out
+        # those of all tensor-parallel ranks but the first.
         for name, parameter in model.named_parameters():
-            if ".experts." in name:  # reduced over its own replicas; megatron-core says so for ep > 1 only
+            if ".experts." in name:
                 parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         groups = self.grid.groups
         # The token count that the schedule hands over is left out: gradients are sums, weights are in the loss.
         mcore_config.finalize_model_grads_func = lambda models, _tokens=None, **_: finalize(

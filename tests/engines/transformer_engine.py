@@ -1,0 +1,308 @@
+"""transformer-engine's layers without a GPU: its own Python, over torch in place of its compiled extension.
+
+What is real: megatron-core's transformer-engine layers, transformer-engine's modules and autograd functions, their
+parameters' names, how they add to `main_grad`, what they give to and take from other ranks. What is not: the dozen
+products, norms and rotations of the extension that these layers call, here each a few lines of torch, and attention, of
+which transformer-engine's own "unfused" implementation is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import importlib
+import importlib.machinery
+import importlib.metadata
+import os
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megatron_trd import megatron_on_cpu, platform
+
+_DTYPES = {
+    "kByte": torch.uint8,
+    "kInt32": torch.int32,
+    "kFloat32": torch.float32,
+    "kFloat16": torch.float16,
+    "kBFloat16": torch.bfloat16,
+    "kFloat8E4M3": torch.float8_e4m3fn,
+    "kFloat8E5M2": torch.float8_e5m2,
+    "kFloat4E2M1": None,
+}
+DType = enum.IntEnum("DType", list(_DTYPES), start=0)
+
+
+def _torch_dtype(number: int) -> torch.dtype:
+    dtype = list(_DTYPES.values())[int(number)]
+    assert dtype is not None
+    return dtype
+
+
+def _product(a: Tensor, transa: bool, b: Tensor, transb: bool, out: Tensor, accumulate: bool) -> None:
+    """cuBLAS's order: `out (+)= op(b) @ op(a)`, summed in float32 at least."""
+    wide = torch.promote_types(out.dtype, torch.float32)
+    left, right = (tensor.reshape(-1, tensor.shape[-1]).to(wide) for tensor in (b, a))
+    found = (left.t() if transb else left) @ (right.t() if transa else right)
+    out.view(found.shape).copy_(out.view(found.shape).to(wide) + found if accumulate else found)
+
+
+def generic_gemm(
+    a: Tensor,
+    transa: bool,
+    b: Tensor,
+    transb: bool,
+    out: Tensor | None,
+    quantizer: None,
+    out_dtype: int | None,
+    bias: Tensor | None,
+    bias_dtype: int,
+    gelu: bool,
+    gelu_in: None,
+    grad: bool,
+    workspace: Tensor,
+    workspace_size: int,
+    accumulate: bool,
+    *_: Any,
+    **options: Any,
+) -> tuple[Any, ...]:
+    assert quantizer is None and not gelu and options["comm_overlap"] is None and options["alpha"] == 1.0
+    if out is None:
+        rows = (b.shape[-1],) if transb else b.shape[:-1]
+        columns = a.reshape(-1, a.shape[-1]).shape[0 if transa else 1]
+        out = a.new_empty(*rows, columns, dtype=_torch_dtype(out_dtype) if out_dtype is not None else a.dtype)
+    _product(a, transa, b, transb, out, accumulate)
+    of_bias = None
+    if bias is not None and grad:
+        of_bias = b.reshape(-1, b.shape[-1]).sum(dim=0).to(bias.dtype)
+    elif bias is not None:
+        out += bias
+    return out, of_bias, None, options["extra_output"]
+
+
+def te_general_grouped_gemm(
+    a: list[Tensor],
+    transa: bool,
+    b: list[Tensor],
+    transb: bool,
+    out: list[Tensor],
+    out_dtype: int,
+    splits: list[int],
+    bias: list[Tensor],
+    bias_dtype: int,
+    single_output: bool,
+    gelu_in: list[Tensor],
+    grad: bool,
+    workspaces: list[Tensor],
+    workspace_size: int,
+    accumulate: bool,
+    *_: Any,
+) -> list[Tensor]:
+    outputs = out[0].split(splits) if single_output else out
+    for left, right, into in zip(a, b, outputs, strict=True):
+        _product(left, transa, right, transb, into, accumulate)
+    return bias
+
+
+def rmsnorm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None,
+    quantizer: None,
+    dtype: int,
+    sm_margin: int,
+    zero_centered: bool,
+) -> tuple[Tensor, None, Tensor]:
+    assert quantizer is None and not zero_centered
+    inverse = (x.float().square().mean(dim=-1) + eps).rsqrt()
+    found = (x.float() * inverse.unsqueeze(-1) * weight.float()).to(_torch_dtype(dtype))
+    return found if out is None else out.copy_(found), None, inverse
+
+
+def rmsnorm_bwd(
+    gradient: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, sm_margin: int, zero_centered: bool
+) -> tuple[Tensor, Tensor]:
+    normed = x.float() * inverse.unsqueeze(-1)
+    of_normed = gradient.view(x.shape).float() * weight.float()
+    of_x = inverse.unsqueeze(-1) * (of_normed - normed * (of_normed * normed).mean(dim=-1, keepdim=True))
+    of_weight = (gradient.view(x.shape).float() * normed).reshape(-1, x.shape[-1]).sum(dim=0)
+    return of_x.to(x.dtype), of_weight.to(weight.dtype)
+
+
+def _rotate(x: Tensor, frequencies: Tensor, sign: int) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    angles = frequencies[: x.shape[0]].float()
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x.float() * angles.cos() + sign * rotated * angles.sin()).to(x.dtype)
+
+
+def fused_rope_forward(x: Tensor, frequencies: Tensor, starts: None, layout: Any, interleaved: bool, *_: Any) -> Tensor:
+    """`x [s, b, heads, d]`, `frequencies [s, 1, 1, d]`."""
+    assert starts is None and not interleaved and frequencies.shape[-1] == x.shape[-1]
+    return _rotate(x, frequencies, 1)
+
+
+def fused_rope_backward(x: Tensor, frequencies: Tensor, *_: Any) -> Tensor:
+    return _rotate(x, frequencies, -1)
+
+
+def multi_tensor_l2norm(chunk: int, noop: Tensor, lists: list[list[Tensor]], each: bool) -> tuple[Tensor, None]:
+    assert not each
+    return torch.stack([tensor.float().norm() for tensor in lists[0]]).norm().unsqueeze(0), None
+
+
+def multi_tensor_scale(chunk: int, noop: Tensor, lists: list[list[Tensor]], scale: float | Tensor) -> None:
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source.float() * scale)
+
+
+def multi_tensor_adam(
+    chunk: int,
+    noop: Tensor,
+    lists: list[list[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    decoupled: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
+    assert decoupled and bias_correction
+    for gradient, parameter, first, second in zip(*lists, strict=True):
+        first.lerp_(gradient.float(), 1 - beta1)
+        second.lerp_(gradient.float().square(), 1 - beta2)
+        denominator = (second / (1 - beta2**step)).sqrt() + eps
+        update = first / (1 - beta1**step) / denominator + weight_decay * parameter
+        parameter.sub_(lr * update)
+
+
+class _Named(type):
+    """An enumeration of the extension's whose members are only ever compared."""
+
+    def __getattr__(cls, name: str) -> int:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(cls, name, len(vars(cls)))
+        return int(vars(cls)[name])
+
+
+class _Extension(types.ModuleType):
+    """`transformer_engine_torch`: what is above, types that are only named, and functions that nobody may call."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*_: Any, **__: Any) -> None:
+            raise NotImplementedError(f"transformer_engine_torch.{name}")
+
+        value = _Named(name, (), {}) if name[0].isupper() else missing
+        setattr(self, name, value)
+        return value
+
+
+def _asked_by_transformer_engine(depth: int) -> bool:
+    return sys._getframe(depth).f_globals["__name__"].startswith("transformer_engine.")
+
+
+class _AsOnAGpu(megatron_on_cpu._CudaMeansCpu):
+    """... and tensors say to transformer-engine that they are on a GPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function == torch.Tensor.is_cuda.__get__ and _asked_by_transformer_engine(2):
+            return True
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+class TransformerEngineOnCpu(platform.CpuPlatform):
+    """A CPU with a GPU's layers, and its gradients of weights summed in float32 by them."""
+
+    layer_spec = platform.CudaPlatform.layer_spec
+    sum_gradients_in_fp32 = platform.CudaPlatform.sum_gradients_in_fp32
+
+    complete_optimizer = platform.Platform.complete_optimizer
+
+    def set_up(self) -> None:
+        with mock.patch.object(megatron_on_cpu, "patch_distributed_optimizer"):  # which is for torch's Adam
+            super().set_up()
+
+    @contextlib.contextmanager
+    def megatron(self) -> Iterator[None]:
+        with mock.patch.object(megatron_on_cpu, "_CudaMeansCpu", _AsOnAGpu), super().megatron():
+            yield
+
+    def optimizer_config(self) -> dict[str, Any]:
+        return super().optimizer_config() | {"bf16": self.dtype == torch.bfloat16}
+
+    def transformer_config(self) -> dict[str, Any]:
+        from megatron.core.transformer.enums import AttnBackend
+
+        of_a_gpu = platform.CudaPlatform.transformer_config(self)  # type: ignore[arg-type]
+        fused = {name: value for name, value in of_a_gpu.items() if name.endswith("_fusion")}
+        return super().transformer_config() | fused | {
+            "attention_backend": AttnBackend.unfused,
+            "bf16": self.dtype == torch.bfloat16,
+        }
+
+
+def _within_modes(backward: Any) -> Any:
+    """torch leaves function modes while its backward runs."""
+
+    @functools.wraps(backward)
+    def wrapped(*arguments: Any) -> Any:
+        with _AsOnAGpu():
+            return backward(*arguments)
+
+    return wrapped
+
+
+def install(folder: Path) -> None:
+    """In a process of its own that has not imported megatron-core: the package as pip puts it into `folder`, on a CPU."""
+    assert not any(name.startswith("megatron.core") for name in sys.modules)
+    sys.path.insert(0, str(folder))
+    os.environ.update(NVTE_PROJECT_BUILDING="1", NVTE_RELEASE_BUILD="0")  # no library is looked for
+    os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
+    extension = _Extension("transformer_engine_torch")
+    for function in (
+        generic_gemm, te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd, fused_rope_forward, fused_rope_backward,
+        multi_tensor_l2norm, multi_tensor_scale, multi_tensor_adam,
+    ):  # fmt: skip
+        setattr(extension, function.__name__, function)
+    # These are looked up by name with `import *`, and not called for layers with RMSNorm.
+    extension.layernorm_fwd = extension.layernorm_bwd = None  # type: ignore[attr-defined]
+    extension.DType = DType  # type: ignore[attr-defined]
+    extension.get_cudnn_version = lambda: 91000  # type: ignore[attr-defined]
+    extension.get_num_cublas_streams = lambda: 1  # type: ignore[attr-defined]
+    sys.modules["transformer_engine_torch"] = extension
+    torch.cuda.is_available = lambda: _asked_by_transformer_engine(2)
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    torch.cuda.is_current_stream_capturing = lambda: False
+    package = types.ModuleType("transformer_engine")  # whose own __init__ looks for libraries
+    package.__path__ = [str(folder / "transformer_engine")]
+    package.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None, is_package=True)
+    (about,) = importlib.metadata.distributions(name="transformer_engine", path=[str(folder)])
+    package.__version__ = about.version  # type: ignore[attr-defined]
+    sys.modules["transformer_engine"] = package
+    common = importlib.import_module("transformer_engine.common")
+    common.load_framework_extension = lambda _: None
+    package.pytorch = importlib.import_module("transformer_engine.pytorch")  # type: ignore[attr-defined]
+    for function in torch.autograd.Function.__subclasses__():
+        if function.__module__.startswith("transformer_engine."):
+            function.backward = staticmethod(_within_modes(function.backward))  # type: ignore[assignment]
+    platform.current.cache_clear()
+    platform.current = lambda: _PLATFORM  # type: ignore[assignment]
+
+
+_PLATFORM = TransformerEngineOnCpu()
