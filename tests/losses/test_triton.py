@@ -1,9 +1,13 @@
-"""The GPU's passes in Triton's interpreter: alone against the CPU's in float64, and in whole losses."""
+"""The GPU's passes in Triton's interpreter: alone against the CPU's in float64, and in whole losses. And compiled for
+GPUs, as far as that goes without one: to their machine code, which nothing here can run."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -122,6 +126,77 @@ def whole_losses(rank: int, world: int, store: str) -> tuple[list[Outcome], list
     dist.barrier()
     assert len(used) >= len(FUSED) + len(ON_LOGITS) - 10, "few cases have no token, or no column here"
     return found
+
+
+class _NoDriver:
+    """What Triton asks about a GPU that is not here, to compile for it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(capability: int) -> list[tuple[str, str, str]]:
+    """In a process of its own: every pass at the shapes of shards, compiled and not run. Its name, how it came to be,
+    PTX, and what its machine code takes."""
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from megatron_trd.losses.triton_kernels import TritonKernels
+
+    found = []
+
+    def compile_only(function: Any, *arguments: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(function, *arguments, warmup=True, **options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(kernel.asm["cubin"])
+            tool = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            takes = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
+        found.append((function.fn.__name__, kernel.asm["ptx"], takes))
+        return kernel
+
+    driver.set_active(_NoDriver(capability))
+    run = JITFunction.run
+    with mock.patch.object(JITFunction, "run", compile_only):
+        for rows, columns in [(512, 151_936 // 4), (1, 1), (3, 1003)]:  # those that are 1 or uneven are compiled apart
+            for divergence in ("forward_kl", "reverse_kl", "jsd"):
+                sides = torch.zeros(2, rows, columns)
+                kernels = TritonKernels(*sides, Objective(divergence=divergence))
+                kernels.statistics()
+                ones = torch.ones(rows)
+                if divergence == "jsd":
+                    kernels.mixture(ones, ones)
+                for dtype in (torch.float32, torch.bfloat16):
+                    kernels.gradient(ones, ones, dtype)
+    return found
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=["A100", "H100", "B200"])
+def test_the_passes_compile_for_gpus(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(compiled, capability).result()
+    assert [name for name, *_ in found[:3]] == ["_statistics", "_gradient", "_gradient"]
+    assert len(found) == 3 * (3 + 3 + 4)
+    for place, (name, ptx, takes) in enumerate(found):
+        [stack] = re.findall(r"STACK:(\d+)", takes)
+        assert int(stack) <= 16, f"{name} keeps what should be in registers in memory"
+        # Both sides are read in pieces of 16 bytes where rows begin at multiples of that.
+        wide = len(re.findall(r"ld\.global\S*\.v4\.", ptx))
+        assert wide >= 8 or place >= 10, name
 
 
 @pytest.fixture
