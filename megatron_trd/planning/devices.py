@@ -17,10 +17,13 @@ class Stack:
     device: str  # torch's name
     weight_bytes: int  # of a parameter
     optimizer_bytes: int  # of a parameter's optimizer state, a copy in float32 included where the weights are narrower
-    # What a layer keeps of a token for backward, in values: times the hidden size, the queries' and the keys'.
+    # What a layer keeps of a token for backward, in values: times the hidden size, the queries' and the keys', the
+    # feed-forward's and, for each that the token is sent to, an expert's.
     kept_hidden: int
     kept_queries: int
     kept_keys: int
+    kept_ffn: int
+    kept_expert_ffn: int
     # Attention that works in tiles keeps a number a head, and does only the causal half of the products. Otherwise
     # every pair of positions is computed and kept.
     tiled_attention: bool
@@ -33,18 +36,33 @@ class Stack:
     threads_communicate: bool = False  # as `Platform` says
 
 
-# Two norms keep their input and output; a query is kept in the fused product, reshaped, rotated, and as the attention's
-# output; keys and values in the fused product, rotated, and in order. Read from megatron-core 0.16 and
-# transformer-engine 2; not measured.
-TRANSFORMER_ENGINE = Stack("cuda", 2, 12, 4, 4, 4, tiled_attention=True, engine_shares=True)
-# Measured with `saved_tensors_hooks` on megatron-core's local layers: tests/planning/test_sizes.py.
+# Two norms keep their input and output; the feed-forward gate and up in one, and their product. This much was measured
+# (tests/engines/test_transformer_engine.py). A query is kept in the fused product, reshaped, rotated, and as the
+# attention's output; keys and values in the fused product, rotated, and in order: read from megatron-core 0.16 and
+# transformer-engine 2.
+TRANSFORMER_ENGINE = Stack(
+    "cuda",
+    weight_bytes=2,
+    optimizer_bytes=12,
+    kept_hidden=4,
+    kept_queries=4,
+    kept_keys=4,
+    kept_ffn=3,
+    kept_expert_ffn=3,
+    tiled_attention=True,
+    engine_shares=True,
+)
+# Measured with `saved_tensors_hooks` on megatron-core's local layers: tests/planning/test_sizes.py. Unfused, the gate's
+# activation and "up + 0" are kept too, and an expert's output before its weight.
 LOCAL_LAYERS = Stack(
     "cpu",
-    4,
-    8,
-    6,
-    7,
-    4,
+    weight_bytes=4,
+    optimizer_bytes=8,
+    kept_hidden=6,
+    kept_queries=7,
+    kept_keys=4,
+    kept_ffn=5,
+    kept_expert_ffn=6,
     tiled_attention=False,
     engine_shares=False,
     sees_peers=True,

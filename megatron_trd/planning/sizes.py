@@ -118,10 +118,10 @@ def kept_by_layer(arch: Architecture, layout: Layout, length: int, stack: Stack,
     values += (stack.kept_queries * size["queries"] + stack.kept_keys * size["keys"]) / tp
     values += arch.heads / tp * (4 / stack.weight_bytes if stack.tiled_attention else length)
     if arch.experts:  # a token goes to so many experts, wherever they are; routing is taken to be even
-        sent = arch.experts_per_token * (6 * size["expert_ffn"] + size["hidden"])
+        sent = arch.experts_per_token * (stack.kept_expert_ffn * size["expert_ffn"] + size["hidden"])
         values += (sent + 2 * arch.experts) / split
-    else:  # gate and up in one, gate's activation, up + 0, and their product
-        values += 5 * size["ffn"] / tp
+    else:
+        values += stack.kept_ffn * size["ffn"] / tp
     return values * stack.weight_bytes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ import torch
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
 from megatron_trd import platform
 from megatron_trd.config import apply_overrides, load
+from megatron_trd.parallel.grid import Layout
+from megatron_trd.planning import sizes
+from megatron_trd.planning.devices import TRANSFORMER_ENGINE
 from tests.checkpoint_tools.folders import assert_same_model, write_bits
 from tests.checkpoint_tools.test_layouts import EXPERTS, MODELS, YARN, load_and_save, saved
 from tests.distributed import run_ranks
 from tests.engines.test_numerics import EXPERT_CASES, compare, expected, expert_layout, layout, prepare, run_layouts
 from tests.models import write_model
+from tests.planning.test_sizes import DENSE as DENSE_SHAPE
+from tests.planning.test_sizes import EXPERTS as EXPERTS_SHAPE
+from tests.planning.test_sizes import saved_bytes
 from tests.training import jobs
 from tests.training.test_jobs import assert_same_run
 
@@ -34,6 +41,7 @@ def with_its_layers(rank: int, world: int, dtype: torch.dtype, function: Callabl
     return function(rank, world, *arguments)
 
 
+LENGTH = 64
 DENSE = {
     2: [
         layout(2, 1, 2, 1, "live", sequence_parallel=True, recompute=True),
@@ -127,6 +135,23 @@ def test_checkpoints_are_the_same_files_as_those_of_the_cpu_s_layers(
     for one in layouts:
         megatron_to_hf.convert(tmp_path / name / saved(*one), tmp_path / name / f"hf {saved(*one)}")
         assert_same_model(tmp_path / name / "hf", tmp_path / name / f"hf {saved(*one)}")
+
+
+def test_activations_grow_with_the_sizes_of_a_layer_as_planned() -> None:
+    """All but attention's, which is another's here. What it keeps is cancelled in the difference of two models."""
+    dense = [DENSE_SHAPE, replace(DENSE_SHAPE, hidden_size=256), replace(DENSE_SHAPE, ffn_size=384)]
+    experts = [EXPERTS_SHAPE, replace(EXPERTS_SHAPE, expert_ffn_size=128), replace(EXPERTS_SHAPE, hidden_size=256)]
+    cases = [(arch, 2, True, False, LENGTH) for arch in dense + experts]
+    cases += [(arch, 1, False, False, LENGTH) for arch in dense + experts]
+    [found, _] = run_ranks(with_its_layers, 2, torch.bfloat16, saved_bytes, cases)
+    planned = [
+        sizes.kept_by_layer(arch, Layout(tp, 1, 2), LENGTH, TRANSFORMER_ENGINE, sequence_parallel=sequence_parallel)
+        for arch, tp, sequence_parallel, *_ in cases
+    ]
+    for first in range(0, len(cases), 3):
+        for other in (first + 1, first + 2):
+            grown = found[other] - found[first]
+            assert grown == pytest.approx(planned[other] - planned[first], rel=0.03), cases[other]
 
 
 def run_job(rank: int, world: int, job: str, overrides: list[str], resume: bool) -> None:

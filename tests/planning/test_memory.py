@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_named_with_its_phase_and_size() -> None:
     found = forecast(make({"student": {"tp": 1}, "sampler": {"tp": 4, "memory_fraction": 0.2}}))
     assert not found.fits
     assert found.worst.phase == "train"
-    assert found.worst.why.startswith("activations 1")
+    assert found.worst.why.startswith("activations 9")
     train = sum(found.memory["train"].values())
     assert found.worst.over == pytest.approx(train - 79.1 * GIB)
 
