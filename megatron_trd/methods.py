@@ -14,11 +14,14 @@ from megatron_trd.config import LossConfig, MethodName, TrainConfig
 from megatron_trd.data.prompts import Context
 from megatron_trd.errors import UserError
 
+# As in losses/objective.py, which comes with torch: a command line is to start without.
+Kind = Literal["forward_kl", "reverse_kl", "jsd"]
+
 
 class DivergenceArguments(TypedDict):
     """Keyword arguments of the functions in `megatron_trd.losses`."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    divergence: Kind
     beta: float
     temperature: float
     clip: float | None
@@ -30,7 +33,7 @@ class DivergenceArguments(TypedDict):
 class Divergence:
     """A divergence and whether its per-token value is clipped or kept to the teacher's top-k tokens."""
 
-    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    kind: Kind = "forward_kl"
     clipped: bool = False
     top_k: bool = False
 

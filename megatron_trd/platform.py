@@ -227,6 +227,8 @@ class CudaPlatform(Platform):
             "gpu_memory_utilization": config.memory_fraction,
             "enforce_eager": config.enforce_eager,
             "enable_sleep_mode": sleeps,
+            # Logits as the trainer's are: rounded to bf16 they would be those of another policy than it learns from.
+            "hf_overrides": {"head_dtype": "float32"},
             "moe_backend": "triton",  # others keep experts in an order of their own, which a refit check cannot read
             # Its scratch memory is one for the process, of the size that the first engine asks for (vLLM 0.32).
             **({} if alone or config.tp == 1 else {"compilation_config": _NO_FUSED_ALL_REDUCE}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from megatron_trd.config import SamplerConfig
 from megatron_trd.platform import CudaPlatform
+from tests.models import write_model
 
 
 @pytest.mark.parametrize(("tp", "alone", "fused"), [(2, False, False), (2, True, None), (1, False, None)])
@@ -18,6 +20,16 @@ def test_engines_of_two_models_do_not_share_a_fused_all_reduce(tp: int, alone: b
     arguments = CudaPlatform().sampler_arguments(SamplerConfig(tp=tp), 64, sleeps=False, alone=alone)
     settings: Any = CompilationConfig(**arguments.get("compilation_config", {}))
     assert settings.pass_config.fuse_allreduce_rms is fused, "None: as vLLM likes"
+
+
+def test_a_sampler_s_logits_are_float32_as_the_trainer_s(tmp_path: Path) -> None:
+    from vllm.config import ModelConfig
+
+    folder = str(write_model(tmp_path / "model", dtype=torch.bfloat16))
+    arguments = CudaPlatform().sampler_arguments(SamplerConfig(), 64, sleeps=False, alone=True)
+    config = ModelConfig(model=folder, dtype="bfloat16", hf_overrides=arguments["hf_overrides"])
+    assert (config.dtype, config.head_dtype) == (torch.bfloat16, torch.float32)
+    assert ModelConfig(model=folder, dtype="bfloat16").head_dtype == torch.bfloat16
 
 
 def test_layers_that_can_sum_their_gradients_in_main_grad_do() -> None:

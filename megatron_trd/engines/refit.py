@@ -100,10 +100,11 @@ def _engine_name(slot: weights.Slot) -> str:
 
 def checksum(tensor: Tensor) -> str:
     """Digest of a tensor's values as float32 bytes (exact for fp32, bf16 and fp16)."""
-    data = tensor.detach().to("cpu", torch.float32).contiguous()
+    data = tensor.detach().to("cpu", torch.float32).contiguous() + 0.0  # -0.0 is 0.0: sums with it are
     return hashlib.blake2b(data.numpy().tobytes(), digest_size=16).hexdigest()
 
 
+@torch.no_grad()
 def verify(llm: Any, arch: Architecture, source: loading.Source) -> dict[str, bool]:
     """Of every tensor, whether its checksum inside this rank's vLLM engine is Megatron's. Collective.
 
@@ -181,13 +182,16 @@ def _read_experts(name: str, module: Any) -> dict[str, str]:
 def _read_linear(module: Any, size: int) -> Tensor:
     """`[out, in]` shard of a layer of `size` inputs, from its outputs for one-hot inputs: each is one weight."""
     weight = next(module.parameters())  # on a CPU an empty stand-in, whose device and dtype are right all the same
-    columns = []
+    found = weight.new_empty(0, size)
     for start in range(0, size, _PROBE_ROWS):
         one_hot = torch.zeros(min(_PROBE_ROWS, size - start), size, dtype=weight.dtype, device=weight.device)
         one_hot.diagonal(start).fill_(1)
-        columns.append(module.quant_method.apply(module, one_hot))
+        columns = module.quant_method.apply(module, one_hot).t()
+        if not len(found):
+            found = columns.new_empty(len(columns), size)
+        found[:, start : start + len(one_hot)] = columns
     platform.current().finish_reload(module)  # it keeps nothing that it made to answer: as if it had not been asked
-    return torch.cat(columns).t()
+    return found
 
 
 def _whole_vocabulary(module: Any, part: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ Parts = dict[str, float]  # bytes by what they are for
 # Parts that an engine takes; on a GPU they are its `memory_fraction` while it samples.
 _ENGINE = _WEIGHTS, _CACHE, _WORK, _GRAPHS = "engine weights", "KV cache", "engine activations", "engine graphs"
 
-# What the loss takes beside its chunks, of a matrix library and for a few rows at a time: 15 to 74 MiB were measured
+# What the loss takes beside its chunks, of a matrix library and for a few rows at a time: 15 to 49 MiB were measured
 # (benchmarks/results/loss_cpu*.md).
-_LOSS_SCRATCH = 56 * 2**20
+_LOSS_SCRATCH = 40 * 2**20
 _STEP = 0.05  # of a memory fraction that is proposed
 _GRADIENT_BYTES = 4  # gradients are summed in float32
 

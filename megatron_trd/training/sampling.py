@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -199,17 +199,21 @@ class Sampling:
             self.student.offload()
             platform.current().release_memory()  # what training leaves in torch's cache
         with self.phases.measure("refit"):
-            engines = [(self.sampler.student, self.student.source())]
-            if self.sampler.teacher is not self.sampler.student:
-                if self.teacher.averaged:
-                    engines.append((self.sampler.teacher, self.teacher.source()))
-                elif self.sampler.teacher.empty:  # a frozen teacher's weights come once
-                    engines.append((self.sampler.teacher, self.inputs.teacher.source))
-            self._refitted = [self._bring(engine, source) for engine, source in engines]
+            self._refitted = [self._bring(engine, source) for engine, source in self._due()]
         with self.phases.measure("refit"):
             self.teacher.offload()
             platform.current().release_memory()  # the buckets
             self.sampler.student.wake("kv_cache")
+
+    def _due(self) -> Iterator[tuple[Engine, loading.Source]]:
+        """Engines whose weights are not the present ones, and where these are. Nothing here keeps a source: its last
+        bucket goes with it, and is to be gone before the cache takes its memory."""
+        yield self.sampler.student, self.student.source()
+        if self.sampler.teacher is not self.sampler.student:
+            if self.teacher.averaged:
+                yield self.sampler.teacher, self.teacher.source()
+            elif self.sampler.teacher.empty:  # a frozen teacher's weights come once
+                yield self.sampler.teacher, self.inputs.teacher.source
 
     def _to_teacher(self) -> None:
         """Give the only engine the teacher's weights, amid a sampling. Collective."""

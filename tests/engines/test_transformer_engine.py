@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -166,10 +168,26 @@ def run_job(rank: int, world: int, job: str, overrides: list[str], resume: bool)
     train(Run(config, resume=resume))
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-def test_a_run_in_bf16_resumes_with_the_same_bits(tmp_path: Path, distributed: bool) -> None:
-    student = {"tp": 1 if distributed else 2, "micro_batch_size": 2, "distributed_optimizer": distributed}
-    job = jobs.write_job(tmp_path, student=student, log={"verify_refit": True})
+RUNS: dict[str, dict[str, Any]] = {
+    "dense, TP": {"student": {"tp": 2, "micro_batch_size": 2}},
+    "dense, DP, offloaded": {
+        "student": {"micro_batch_size": 2, "distributed_optimizer": True, "offload": True},
+        "teacher": {"weights": "frozen", "offload": True, "tp": 2},
+    },
+    "experts, TP and EP": {
+        "student": {"tp": 2, "ep": 2, "sequence_parallel": True, "micro_batch_size": 2},
+        "teacher": {"weights": "live"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_in_bf16_resumes_with_the_same_bits(tmp_path: Path, name: str) -> None:
+    settings = RUNS[name] | {"log": {"verify_refit": True}}
+    if name.startswith("experts"):
+        experts = write_model(tmp_path / "experts", family="qwen3_moe", max_position_embeddings=1024)
+        settings |= {"model": str(experts)}
+    job = jobs.write_job(tmp_path, **settings)
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
     run_ranks(with_its_layers, 2, torch.bfloat16, run_job, str(job), [f"run_dir={unbroken}"], False)
     shutil.copytree(unbroken, run)
@@ -178,7 +196,35 @@ def test_a_run_in_bf16_resumes_with_the_same_bits(tmp_path: Path, distributed: b
     assert_same_run(run, unbroken)
     for row in jobs.metrics(run):
         assert row["samples/trained"] == 3
+        assert row["refit/verified"] > 0
         assert row["drift/mean"] < 0.02, "nats between sampler and trainer, both in bf16"
+
+
+def run_and_look(rank: int, world: int, job: str, overrides: list[str]) -> list[int]:
+    """Rank function: a whole training run; tensors that its refits still held each time the cache took its
+    memory."""
+    from megatron_trd.engines.engine import Engine
+    from megatron_trd.models.gathering import GatheredSource
+
+    found = []
+    wake = Engine.wake
+
+    def waking(engine: Engine, memory: Literal["weights", "kv_cache"]) -> None:
+        if memory == "kv_cache":
+            found.append(sum(len(each._full) for each in gc.get_objects() if isinstance(each, GatheredSource)))
+        wake(engine, memory)
+
+    with mock.patch.object(Engine, "wake", waking):
+        run_job(rank, world, job, overrides, False)
+    return found
+
+
+@pytest.mark.parametrize("teacher", ["ema", "live"])
+def test_a_refit_s_buckets_are_gone_before_the_cache_takes_its_memory(tmp_path: Path, teacher: str) -> None:
+    job = jobs.write_job(tmp_path, steps=2, held_out={}, teacher={"weights": teacher})
+    overrides = [f"run_dir={tmp_path / 'run'}", "sampler.one_engine=false", "log.verify_refit=true"]
+    for found in run_ranks(with_its_layers, 2, torch.float32, run_and_look, str(job), overrides):
+        assert found == [0, 0]
 
 
 def test_a_teacher_of_its_own_is_verified_in_the_dtype_that_it_has_here(tmp_path: Path) -> None:

@@ -262,6 +262,33 @@ def _within_modes(backward: Any) -> Any:
     return wrapped
 
 
+def _extension() -> _Extension:
+    extension: Any = _Extension("transformer_engine_torch")
+    for function in (
+        generic_gemm, te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd, fused_rope_forward, fused_rope_backward,
+        multi_tensor_l2norm, multi_tensor_scale, multi_tensor_adam,
+    ):  # fmt: skip
+        setattr(extension, function.__name__, function)
+    # These are looked up by name with `import *`, and not called for layers with RMSNorm.
+    extension.layernorm_fwd = extension.layernorm_bwd = None
+    extension.get_cudnn_version = lambda: 91000
+    extension.get_num_cublas_streams = lambda: 1
+    return extension
+
+
+def _import(folder: Path) -> None:
+    """The package, less its own `__init__`, which looks for libraries, and its part for ONNX, which asks for others."""
+    (about,) = importlib.metadata.distributions(name="transformer_engine", path=[str(folder)])
+    package: Any = types.ModuleType("transformer_engine")
+    package.__path__, package.__version__ = [str(folder / "transformer_engine")], about.version
+    package.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None, is_package=True)
+    sys.modules["transformer_engine"] = package
+    sys.modules["transformer_engine_torch"] = _extension()
+    sys.modules["transformer_engine.pytorch.onnx_extensions"] = mock.MagicMock()
+    importlib.import_module("transformer_engine.common").load_framework_extension = lambda _: None
+    package.pytorch = importlib.import_module("transformer_engine.pytorch")
+
+
 def install(folder: Path, dtype: torch.dtype) -> None:
     """In a process of its own that has not imported megatron-core: the package as pip puts it into `folder`, on a CPU
     that computes in `dtype`."""
@@ -269,32 +296,13 @@ def install(folder: Path, dtype: torch.dtype) -> None:
     sys.path.insert(0, str(folder))
     os.environ.update(NVTE_PROJECT_BUILDING="1", NVTE_RELEASE_BUILD="0")  # no library is looked for
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
-    sys.modules["transformer_engine.pytorch.onnx_extensions"] = mock.MagicMock()  # which asks for other packages
-    extension = _Extension("transformer_engine_torch")
-    for function in (
-        generic_gemm, te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd, fused_rope_forward, fused_rope_backward,
-        multi_tensor_l2norm, multi_tensor_scale, multi_tensor_adam,
-    ):  # fmt: skip
-        setattr(extension, function.__name__, function)
-    # These are looked up by name with `import *`, and not called for layers with RMSNorm.
-    extension.layernorm_fwd = extension.layernorm_bwd = None  # type: ignore[attr-defined]
-    extension.get_cudnn_version = lambda: 91000  # type: ignore[attr-defined]
-    extension.get_num_cublas_streams = lambda: 1  # type: ignore[attr-defined]
-    sys.modules["transformer_engine_torch"] = extension
-    torch.cuda.is_available = lambda: _asked_by_transformer_engine(2)
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
-    torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
-    torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment,misc]
-    torch.cuda.is_current_stream_capturing = lambda: False
-    package = types.ModuleType("transformer_engine")  # whose own __init__ looks for libraries
-    package.__path__ = [str(folder / "transformer_engine")]
-    package.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None, is_package=True)
-    (about,) = importlib.metadata.distributions(name="transformer_engine", path=[str(folder)])
-    package.__version__ = about.version  # type: ignore[attr-defined]
-    sys.modules["transformer_engine"] = package
-    common = importlib.import_module("transformer_engine.common")
-    common.load_framework_extension = lambda _: None
-    package.pytorch = importlib.import_module("transformer_engine.pytorch")  # type: ignore[attr-defined]
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: _asked_by_transformer_engine(2)
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.get_device_capability = lambda *_: (9, 0)
+    cuda.get_device_properties = lambda *_: types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    cuda.stream = lambda _: contextlib.nullcontext()
+    _import(folder)
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith("transformer_engine."):
             function.backward = staticmethod(_within_modes(function.backward))  # type: ignore[assignment]
