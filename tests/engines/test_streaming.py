@@ -17,7 +17,20 @@ from tests.models import write_model
 PROBLEMS = 14
 
 
-def stream_ranks(rank: int, world: int, model: str) -> dict[str, Any]:
+def schedule_ahead() -> None:
+    """Have vLLM plan a step while another runs, as on a GPU, so that two are under way. On a CPU it decides not to."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    decide = CpuPlatform.check_and_update_config
+
+    def decide_otherwise(config: Any) -> None:
+        decide(config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = staticmethod(decide_otherwise)
+
+
+def stream_ranks(rank: int, world: int, model: str, ahead: bool) -> dict[str, Any]:
     """Rank function: the same step, sampled in every way."""
     from megatron_trd import platform
     from megatron_trd.engines.engine import Engine
@@ -25,11 +38,14 @@ def stream_ranks(rank: int, world: int, model: str) -> dict[str, Any]:
     from megatron_trd.models.model import open_model
 
     platform.current().set_up()
+    if ahead:
+        schedule_ahead()
     values = {"model": model, "sampler": {"max_rollout_tokens": 40, "max_refinement_tokens": 40}}
     config = from_dict(values, "test")
     opened = open_model(model)
     engine = Engine(opened, config, max_length=128, sleeps=True)
     engine.refit(opened.source)
+    assert engine.llm.llm_engine.engine_core.engine_core.batch_queue_size == 1 + ahead
     problems = [Problem(index, "", None, None) for index in range(PROBLEMS)]
     prompts = [[5, 6 + index, 7 + index] for index in range(PROBLEMS)]
 
@@ -102,9 +118,10 @@ def tokens(trajectories: list[Any]) -> list[Any]:
     ]
 
 
-def test_the_same_tokens_however_they_are_sampled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_same_tokens_however_they_are_sampled(tmp_path: Path, ahead: bool) -> None:
     model = write_model(tmp_path / "model")
-    ranks = run_ranks(stream_ranks, 2, str(model))
+    ranks = run_ranks(stream_ranks, 2, str(model), ahead)
     assert tokens(ranks[0]["streamed"][0]) == tokens(ranks[1]["streamed"][0]), "every rank has every trajectory"
     found = ranks[0]
     streamed = tokens(found["streamed"][0])

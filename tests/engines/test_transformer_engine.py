@@ -28,7 +28,7 @@ from tests.models import write_model
 from tests.planning.test_sizes import DENSE as DENSE_SHAPE
 from tests.planning.test_sizes import EXPERTS as EXPERTS_SHAPE
 from tests.planning.test_sizes import saved_bytes
-from tests.training import jobs
+from tests.training import jobs, test_checkpoint
 from tests.training.test_jobs import assert_same_run
 
 PACKAGE = Path(sys.prefix) / "transformer-engine"
@@ -198,6 +198,18 @@ def test_a_run_in_bf16_resumes_with_the_same_bits(tmp_path: Path, name: str) -> 
         assert row["samples/trained"] == 3
         assert row["refit/verified"] > 0
         assert row["drift/mean"] < 0.02, "nats between sampler and trainer, both in bf16"
+
+
+@pytest.mark.parametrize(
+    ("family", "cases"), [("qwen3", test_checkpoint.DENSE), ("qwen3_moe", test_checkpoint.EXPERTS)]
+)
+def test_its_optimizer_s_state_goes_on_in_another_layout(tmp_path: Path, family: str, cases: list[Any]) -> None:
+    model = write_model(tmp_path / "model", family=family)
+    cases = [(test_checkpoint.distributed(first), test_checkpoint.distributed(second)) for first, second in cases]
+    arguments = str(model), str(tmp_path), cases
+    errors, _ = run_ranks(with_its_layers, 2, torch.float32, test_checkpoint.go_on, *arguments)
+    for error, case in zip(errors, cases, strict=True):
+        assert error < 2e-3, case
 
 
 def run_and_look(rank: int, world: int, job: str, overrides: list[str]) -> list[int]:
