@@ -63,7 +63,7 @@ def write_model(
             if name.endswith(".bias"):  # a new model's are zero, and a bias that is lost would not be missed
                 parameter.normal_(std=0.5)
             elif parameter.dim() > 1:
-                parameter.mul_(3).view(-1)[3] = -0.0  # as published ones have some
+                parameter.mul_(3).view(-1)[0] = -0.0  # as published ones have some
             else:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)

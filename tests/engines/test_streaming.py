@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -96,11 +97,13 @@ def stream_ranks(rank: int, world: int, model: str, ahead: bool) -> dict[str, An
         return step()
 
     sampler = Sampler(config, engine, engine)
+    [old] = engine.llm.apply_model(lambda model: [weakref.ref(parameter) for parameter in model.parameters()])
     with mock.patch.object(engine.llm.llm_engine, "step", failing), pytest.raises(EngineDied) as death:
         sampler.sample(0, problems, prompts, refine)
     found["death"] = str(death.value)
     sampler.restart()
     assert engine.empty
+    assert not any(parameter() for parameter in old), "an engine that sleeps is to have its process for itself"
     engine.refit(opened.source)
     found["restarted"] = sampler.sample(0, problems, prompts, refine), sampler.stats
     # A request that takes longer than it may is begun anew, once.
