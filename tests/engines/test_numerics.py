@@ -178,6 +178,7 @@ EXPERT_CASES = {
         expert_layout(2, 1, 2, 2),
         expert_layout(1, 2, 1, 2, micro_batch_size=2),
         expert_layout(1, 1, 2, 1, distributed_optimizer=True),
+        expert_layout(2, 1, 1, 2, distributed_optimizer=True),
     ],
     4: [expert_layout(2, 1, 4, 2, recompute=True), expert_layout(2, 2, 2, 4), expert_layout(1, 2, 2, 4)],
 }
