@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ from megatron_trd.models.export import FolderWriter, exported_tensors
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.weights import slots
 
-_MODEL = {  # hidden sizes of Qwen3-4B, few enough layers
+_MODEL: dict[str, Any] = {  # hidden sizes of Qwen3-4B, few enough layers
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "dtype": "bfloat16",

@@ -14,6 +14,7 @@ import os
 import platform
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from benchmarks.common import publish
 from megatron_trd.demo.run import METHODS, SAMPLES, run_demo
@@ -36,7 +37,7 @@ def main() -> None:
     publish("The demo over seeds", table, options.write)
 
 
-def _table(summaries: list[dict]) -> str:
+def _table(summaries: list[dict[str, Any]]) -> str:
     first = summaries[0]
     seeds = [summary["seeds"][0] for summary in summaries]
     lines = [

@@ -49,11 +49,11 @@ def main() -> None:
 
 
 def _table(student: Tensor, weight: Tensor, teachers: list[Tensor]) -> str:
-    wide = [tensor.double().requires_grad_() for tensor in (student, weight)]
+    wide = student.double().requires_grad_(), weight.double().requires_grad_()
     exact = [_gradients(_float64, *wide, teacher.double()) for teacher in teachers]
     tokens = "".join(f" {float(value):.1e} nats a token |" for value, *_ in exact)
     lines = [f"| gradient error (loss error) |{tokens}", "|---|" + "---:|" * len(teachers)]
-    leaves = [tensor.clone().requires_grad_() for tensor in (student, weight)]
+    leaves = student.clone().requires_grad_(), weight.clone().requires_grad_()
     for case in cases(None):
         loss = loaded(case)
         if case.divergence != "forward_kl" or isinstance(loss, str):
@@ -73,7 +73,8 @@ def _float64(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: T
 
 def _gradients(loss: Loss, student: Tensor, weight: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value = loss(student, weight, teacher, weight.detach(), None)
-    return value.detach(), *torch.autograd.grad(value, (student, weight))
+    of_student, of_weight = torch.autograd.grad(value, (student, weight))
+    return value.detach(), of_student, of_weight
 
 
 if __name__ == "__main__":

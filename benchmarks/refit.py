@@ -116,7 +116,8 @@ def _copy(size: int, repeats: int) -> float:
 def _check(engine: Any, student: Any) -> list[str]:
     from megatron_trd.engines import refit
 
-    return refit.verify(engine.llm, engine.model.arch, student.source())
+    same = refit.verify(engine.llm, engine.model.arch, student.source())
+    return [name for name, equal in same.items() if not equal]
 
 
 def _timed(step: Callable[[], Any], repeats: int) -> float:

@@ -133,8 +133,8 @@ class _Bench:
             found.ignore_eos = True  # which random weights draw once in so many thousand tokens
             return found
 
-        module._parameters = to_the_limit
-        module.Engine.add = add_forced  # type: ignore[method-assign]
+        module._parameters = to_the_limit  # type: ignore[assignment]
+        module.Engine.add = add_forced  # type: ignore[assignment,method-assign]
 
     def run(self, forced: dict[str, int], way: Way, few: bool) -> tuple[float, list[Any], dict[str, float]]:
         """Seconds, trajectories, and what the sampler says of itself."""

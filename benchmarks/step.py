@@ -100,7 +100,8 @@ def _version(package: str) -> str:
 def _comparison(folder: Path, options: argparse.Namespace) -> str:
     """The table of all cases, and a line for each that has no row."""
     inputs = _inputs(folder)
-    rows, absent = [], []
+    rows: list[list[str]] = []
+    absent: list[str] = []
     for name, (ours, settings) in _CASES.items():
         wanted = not options.only or matches(name, options.only)
         if not wanted or matches(name, options.skip):
