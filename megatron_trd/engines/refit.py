@@ -118,7 +118,7 @@ def verify(llm: Any, arch: Architecture, source: loading.Source) -> dict[str, bo
     for name, full in loading.named_tensors(arch, source):
         names = [name, "lm_head.weight"] if arch.tied and name == weights.slots(arch)[0].hf[0] else [name]
         # A teacher of its own may be in another dtype on disk than in the engine, where it is the platform's.
-        expected = checksum(_engine_shard(full.to(platform.current().dtype), kinds[name], rank, tp))
+        expected = checksum(_engine_shard(full, kinds[name], rank, tp).to(platform.current().dtype))
         same |= {copy: found.get(copy) == expected for copy in names}
     return same
 

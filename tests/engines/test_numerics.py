@@ -60,7 +60,8 @@ class Prepared(NamedTuple):
     hidden: Any
 
 
-def prepare(model: str, teacher_model: str | None, case: dict[str, Any]) -> Prepared:
+def engines(model: str, teacher_model: str | None, case: dict[str, Any]) -> tuple[Any, Any]:
+    """Student and teacher of one layout."""
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.engines.teacher import TeacherEngine
     from megatron_trd.models.model import open_model
@@ -70,10 +71,14 @@ def prepare(model: str, teacher_model: str | None, case: dict[str, Any]) -> Prep
     config = make_config(model, **settings)
     grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=0)
     student = StudentEngine(config, open_model(model), grid)
-    teacher = TeacherEngine(config, student, open_model(teacher_model or model))
+    return student, TeacherEngine(config, student, open_model(teacher_model or model))
+
+
+def prepare(model: str, teacher_model: str | None, case: dict[str, Any]) -> Prepared:
+    student, teacher = engines(model, teacher_model, case)
     samples = make_samples()
-    shares = deal(samples, grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
-    return Prepared(student, teacher, samples, shares[grid.dp_rank], teacher.hidden(samples, shares))
+    shares = deal(samples, student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
+    return Prepared(student, teacher, samples, shares[student.grid.dp_rank], teacher.hidden(samples, shares))
 
 
 def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, cases: list[dict[str, Any]]) -> list[Any]:
@@ -211,6 +216,13 @@ def compare(found: dict[str, Any], want: dict[str, Any], case: object) -> None:
         assert torch.allclose(parameter.double()[moved], want["after"][name][moved], atol=2e-3 * LR), (case, name)
 
 
+def compare_ranks(found: list[list[dict[str, Any]]], want: dict[str, Any], cases: list[dict[str, Any]]) -> None:
+    """What `run_layouts` gave on every rank."""
+    for case, *results in zip(cases, *found, strict=True):
+        compare(results[0], want, case)
+        assert len({result["norm"] for result in results}) == 1, "all ranks clip by the same norm"
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "world"),
     [
@@ -235,9 +247,7 @@ def test_layouts_agree_with_dense_float64(
     path = str(models[teacher]) if teacher else None
     found = run_ranks(run_layouts, world, str(models[student]), path, cases)
     want = expected(models[student], models[teacher or student])
-    for case, *results in zip(cases, *found, strict=True):
-        compare(results[0], want, case)
-        assert len({result["norm"] for result in results}) == 1, "all ranks clip by the same norm"
+    compare_ranks(found, want, cases)
 
 
 def run_padded(rank: int, world: int, *arguments: Any) -> list[Any]:

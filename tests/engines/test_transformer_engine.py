@@ -23,7 +23,15 @@ from megatron_trd.planning.devices import TRANSFORMER_ENGINE
 from tests.checkpoint_tools.folders import assert_same_model, write_bits
 from tests.checkpoint_tools.test_layouts import EXPERTS, MODELS, YARN, load_and_save, saved
 from tests.distributed import run_ranks
-from tests.engines.test_numerics import EXPERT_CASES, compare, expected, expert_layout, layout, prepare, run_layouts
+from tests.engines.test_numerics import (
+    EXPERT_CASES,
+    compare_ranks,
+    expected,
+    expert_layout,
+    layout,
+    prepare,
+    run_layouts,
+)
 from tests.models import write_model
 from tests.planning.test_sizes import DENSE as DENSE_SHAPE
 from tests.planning.test_sizes import EXPERTS as EXPERTS_SHAPE
@@ -43,7 +51,6 @@ def with_its_layers(rank: int, world: int, dtype: torch.dtype, function: Callabl
     return function(rank, world, *arguments)
 
 
-LENGTH = 64
 DENSE = {
     2: [
         layout(2, 1, 2, 1, "live", sequence_parallel=True, recompute=True),
@@ -78,9 +85,7 @@ def test_layouts_agree_with_dense_float64(
             continue
         found = run_ranks(with_its_layers, world, torch.float32, run_layouts, str(student), path, chosen)
         want = expected(student, Path(path) if path else student)
-        for case, *results in zip(chosen, *found, strict=True):
-            compare(results[0], want, case)
-            assert len({result["norm"] for result in results}) == 1, "all ranks clip by the same norm"
+        compare_ranks(found, want, chosen)
 
 
 IN_BF16 = [
@@ -137,6 +142,9 @@ def test_checkpoints_are_the_same_files_as_those_of_the_cpu_s_layers(
     for one in layouts:
         megatron_to_hf.convert(tmp_path / name / saved(*one), tmp_path / name / f"hf {saved(*one)}")
         assert_same_model(tmp_path / name / "hf", tmp_path / name / f"hf {saved(*one)}")
+
+
+LENGTH = 64
 
 
 def test_activations_grow_with_the_sizes_of_a_layer_as_planned() -> None:

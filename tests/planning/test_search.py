@@ -16,7 +16,6 @@ from megatron_trd.planning import search
 from megatron_trd.planning.case import make_case
 from megatron_trd.planning.devices import find_cluster
 from megatron_trd.planning.forecast import forecast
-from megatron_trd.planning.search import alternatives
 from megatron_trd.planning.tables import overrides
 from megatron_trd.planning.workload import mean_lengths
 from recipes.common import find_recipe
@@ -96,7 +95,7 @@ def documented_row(recipe: str, nodes: int) -> str:
         case = make_case(config, find_cluster("h100", nodes, 8), mean_lengths(config))
     except UserError:
         return f"| `{recipe}` | {nodes} | does not fit: EP {config.student.ep} needs eight ranks a stage | | | |"
-    found, [quickest, *_] = forecast(case), alternatives(case).fitting
+    found, [quickest, *_] = forecast(case), search.alternatives(case).fitting
     assert found.fits
     phase, peak = found.peak
     memory, hours = f"{peak / 2**30:.1f} ({phase})", f"{found.gpu_hours:,.0f}"

@@ -14,7 +14,7 @@ from megatron_trd.config import CheckpointConfig
 from megatron_trd.data.batching import deal
 from megatron_trd.errors import JobFailed
 from tests.distributed import run_ranks
-from tests.engines.test_numerics import LR, expert_layout, full_tensors, layout, make_config, make_samples
+from tests.engines.test_numerics import LR, engines, expert_layout, full_tensors, layout, make_samples
 from tests.models import write_model
 
 # Steps before the save and after it: the second moments are then far from those of a first step.
@@ -29,18 +29,10 @@ def go_on(rank: int, world: int, model: str, run_dir: str, cases: list[tuple[dic
     from megatron_trd import platform
     from megatron_trd.engines.student import StudentEngine
     from megatron_trd.engines.teacher import TeacherEngine
-    from megatron_trd.models.model import open_model
-    from megatron_trd.parallel.grid import student_grid
     from megatron_trd.training import checkpoint
 
     platform.current().set_up()
-    opened, samples = open_model(model), make_samples()
-
-    def engines(settings: dict[str, Any]) -> tuple[StudentEngine, TeacherEngine]:
-        config = make_config(model, **settings)
-        grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=0)
-        student = StudentEngine(config, opened, grid)
-        return student, TeacherEngine(config, student, opened)
+    samples = make_samples()
 
     def train(student: StudentEngine, teacher: TeacherEngine, steps: int) -> None:
         shares = deal(samples, student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
@@ -51,14 +43,14 @@ def go_on(rank: int, world: int, model: str, run_dir: str, cases: list[tuple[dic
     found = []
     for number, (first, second) in enumerate(cases):
         folder = f"{run_dir}/{number}"
-        student, teacher = engines(first)
+        student, teacher = engines(model, None, first)
         train(student, teacher, BEFORE)
         checkpoint.save(folder, BEFORE, student, teacher, CheckpointConfig())
         saved = full_tensors(student)
         train(student, teacher, AFTER)
         expected = full_tensors(student)
         parallel_state.destroy_model_parallel()
-        student, teacher = engines(second)
+        student, teacher = engines(model, None, second)
         assert checkpoint.resume(folder, student, teacher) == BEFORE
         assert all(full.equal(saved[name]) for name, full in full_tensors(student).items()), "weights are exact"
         train(student, teacher, AFTER)
