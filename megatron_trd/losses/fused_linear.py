@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_trd.losses.head import add_product, chunks, chunks_under_way, product_into
+from megatron_trd.losses.head import add_product, chunks, chunks_under_way, product_into, waiting_tokens
 from megatron_trd.losses.objective import Divergence, Objective
 from megatron_trd.losses.rows import PendingRows
 from megatron_trd.losses.shard import VocabShard, statistics_dtype
@@ -70,8 +70,9 @@ def fused_linear_divergence(
         teacher_weight: `[V / p, teacher's hidden]`, sharded as the student's; never receives a gradient.
         token_weights: `[tokens]`, any sign, 0 for a token to leave out.
         chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 320 MiB of float32
-            logits a side, 640 MiB on a GPU. Twice these are allocated, and scratch of some 50 MiB. The result does
-            not depend on it beyond rounding. In backward the chunks are gone, and float32 gradients are scaled where
+            logits a side, 640 MiB on a GPU. Twice these are allocated, on a GPU with 16-bit weights three times for
+            gradients that wait for their products, and scratch of some 50 MiB. The result does not depend on it
+            beyond rounding. In backward the chunks are gone, and float32 gradients are scaled where
             they are, unless the graph is retained.
         accumulate: add the head's gradient to its `main_grad`, if there is one of the loss's dtype, here and now
             instead of in backward, which saves a float32 copy of the head. For who calls backward once, on this very
@@ -163,6 +164,52 @@ def _weight_gradient(weight: Any, gradient: Tensor | None, upstream: Tensor) -> 
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
+class _GradientProducts:
+    """What the gradients of the logits are multiplied to: those of hidden states and head, float32, where there are.
+
+    On a GPU the gradients of several chunks wait, in the dtype that the products take, to be multiplied together.
+    """
+
+    def __init__(
+        self, side: _Side, shard: VocabShard, hidden: Tensor | None, weight: Tensor | None, *, fresh: bool, room: int
+    ) -> None:
+        """`fresh`: the first product is written over what is in `weight`, not added to it. `room`: tokens whose
+        gradients can wait; 0: each chunk's are multiplied where they are."""
+        self._side, self._shard, self._hidden, self._weight, self._fresh = side, shard, hidden, weight, fresh
+        self._head = side.weight[: shard.columns]
+        self._wanted = hidden is not None or weight is not None
+        self._waiting = self._head.new_empty(room, shard.columns) if room > 0 and self._wanted else None
+        self._done = 0  # tokens whose products are made; those that wait follow
+        self._sums: list[dist.Work] = []
+
+    def place(self, here: slice, logits: Tensor) -> Tensor | None:
+        """Where the gradient of a chunk's logits goes, which may be their own memory; None: nobody wants it."""
+        if not self._wanted:
+            return None
+        return logits if self._waiting is None else self._waiting[here.start - self._done : here.stop - self._done]
+
+    def add(self, here: slice, gradient: Tensor) -> None:
+        """Take what is now in `place`, and multiply all that waits unless another such chunk has room and comes."""
+        tokens, ready = len(self._side.hidden), slice(self._done, here.stop)
+        if self._waiting is not None:
+            room = len(self._waiting) - (ready.stop - ready.start)
+            if here.stop < tokens and room >= min(here.stop - here.start, tokens - here.stop):
+                return
+            gradient = self._waiting[: ready.stop - ready.start]
+        if self._hidden is not None:
+            product_into(self._hidden[ready], gradient, self._head)
+            self._sums.extend(self._shard.start_sum_(self._hidden[ready]))  # rides under the products that follow
+        if self._weight is not None:
+            first = self._fresh and ready.start == 0
+            add_product(self._weight[: self._shard.columns], gradient.t(), self._side.hidden[ready], first=first)
+        self._done = here.stop
+
+    def wait(self) -> None:
+        """Until the sums over ranks are there."""
+        for work in self._sums:
+            work.wait()
+
+
 def _over_chunks(
     student: _Side,
     teacher: _Side,
@@ -174,14 +221,12 @@ def _over_chunks(
     needs_weight: bool,
     into: Tensor | None,
 ) -> _Result:
-    """Every chunk: two head products, the divergence and its gradient in their buffers, and the gradients' products,
-    that of the weight added to `into`, and not returned, if there is one.
+    """Every chunk: two head products, the divergence and its gradient, and the gradients' products, that of the weight
+    added to `into`, and not returned, if there is one.
 
-    Over several ranks two chunks are under way: while the sums of one travel, the gradients' products of the one before
-    are computed.
+    Over several ranks two chunks are under way: while the sums of one travel, the one before is finished.
     """
     tokens, width = student.hidden.shape[0], student.weight.shape[0]
-    student_head, teacher_head = student.weight[: shard.columns], teacher.weight[: shard.columns]
     per_token = torch.empty_like(scale)
     hidden_gradient = scale.new_empty(student.hidden.shape) if needs_hidden else None
     weight_gradient = into
@@ -190,36 +235,29 @@ def _over_chunks(
         weight_gradient[shard.columns if tokens else 0 :].zero_()  # the rest is the first chunk's
     depth = chunks_under_way(shard.size)
     slices = chunks(tokens, width, chunk_tokens, scale.dtype, scale.device, under_way=depth)
+    rows = slices[0].stop if slices else 0
     # The same buffers serve every chunk: fresh ones cost a CPU more in page faults than the softmaxes do.
-    buffers = scale.new_empty(min(depth, len(slices)), 2, slices[0].stop if slices else 0, shard.columns)
-    sums: list[dist.Work] = []
+    buffers = scale.new_empty(min(depth, len(slices)), 2, rows, shard.columns)
+    room = min(tokens, waiting_tokens(rows, student.weight.dtype, scale.dtype, scale.device) * depth)
+    products = _GradientProducts(student, shard, hidden_gradient, weight_gradient, fresh=into is None, room=room)
 
-    def finish(here: slice, rows: PendingRows | PendingRestrictedRows) -> None:
-        wanted = student_head.dtype if needs_hidden or needs_weight else None
-        per_token[here], gradient = rows.finish(scale[here], wanted)
-        if gradient is None:
-            return
-        if gradient.is_cuda:
-            gradient = gradient.to(student_head.dtype)  # what tensor cores take
-        if hidden_gradient is not None:
-            product_into(hidden_gradient[here], gradient, student_head)
-            sums.extend(shard.start_sum_(hidden_gradient[here]))  # rides under the products that follow
-        if weight_gradient is not None:
-            first = into is None and here.start == 0
-            add_product(weight_gradient[: shard.columns], gradient.t(), student.hidden[here], first=first)
+    def finish(here: slice, logits: Tensor, pending: PendingRows | PendingRestrictedRows) -> None:
+        gradient = products.place(here, logits)
+        per_token[here] = pending.finish(scale[here], gradient)
+        if gradient is not None:
+            products.add(here, gradient)
 
-    under_way: deque[tuple[slice, PendingRows | PendingRestrictedRows]] = deque()
+    under_way: deque[tuple[slice, Tensor, PendingRows | PendingRestrictedRows]] = deque()
     for number, here in enumerate(slices):
         x, y = buffers[number % depth, :, : here.stop - here.start]
-        product_into(x, student.hidden[here], student_head.t())
-        product_into(y, teacher.hidden[here], teacher_head.t())
-        under_way.append((here, start_divergence_(x, y, shard, objective)))
+        product_into(x, student.hidden[here], student.weight[: shard.columns].t())
+        product_into(y, teacher.hidden[here], teacher.weight[: shard.columns].t())
+        under_way.append((here, x, start_divergence_(x, y, shard, objective)))
         if len(under_way) == depth:
             finish(*under_way.popleft())
     while under_way:
         finish(*under_way.popleft())
-    for work in sums:
-        work.wait()
+    products.wait()
     return _Result(per_token, hidden_gradient, weight_gradient if into is None else None)
 
 

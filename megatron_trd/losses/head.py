@@ -9,12 +9,14 @@ from torch import Tensor
 
 from megatron_trd.losses.torch_kernels import blocks
 
-# Logits of one chunk and one side. The peak of the fused loss is a little over two of these. On a CPU larger chunks buy
-# longer products: these hold 512 tokens of 151,936 columns, with which they are at full speed. A GPU also reads and
-# writes the float32 gradient of the head once a chunk, whose time hides behind the products of a chunk of about a
-# thousand tokens (by arithmetic, H100).
+# Logits of one chunk and one side. Larger chunks buy longer products: these hold 512 tokens of 151,936 columns on a CPU
+# and a thousand on a GPU, with which the products that give logits are at full speed.
 HOST_CHUNK_BYTES = 320 * 2**20
 ACCELERATOR_CHUNK_BYTES = 640 * 2**20
+# Chunks whose gradients wait in 16 bits, in half the memory of both sides' logits, to be multiplied together: each
+# product with hidden states reads and writes the head's whole float32 gradient, with a thousand tokens of which an H100
+# takes 1.4 times as long as it multiplies, with two thousand 1.15 times (docs/results.md).
+CHUNKS_A_PRODUCT = 2
 ROW_MULTIPLE = 128  # tokens of a chunk on a GPU, where it was not asked for: its matrix kernels work in such tiles
 
 
@@ -45,6 +47,15 @@ def chunks(
 def chunks_under_way(ranks: int) -> int:
     """Chunks that the fused loss works on at once: over several ranks a second, while the sums of the first travel."""
     return 1 if ranks == 1 else 2
+
+
+def waiting_tokens(chunk: int, head: torch.dtype, sums: torch.dtype, device: torch.device) -> int:
+    """Tokens whose logits' gradients wait for one product, where a chunk has `chunk`; 0: each chunk has its own.
+
+    They can wait where they are not in the logits' memory: a GPU's products take them in the dtype of a `head` that is
+    narrower than the `sums`.
+    """
+    return CHUNKS_A_PRODUCT * chunk if device.type == "cuda" and head != sums else 0
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -29,9 +29,10 @@ class Kernels(ABC):
         """`[2, rows]`: this rank's shares of KL(t || m) and KL(s || m), log s = x + `log_s`, log t = y + `log_t`."""
 
     @abstractmethod
-    def gradient(self, factor: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gradient of the student's logits, in `dtype` or wider: `forward_kl` factor e^x - other e^y; `reverse_kl`
-        factor e^x (x - y + other); `jsd`, after `mixture`, factor s (log s - log m + other)."""
+    def gradient(self, factor: Tensor, other: Tensor, out: Tensor) -> None:
+        """Gradient of the student's logits into `out`, `[rows, columns]`, which may be those logits: `forward_kl`
+        factor e^x - other e^y; `reverse_kl` factor e^x (x - y + other); `jsd`, after `mixture`, factor
+        s (log s - log m + other)."""
 
 
 def kernels_for(student: Tensor, teacher: Tensor, objective: Objective) -> Kernels:

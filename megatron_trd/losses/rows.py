@@ -41,11 +41,11 @@ class PendingRows(NamedTuple):
     objective: Objective
     sums: Gathering
 
-    def finish(self, scale: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-        """(divergence of each row after `objective.clip`, `[rows]`, the same bits on every rank; its gradient).
+    def finish(self, scale: Tensor, out: Tensor | None) -> Tensor:
+        """The divergence of each row after `objective.clip`, `[rows]`, the same bits on every rank.
 
-        The gradient, `scale * dD/dlogits` of the student, is there if a `dtype` asks for it, in that dtype or a wider
-        one, in memory that is the logits' own. `scale`, `[rows]`, is the factor of each row.
+        `scale * dD/dlogits` of the student goes into `out`, `[rows, columns]`, if it is given: a tensor of any
+        floating dtype, or the student's logits themselves. `scale`, `[rows]`, is the factor of each row.
         """
         objective = self.objective
         sums = _combine(self.sums.wait(), self.shard.rank, objective)
@@ -54,13 +54,12 @@ class PendingRows(NamedTuple):
             divergence, expectation = objective.beta * kl_t + (1 - objective.beta) * kl_s, kl_s
         else:
             divergence = expectation = sums.divergence
-        gradient = None
-        if dtype is not None:
+        if out is not None:
             kept = scale if objective.clip is None else torch.where(divergence <= objective.clip, scale, 0)
             terms = _gradient_terms(sums, expectation, kept / objective.temperature, objective)
-            gradient = self.kernels.gradient(*terms, dtype)
+            self.kernels.gradient(*terms, out)
         # Rounding leaves some -1e-8 where the truth is 0: a divergence is never negative.
-        return divergence.clamp(min=0, max=objective.clip), gradient
+        return divergence.clamp(min=0, max=objective.clip)
 
 
 def start_rows_(student: Tensor, teacher: Tensor, shard: VocabShard, objective: Objective) -> PendingRows:

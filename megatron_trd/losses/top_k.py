@@ -56,23 +56,25 @@ class PendingRestrictedRows(NamedTuple):
     objective: Objective
     candidates: Gathering  # [ranks, 2, rows, k] logits of student and teacher; with a tail + 2, of the rest
 
-    def finish(self, scale: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    def finish(self, scale: Tensor, out: Tensor | None) -> Tensor:
         """As `PendingRows.finish`, on the kept columns; the gradient is 0 elsewhere, or the tail's."""
         kept, k = self._keep(), self.columns.shape[1]
         on_kept = replace(self.objective, temperature=1.0, top_k=None, tail=False)
         whole = VocabShard.whole(kept.student.shape[1])
         rows = start_rows_(kept.student, kept.teacher, whole, on_kept)
         kept_scale = scale / self.objective.temperature
-        divergence, gradient = rows.finish(kept_scale, None if dtype is None else self.student.dtype)
-        if gradient is None:
-            return divergence, None
-        if self.shard.columns > 0:
-            if kept.tail is None:
-                self.student.zero_()
-            else:
-                self._spread_(kept.tail, gradient[:, k])
-            self.student.scatter_add_(1, kept.column, gradient[:, :k].masked_fill(~kept.here, 0))
-        return divergence, self.student
+        gradient = kept.student  # where it is put
+        divergence = rows.finish(kept_scale, None if out is None else gradient)
+        if out is None or self.shard.columns == 0:
+            return divergence
+        if kept.tail is None:
+            self.student.zero_()
+        else:
+            self._spread_(kept.tail, gradient[:, k])
+        self.student.scatter_add_(1, kept.column, gradient[:, :k].masked_fill(~kept.here, 0))
+        if out is not self.student:
+            out.copy_(self.student)
+        return divergence
 
     def _keep(self) -> _Kept:
         k, temperature = self.columns.shape[1], self.objective.temperature

@@ -85,9 +85,9 @@ class _VocabParallelDivergence(torch.autograd.Function):
             return student.new_zeros(0)
         ones = student.new_ones(student.shape[0])
         rows = start_divergence_(student, teacher, shard, objective)
-        result, of_student = rows.finish(ones, dtype if gradient else None)
-        if of_student is not None:
-            ctx.save_for_backward(of_student)
+        result = rows.finish(ones, student if gradient else None)
+        if gradient:
+            ctx.save_for_backward(student)
         return result
 
     @staticmethod

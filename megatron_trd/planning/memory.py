@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_trd.engines.hidden_store import WAVE
-from megatron_trd.losses.head import chunks, chunks_under_way
+from megatron_trd.losses.head import chunks, chunks_under_way, waiting_tokens
 from megatron_trd.methods import swaps_weights
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.parallel.grid import Layout
@@ -192,11 +192,12 @@ def _loss(case: Case, tokens: int) -> float:
 
 def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int, stack: Stack) -> float:
     """Bytes of float32 logits in chunks, both sides of `tokens` tokens by `width` columns, and of the work on them."""
-    depth = chunks_under_way(tp)
-    slices = chunks(tokens, width, chunk_tokens, torch.float32, torch.device(stack.device), under_way=depth)
+    depth, device = chunks_under_way(tp), torch.device(stack.device)
+    slices = chunks(tokens, width, chunk_tokens, torch.float32, device, under_way=depth)
     rows = slices[0].stop if slices else 0
-    gradient = stack.weight_bytes if stack.weight_bytes < 4 else 0  # in the logits' own memory if as wide
-    return rows * width * (2 * min(depth, len(slices)) * 4 + gradient) + _LOSS_SCRATCH
+    head = torch.float32 if stack.weight_bytes == 4 else torch.bfloat16
+    waiting = min(tokens, waiting_tokens(rows, head, torch.float32, device) * depth)
+    return width * (rows * 2 * min(depth, len(slices)) * 4 + waiting * stack.weight_bytes) + _LOSS_SCRATCH
 
 
 def _teacher_parts(case: Case, stage: int, received: float) -> Parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_trd.losses import fused_linear_divergence
+from megatron_trd.losses.head import add_product
 from tests.distributed import run_ranks
 from tests.losses import cases, ranks, reference
-from tests.losses.reference import Case, Outcome, check, check_gradient, check_loss
+from tests.losses.reference import Case, Outcome, check, check_fused, check_gradient, check_loss
 
 CASES = cases.for_fused()
 
@@ -111,6 +113,29 @@ def test_any_sizes_and_options_agree_with_the_reference(options: dict[str, Any])
         check_gradient(case, found.gradients[name][: gradient.shape[0]], gradient)
 
 
+def waiting(rank: int, world: int, chunks: int, listed: list[Case]) -> list[Outcome]:
+    """As `ranks.fused`; the gradients of so many chunks wait for one product, as on a GPU with 16-bit weights."""
+    with mock.patch("megatron_trd.losses.fused_linear.waiting_tokens", lambda chunk, *_: chunks * chunk):
+        return ranks.fused(rank, world, listed)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 100])
+def test_gradients_that_wait_for_one_product_are_the_same(chunks: int, world: int) -> None:
+    listed = [case for case in CASES.values() if case.dtype in (torch.float32, torch.float64)]
+    found = run_ranks(waiting, world, chunks, listed)
+    for number, case in enumerate(listed):
+        check_fused(case, [rank[number] for rank in found])
+
+
+@pytest.mark.parametrize(("chunks", "products"), [(0, 4), (1, 4), (2, 2), (3, 2), (4, 1)])
+def test_as_many_gradients_as_have_room_wait_for_one_product(chunks: int, products: int) -> None:
+    case = Case(tokens=13, chunk_tokens=4)  # chunks of 4, 4, 4 and 1
+    with mock.patch("megatron_trd.losses.fused_linear.add_product", wraps=add_product) as product:
+        waiting(0, 1, chunks, [case])
+    assert product.call_count == products
+
+
 @settings(max_examples=30, deadline=None)
 @given(OPTIONS)
 def test_the_result_does_not_depend_on_chunk_tokens(options: dict[str, Any]) -> None:
@@ -159,11 +184,11 @@ def test_a_head_shared_with_the_teacher_is_trained_as_the_students_alone() -> No
 @pytest.mark.parametrize("wanted", ["student_hidden", "student_weight", "token_weights"])
 def test_an_input_that_needs_no_gradient_does_not_change_that_of_another(wanted: str) -> None:
     case = Case(chunk_tokens=4)
-    inputs = reference.heads(case)
+    inputs = reference.Heads(*(tensor.to(ranks.DEVICE) for tensor in reference.heads(case)))
     alone = getattr(inputs, wanted).requires_grad_()
     call(inputs, chunk_tokens=4).backward()
     (together,) = ranks.fused(0, 1, [case])
-    assert torch.equal(alone.grad, together.gradients[wanted])
+    assert torch.equal(alone.grad.cpu(), together.gradients[wanted].cpu())
     assert sum(tensor.grad is not None for tensor in inputs) == 1
 
 

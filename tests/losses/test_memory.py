@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_trd.losses import fused_linear_divergence, vocab_parallel_log_prob
-from megatron_trd.losses.head import chunks, chunks_under_way
+from megatron_trd.losses.head import chunks, chunks_under_way, waiting_tokens
 from tests.distributed import run_ranks
 from tests.losses import ranks
 
@@ -117,3 +117,19 @@ def test_an_accumulated_gradient_takes_no_memory() -> None:
     )
     assert found.peak <= 2 * LOGITS + SMALL < 2 * LOGITS + weight.nbytes
     assert found.left <= 0.1 * LOGITS
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_gradients_that_wait_take_the_memory_of_so_many_chunks(chunks: int) -> None:
+    with mock.patch("megatron_trd.losses.fused_linear.waiting_tokens", lambda chunk, *_: chunks * chunk):
+        (found,) = ranks.memory(0, 1, [sizes(9 * CHUNK)])
+    held = (2 + chunks) * LOGITS  # both sides' logits, and gradients as wide
+    assert held <= found.peak <= held + head_gradient(1) + SMALL
+    assert found.left <= head_gradient(1) + 0.1 * LOGITS, "gradients outlive the call"
+
+
+def test_gradients_wait_where_they_are_narrower_than_the_logits_on_a_gpu() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert waiting_tokens(1024, torch.bfloat16, torch.float32, cuda) == 2048
+    assert waiting_tokens(1024, torch.float32, torch.float32, cuda) == 0
+    assert waiting_tokens(1024, torch.bfloat16, torch.float32, cpu) == 0
