@@ -21,6 +21,7 @@ from megatron_trd import platform
 
 # A process forked from one that has imported these starts in milliseconds; importing them takes each rank ten seconds
 # or more, which would be most of what the tests take.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA itself cannot be forked
 os.environ.update(platform.current().sampler_environment())  # which vLLM reads when it is imported
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(

@@ -18,9 +18,10 @@ STEPS = 4
 STARTUP_SECONDS = 900  # of a job on a busy machine; a hang is far longer
 
 
-def write_job(folder: Path, **overrides: Any) -> Path:
+def write_job(folder: Path, *, fields: dict[str, Any] | None = None, **overrides: Any) -> Path:
     """A model, its data and `job.yaml`, which `megatron-trd train` takes; TP 2 student, averaged self-teacher."""
-    model = write_model(folder / "model", max_position_embeddings=1024, tie_word_embeddings=True)
+    shape = {"max_position_embeddings": 1024, "tie_word_embeddings": True} | (fields or {})
+    model = write_model(folder / "model", **shape)
     rows = [
         {"problem": f"What is {index} + 2?", "answer": str(index + 2), "solution": f"{index}+2={index + 2}"}
         for index in range(6)
