@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from megatron_trd.config import SamplerConfig
 from megatron_trd.errors import UserError
+from megatron_trd.models.architecture import attention_backend
 from megatron_trd.platform import CpuPlatform, CudaPlatform, Platform
 from tests.models import write_model
 
@@ -65,3 +67,35 @@ def test_a_sampler_for_another_platform_is_refused_with_the_cure(
     monkeypatch.setattr("megatron_trd.platform._version", installed.get)
     with pytest.raises(UserError, match=complaint) if complaint else contextlib.nullcontext():
         platform().check_sampler()
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        ({}, "auto"),
+        ({"FLASH": "1", "FUSED": "1", "UNFUSED": "1"}, "auto"),  # as megatron-core leaves them
+        ({"FLASH": "0", "UNFUSED": "0"}, "fused"),
+        ({"FUSED": "0", "UNFUSED": "0"}, "flash"),
+        ({"FLASH": "0", "FUSED": "0", "UNFUSED": "1"}, "unfused"),
+        ({"FUSED": "0"}, "NVTE_FUSED_ATTN=0: .*set two to 0, or none"),
+        ({"FLASH": "0", "FUSED": "0", "UNFUSED": "0"}, "NVTE_FLASH_ATTN=0, NVTE_FUSED_ATTN=0, NVTE_UNFUSED_ATTN=0: "),
+    ],
+)
+def test_attention_is_what_transformer_engine_s_variables_leave(
+    variables: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FLASH", "FUSED", "UNFUSED"):
+        monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"NVTE_{name}_ATTN", value)
+    if "NVTE" in kind:
+        with pytest.raises(UserError, match=kind):
+            attention_backend()
+        return
+    chosen = attention_backend()
+    assert chosen.name == kind
+    # megatron-core refuses variables that are not what it would set.
+    model = SimpleNamespace(config=SimpleNamespace(attention_backend=chosen))
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    LanguageModule._set_attention_backend(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +190,7 @@ def transformer_config(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
+        attention_backend=attention_backend(),
         # Queries and keys are rotated whole: to scale both is to scale their products.
         softmax_scale=arch.rope_scale**2 / math.sqrt(arch.head_dim),
         tensor_model_parallel_size=grid.layout.tp,
@@ -203,6 +205,26 @@ def transformer_config(
         **(_expert_fields(arch) if arch.experts else {}),
         **recompute_fields,
     )
+
+
+def attention_backend() -> Any:
+    """What transformer-engine's own variables (`NVTE_FLASH_ATTN=0`, …) leave of its kinds of attention.
+
+    megatron-core's `AttnBackend` has each of them, and all of them; it refuses variables that are not as it would set
+    them. Raises `UserError` where two are left.
+    """
+    from megatron.core.transformer.enums import AttnBackend
+
+    kinds = {
+        f"NVTE_{kind.name.upper()}_ATTN": kind for kind in (AttnBackend.flash, AttnBackend.fused, AttnBackend.unfused)
+    }
+    left = [kind for name, kind in kinds.items() if os.environ.get(name) != "0"]
+    if len(left) == len(kinds):
+        return AttnBackend.auto
+    if len(left) == 1:
+        return left[0]
+    found = ", ".join(f"{name}={os.environ[name]}" for name in kinds if name in os.environ)
+    raise UserError(f"{found}: megatron-core takes one kind of attention or all of them: set two to 0, or none")
 
 
 def _expert_fields(arch: Architecture) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Efficiency:
 GPU_EFFICIENCY = Efficiency(
     training=0.40,  # assumed; Megatron-LM's README reports 0.41 to 0.47 on H100, with overlap that is not used here
     forward=0.45,  # assumed: as training, without the bandwidth-bound half of a step
-    head=0.50,  # assumed: one product of [thousands, hidden] by [hidden, vocabulary]
+    head=0.57,  # measured, 72 ms on an H100 at its power limit (benchmarks/results/loss_h100.md); assumed elsewhere
     decoding=0.65,  # assumed
     copying=0.70,  # assumed
     link=0.70,  # assumed: what nccl-tests gives of a link at hundreds of megabytes

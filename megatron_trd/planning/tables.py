@@ -43,7 +43,7 @@ def headline(name: str, case: Case) -> Iterator[str]:
     if device.name == CPU:
         yield f"measured now, a rank: {device.flops / 1e9:.0f} GFLOP/s and {device.bandwidth / 1e9:.1f} GB/s"
     else:
-        yield "a forecast by arithmetic: nothing here has been measured on a GPU; docs/scaling.md says what is assumed"
+        yield "a forecast by arithmetic, hardly anything of it measured on a GPU: docs/scaling.md says what is assumed"
 
 
 def memory_table(forecast: Forecast) -> Table:
