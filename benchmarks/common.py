@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
 import shlex
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +20,28 @@ def kernel_bytes(name: str, path: str = "/proc/self/status") -> int:
     """
     [line] = [line for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
+
+
+def held_bytes(device: str) -> int:
+    """Bytes held now: resident ones on a CPU, allocated ones on a GPU. The point from which `peak_bytes` looks."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError):  # where it is forbidden, a peak is one of the process's whole life
+        Path("/proc/self/clear_refs").write_text("5")
+    return kernel_bytes("VmRSS")
+
+
+def peak_bytes(device: str) -> int:
+    """The most bytes held at once since `held_bytes`."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else kernel_bytes("VmHWM")
+
+
+def machine(device: str) -> str:
+    """What computes, for a table's head."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import resource
 import sys
 import time
@@ -38,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import kernel_bytes, matches, publish, relative_error
+from benchmarks.common import held_bytes, kernel_bytes, machine, matches, peak_bytes, publish, relative_error
 from benchmarks.rivals import Case, Loss, cases, loaded
 from megatron_trd.losses import dense_divergence
 from megatron_trd.losses.head import chunks, chunks_under_way
@@ -130,9 +129,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _machine(options: argparse.Namespace) -> str:
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {_cores()} cores"
     times = f"median and best of {options.repeats}" if options.sweep is None else f"median of {options.repeats} or more"
-    return f"{name}, torch {torch.__version__}, {options.dtype}; {times}."
+    return f"{machine(options.device)}, torch {torch.__version__}, {options.dtype}; {times}."
 
 
 def _comparison(options: argparse.Namespace) -> str:
@@ -314,11 +312,11 @@ def _timed(
     device = inputs.student.device.type
     wanted = [tensor for tensor in inputs[:2] if not hasattr(tensor, "main_grad")]
     gradients = [torch.ones_like(tensor) for tensor in wanted]  # ones: written to, so really there
-    before = _held(device)
+    before = held_bytes(device)
     del gradients
     step = build(inputs)
     seconds = [_seconds(step, device) for _ in range(1 + repeats)]
-    return Measured(seconds[1:], max(0, _peak(device) - before), *errors)
+    return Measured(seconds[1:], max(0, peak_bytes(device) - before), *errors)
 
 
 def _seconds(step: Callable[[], object], device: str) -> float:
@@ -371,18 +369,6 @@ def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
-
-
-def _held(device: str) -> int:
-    """Bytes held now, the point from which a peak is looked for."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return kernel_bytes("VmRSS")
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else kernel_bytes("VmHWM")
 
 
 def _cores() -> int:

@@ -1,25 +1,24 @@
 """Bandwidth and memory of a refit: Megatron shards into running vLLM engines, beside a plain copy of the same bytes.
 
     python -m benchmarks.refit --write benchmarks/results/refit_cpu.md
+    python -m benchmarks.refit --tp 1 --pp 1 --write benchmarks/results/refit_h100.md  # on one GPU
 
-A student of random weights lies over four ranks at TP 2 x PP 2; every rank has an engine, or two ranks share one. Each
-row is done by all ranks at once, `--repeats` times after one to warm up, and counts until the last has ended; GB/s are
-those of one rank, of the bytes that its engine ends up with.
+A student of random weights lies over the ranks at `--tp` x `--pp`; every rank has an engine, or two ranks share one.
+Each row is done by all ranks at once, `--repeats` times after one to warm up, and counts until the last has ended; GB/s
+are those of one rank, of the bytes that its engine ends up with.
 
-- *plain copy*: as many bytes, from touched memory to touched memory;
+- *plain copy*: as many bytes, from touched memory to touched memory, of the device;
 - *vLLM's loading*: its own `reload_weights`, of Hugging Face tensors that a rank has already;
 - *refit*: as in training, from where the student's ranks have their shards.
 
-Memory is the peak of a rank (`VmHWM`) above what it held before its first refit; the shards of all ranks lie in shared
-memory since the student was made.
+Memory is the peak of a rank above what it held before its first refit (`VmHWM` on a CPU, what torch has allocated on a
+GPU); on a CPU the shards of all ranks lie in shared memory since the student was made.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import os
-import platform as machine
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +30,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import kernel_bytes, publish
+from benchmarks.common import held_bytes, machine, peak_bytes, publish
+from megatron_trd import platform
 from megatron_trd.config import SamplerConfig
 from tests.distributed import run_ranks
 from tests.models import write_model
 
-RANKS, TP, PP = 4, 2, 2
 COPIED = 256 * 2**20  # bytes of a plain copy at once, over and over; far more than a cache holds
 COPY, LOADING, REFIT = "plain copy", "vLLM's loading", "refit"
 # 0.52 billion parameters; four ranks' engines with a vocabulary of 151,936 at this size do not fit in 24 GB
@@ -52,9 +51,8 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, bucket_mib: int) -> dict[str, Any]:
+def measure(rank: int, world: int, folder: str, sampler_tp: int, options: argparse.Namespace) -> dict[str, Any]:
     """Rank function: seconds of each row, and bytes."""
-    from megatron_trd import platform
     from megatron_trd.config import from_dict
     from megatron_trd.engines.engine import Engine
     from megatron_trd.engines.student import StudentEngine
@@ -65,9 +63,10 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
     current = platform.current()
     current.set_up()
     opened = open_model(folder)
-    arch, grid = opened.arch, student_grid(TP, PP, seed=0)
-    sampler = {"tp": sampler_tp, "refit_bucket_mib": bucket_mib}
-    config = from_dict({"model": folder, "student": {"tp": TP, "pp": PP}, "sampler": sampler}, "benchmark")
+    arch, grid, repeats = opened.arch, student_grid(options.tp, options.pp, seed=0), options.repeats
+    sampler = {"tp": sampler_tp, "refit_bucket_mib": options.bucket_mib}
+    layout = {"tp": options.tp, "pp": options.pp}
+    config = from_dict({"model": folder, "student": layout, "sampler": sampler}, "benchmark")
     student = StudentEngine(config, opened, grid)
     current.release_memory()
     engine = Engine(opened, config, max_length=64)
@@ -79,7 +78,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
 
     @functools.cache
     def ones(shape: tuple[int, ...]) -> Tensor:
-        return torch.ones(shape)
+        return torch.ones(shape, dtype=current.dtype, device=current.device)
 
     def present(slot: Any) -> list[Tensor]:
         return [ones(tuple(shape)) for shape in slot.shapes]
@@ -90,10 +89,9 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
         engine.llm.collective_rpc("reload_weights", kwargs=how)
 
     current.release_memory()  # what loading left
-    before = kernel_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = held_bytes(current.device.type)
     whole()
-    memory = kernel_bytes("VmHWM") - before
+    memory = peak_bytes(current.device.type) - before
     copied = sent // sampler_tp
     seconds = {
         COPY: _copy(copied, repeats),
@@ -104,7 +102,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, repeats: int, b
 
 
 def _copy(size: int, repeats: int) -> float:
-    here, there = torch.ones(COPIED, dtype=torch.uint8), torch.ones(COPIED, dtype=torch.uint8)
+    here, there = (torch.ones(COPIED, dtype=torch.uint8, device=platform.current().device) for _ in range(2))
 
     def copy() -> None:
         for begin in range(0, size, COPIED):
@@ -123,21 +121,23 @@ def _check(engine: Any, student: Any) -> list[str]:
 def _timed(step: Callable[[], Any], repeats: int) -> float:
     """Median seconds until the slowest rank is done."""
     step()
-    times = []
+    current, times = platform.current(), []
     for _ in range(repeats):
+        current.synchronize()
         dist.barrier()
         begin = time.perf_counter()
         step()
-        slowest = torch.tensor(time.perf_counter() - begin)
+        current.synchronize()
+        slowest = torch.tensor(time.perf_counter() - begin, device=current.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         times.append(slowest.item())
     return median(times)
 
 
 def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:
-    for sampler_tp in (1, 2):
-        arguments = (folder, sampler_tp, options.repeats, options.bucket_mib)
-        [first, *_] = ranks = run_ranks(measure, RANKS, *arguments, timeout=1800)
+    world, backend = options.tp * options.pp, platform.current().backend
+    for sampler_tp in (1, 2)[:world]:
+        [first, *_] = ranks = run_ranks(measure, world, folder, sampler_tp, options, timeout=1800, backend=backend)
         if any(found["different"] for found in ranks):
             raise SystemExit("the refit check found other weights in an engine")
         seconds, copied = first["seconds"], first["bytes"]
@@ -152,26 +152,30 @@ def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:
 def main() -> None:
     """Measure, print the table, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tp", type=int, default=2, help="of the student")
+    parser.add_argument("--pp", type=int, default=2, help="of the student")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bucket-mib", type=int, default=SamplerConfig.refit_bucket_mib)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--write", type=Path, metavar="FILE")
-    options = parser.parse_args()
+    options, device = parser.parse_args(), platform.current().device.type
     with tempfile.TemporaryDirectory(prefix="refit-") as folder:
-        write_model(Path(folder), **SHAPE | {"num_hidden_layers": options.layers})
-        parameters = Path(folder, "model.safetensors").stat().st_size / 4 / 1e9
+        dtype = platform.current().dtype
+        write_model(Path(folder), dtype=dtype, **SHAPE | {"num_hidden_layers": options.layers})
+        parameters = Path(folder, "model.safetensors").stat().st_size / dtype.itemsize / 1e9
         rows = list(_rows(folder, options))
     text = "\n".join(
         [
-            f"{machine.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32, {parameters:.2f} billion "
-            f"parameters, {RANKS} ranks at TP {TP} x PP {PP}; median of {options.repeats}. Every tensor of every "
-            "engine was compared with the student's by checksum after the last refit.\n",
+            f"{machine(device)}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}, {parameters:.2f} "
+            f"billion parameters, {options.tp * options.pp} ranks at TP {options.tp} x PP {options.pp}; median of "
+            f"{options.repeats}. Every tensor of every engine was compared with the student's by checksum after the "
+            "last refit.\n",
             "| sampler TP | | s | GB/s a rank | of a plain copy | of vLLM's loading | memory, MiB |",
             "|---:|---|---:|---:|---:|---:|---:|",
             *rows,
         ]
     )
-    publish("Refit on a CPU", text, options.write)
+    publish("Refit on a CPU" if device == "cpu" else "Refit on a GPU", text, options.write)
 
 
 if __name__ == "__main__":

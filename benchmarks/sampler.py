@@ -1,10 +1,11 @@
 """Streamed sampling beside sampling in two phases, on lengths with a long tail.
 
     python -m benchmarks.sampler --write benchmarks/results/sampler_cpu.md
+    python -m benchmarks.sampler --ranks 1 --write benchmarks/results/sampler_h100.md  # on one GPU
 
-Models of random weights sample `--problems` rollouts and one refinement of each, on two ranks, in three ways: in two
-phases with an engine a rank (as with `sampler.one_engine`, but without the refit in between), streamed
-with an engine a rank (a live teacher), and streamed with two, one for each kind (a teacher with weights of its own).
+Models of random weights sample `--problems` rollouts and one refinement of each, on `--ranks` ranks, in three ways: in
+two phases with an engine a rank (as with `sampler.one_engine`, but without the refit in between), streamed with an
+engine a rank (a live teacher), and streamed with two, one for each kind (a teacher with weights of its own).
 Lengths are drawn from log-normal distributions of median 64 tokens, at most `--longest`, and forced. How much streaming
 can save depends on
 
@@ -16,7 +17,8 @@ can save depends on
   rollout then, and as long in either way;
 - whether `--sequences` run at once in an engine, which is fewer than there are, or all.
 
-Every draw is sampled in all ways, in turn, and all must give the same tokens.
+Every draw is sampled in all ways, in turn, and all must give the same tokens in float32. In bf16, on a GPU, a batch's
+size can change a token; lengths are the same.
 """
 
 from __future__ import annotations
@@ -24,8 +26,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
-import platform as machine
 import random
 import tempfile
 import time
@@ -37,12 +37,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import publish
+from benchmarks.common import machine, publish
+from megatron_trd import platform
 from megatron_trd.engines.work import Kind, Task, name_of
 from tests.distributed import run_ranks
 from tests.models import write_model
 
-RANKS = 2
 SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
@@ -145,7 +145,7 @@ class _Bench:
         """Seconds of an engine's step with so many requests in it, each engine at the same."""
         seconds = []
         for length in STEPS:
-            forced = {name_of("rollout", index): length for index in range(RANKS * requests)}
+            forced = {name_of("rollout", index): length for index in range(self.options.ranks * requests)}
             seconds.append(min(self._sample(forced, len(forced), "streamed", requests, None)[0] for _ in range(3)))
         return (seconds[1] - seconds[0]) / (STEPS[1] - STEPS[0])
 
@@ -181,8 +181,6 @@ class Found(NamedTuple):
 
 def measure(rank: int, world: int, folder: str, cases: list[Case], options: argparse.Namespace) -> Found:
     """Rank function: every draw of each case."""
-    from megatron_trd import platform
-
     platform.current().set_up()
     bench = _Bench(folder, options)
     bench.step(1)  # the engine packs its weights at their first use
@@ -198,7 +196,7 @@ def _draw(bench: _Bench, case: Case, number: int, show: bool) -> Draw:
         [(one.rollout.tokens, one.refinement and one.refinement.tokens) for one in found]
         for _, found, _ in ways.values()
     ]
-    if any(other != tokens[0] for other in tokens[1:]):
+    if platform.current().dtype == torch.float32 and any(other != tokens[0] for other in tokens[1:]):
         raise RuntimeError("two ways of sampling gave different tokens")
     sampled = sum(len(rollout) + len(refined or ()) for rollout, refined in tokens[0])
     seconds = {way: took for way, (took, _, _) in ways.items()}
@@ -213,9 +211,10 @@ def _draw(bench: _Bench, case: Case, number: int, show: bool) -> Draw:
 
 def _table(shape: dict[str, Any], cases: list[Case], options: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="sampler-") as folder:
-        write_model(Path(folder), **shape)
-        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 4e6  # float32
-        found = run_ranks(measure, RANKS, folder, cases, options, timeout=3 * 3600)[0]
+        current = platform.current()
+        write_model(Path(folder), dtype=current.dtype, **shape)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / current.dtype.itemsize / 1e6
+        found = run_ranks(measure, options.ranks, folder, cases, options, timeout=3 * 3600, backend=current.backend)[0]
     steps = ", ".join(f"{1000 * seconds:.1f} ms with {count}" for count, seconds in found.steps.items())
     yield f"\n## {size:.1f} million parameters\n\nA step of an engine takes {steps} requests in it.\n"
     yield (
@@ -253,25 +252,28 @@ def _row(case: Case, draws: list[Draw], options: argparse.Namespace) -> str:
 def main() -> None:
     """Measure, print the table, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--longest", type=int, default=1280, help="tokens of a rollout or refinement")
     parser.add_argument("--sequences", type=int, default=16, help="running at once in an engine")
     parser.add_argument("--draws", type=int, default=3, help="of the lengths of each case")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
-    if options.problems < RANKS * options.sequences:
-        parser.error(f"--problems: at least {RANKS * options.sequences}, or no engine has --sequences at once")
+    if options.problems < (least := options.ranks * options.sequences):
+        parser.error(f"--problems: at least {least}, or no engine has --sequences at once")
+    current = platform.current()
+    dtype, device = str(current.dtype).removeprefix("torch."), current.device.type
     text = "\n".join(
         [
-            f"{machine.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32; {options.problems} "
-            f"problems, a rollout and a refinement each, on {RANKS} ranks. Log-normal lengths of median 64 tokens; "
+            f"{machine(device)}, torch {torch.__version__}, {dtype}; {options.problems} problems, a rollout and a "
+            f"refinement each, on {options.ranks} ranks. Log-normal lengths of median 64 tokens; "
             f"means over {options.draws} draws, each draw's ratio in brackets, and beside it what it is of the longest "
             "chain alone: the longest rollout with its refinement, over the longest rollout and the longest "
-            "refinement. All ways gave the same tokens.",
+            f"refinement. All ways gave the same {'tokens' if current.dtype == torch.float32 else 'lengths'}.",
             *(row for shape, cases in MODELS for row in _table(shape, cases, options)),
         ]
     )
-    publish("Sampling on a CPU", text, options.write)
+    publish("Sampling on a CPU" if device == "cpu" else "Sampling on a GPU", text, options.write)
 
 
 if __name__ == "__main__":

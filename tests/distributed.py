@@ -29,17 +29,19 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900) -> list[Any]:
-    """`fn(rank, world_size, *args)` on `world_size` processes with gloo; what each returned, by rank.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900, backend: str = "gloo"
+) -> list[Any]:
+    """`fn(rank, world_size, *args)` on `world_size` processes; what each returned, by rank.
 
     `fn` is a module's top-level function, and it and its arguments are picklable. Each process has one torch thread,
-    this process's environment, and the default process group ready. A process that fails, dies, or is still running
-    after `timeout` seconds ends them all, and RuntimeError carries the first failure's traceback.
+    this process's environment, and the default process group, of `backend`, ready. A process that fails, dies, or is
+    still running after `timeout` seconds ends them all, and RuntimeError carries the first failure's traceback.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = [
             # Not daemons: those may have no children, and saving a checkpoint starts some.
-            _CONTEXT.Process(target=_rank, args=(fn, rank, world_size, args, folder, dict(os.environ)))
+            _CONTEXT.Process(target=_rank, args=(fn, rank, world_size, args, folder, dict(os.environ), backend))
             for rank in range(world_size)
         ]
         try:
@@ -60,6 +62,7 @@ def _rank(
     args: tuple[Any, ...],
     folder: str,
     environment: dict[str, str],
+    backend: str,
 ) -> None:
     """The life of one process: leaves `RANK.result`, or `RANK.error` and exit code 1."""
     os.setsid()  # so that the children it may have end with it
@@ -69,7 +72,7 @@ def _rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         result = fn(rank, world_size, *args)
         torch.save(result, Path(folder, f"{rank}.result"))
         dist.barrier()  # nobody leaves while another may still talk to it

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 import signal
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_trd import platform
 from tests.distributed import run_ranks
@@ -25,17 +22,6 @@ from tests.training import jobs
 IN_BF16 = platform.current().dtype == torch.bfloat16
 DRIFT = 0.02 if IN_BF16 else 1e-5  # mean nats between sampler and trainer
 SMALL: dict[str, Any] = {"head_dim": 64, "max_position_embeddings": 1024, "dtype": platform.current().dtype}
-
-
-def on_this_platform(rank: int, world: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Rank function: `work`, with this platform's collectives in place of gloo's."""
-    dist.destroy_process_group()
-    current = platform.current()
-    current.set_up()
-    with tempfile.NamedTemporaryFile() as store:
-        meeting = f"file://{store.name}"
-        dist.init_process_group(current.backend, init_method=meeting, rank=rank, world_size=world)
-        return work(rank, world, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +37,7 @@ def on_this_platform(rank: int, world: int, work: Callable[..., Any], *arguments
 def test_a_step_is_the_dense_one_s(tmp_path: Path, family: str, case: dict[str, Any]) -> None:
     student = write_model(tmp_path / "student", family=family, seed=7, **SMALL)
     teacher = write_model(tmp_path / "teacher", family=family, seed=8, **SMALL)
-    [found] = run_ranks(on_this_platform, 1, run_layouts, str(student), str(teacher), [case])[0]
+    [found] = run_ranks(run_layouts, 1, str(student), str(teacher), [case], backend=platform.current().backend)[0]
     want = expected(student, teacher)
     assert found["loss"] == pytest.approx(want["loss"], rel=5e-3 if IN_BF16 else 2e-6)
     assert found["norm"] == pytest.approx(want["norm"], rel=2e-2 if IN_BF16 else 1e-5)
