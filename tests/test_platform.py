@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_trd.config import SamplerConfig
+from megatron_trd.doctor.versions import check_sampler
 from megatron_trd.errors import UserError
 from megatron_trd.models.architecture import attention_backend
 from megatron_trd.platform import CpuPlatform, CudaPlatform, Platform
@@ -64,9 +65,9 @@ def test_layers_that_can_sum_their_gradients_in_main_grad_do() -> None:
 def test_a_sampler_for_another_platform_is_refused_with_the_cure(
     platform: type[Platform], installed: dict[str, str], complaint: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_trd.platform._version", installed.get)
+    monkeypatch.setattr("megatron_trd.doctor.versions._version", installed.get)
     with pytest.raises(UserError, match=complaint) if complaint else contextlib.nullcontext():
-        platform().check_sampler()
+        check_sampler(platform.extra, platform.found)
 
 
 @pytest.mark.parametrize(

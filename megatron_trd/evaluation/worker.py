@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_trd import config as configuration
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
+from megatron_trd.doctor.versions import check_sampler
 from megatron_trd.launch import run_rank, starting
 
 
@@ -35,7 +36,7 @@ def _evaluate(config: TrainConfig) -> None:
 
         current = platform.current()
         current.set_up()
-        current.check_sampler()
+        check_sampler(current.extra, current.found)
         current.join()
         model = open_model(config.model)
         check_files(model.path)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig, apply_overrides
+from megatron_trd.doctor.versions import check_sampler
 from megatron_trd.errors import UserError
 from megatron_trd.launch import RefusedElsewhere, run_rank, starting
 from megatron_trd.training.command import check_start
@@ -30,7 +31,7 @@ def main() -> None:
 
         current = platform.current()
         current.set_up()
-        current.check_sampler()
+        check_sampler(current.extra, current.found)
         current.join()
         config, first = _begin(arguments), dist.get_rank() == 0
         run = Run(config, resume=arguments.resume)
