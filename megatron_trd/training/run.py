@@ -56,8 +56,7 @@ class Run:
         self.teacher.offload()
         current.release_memory()
         self.phases = Phases()
-        asked = self.steps_done + (not self.held_out.due(self.steps_done))  # from there on it is asked again
-        self._writers = _Writers(config, self.steps_done, asked) if dist.get_rank() == 0 else None
+        self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
         self.sampling = Sampling(
             config, self.inputs, self.student, self.teacher, self.builder, self.phases, note=self.note
         )
@@ -188,11 +187,11 @@ def _trained(results: list[StepResult]) -> dict[str, float]:
 class _Writers:
     """Metrics, samples and progress of rank 0."""
 
-    def __init__(self, config: TrainConfig, steps_done: int, asked_from: int) -> None:
+    def __init__(self, config: TrainConfig, steps_done: int) -> None:
         folder = Path(config.run_dir)
         self.metrics = MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done)
         self.held_out = (
-            MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=asked_from, file=HELD_OUT_FILE)
+            MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done, file=HELD_OUT_FILE)
             if config.held_out.path
             else None
         )

@@ -366,3 +366,27 @@ def test_several_steps_are_adamw_s_with_a_falling_rate(models: dict[str, Path]) 
         moved = after[name] - before[name]
         error = (parameter.double() - after[name]).norm() / moved.norm()
         assert error < 1e-2, (name, float(error))
+
+
+def compared_tokens(rank: int, world: int, model: str, bounds: list[int]) -> list[tuple[float, int]]:
+    """Rank function: for each `log.drift_tokens`, the tokens compared in a step, and those of its first micro-batch."""
+    from megatron.core import parallel_state
+
+    from megatron_trd import platform
+
+    platform.current().set_up()
+    found = []
+    for bound in bounds:
+        case = layout(1, 1, 1, 1) | {"log": {"drift_tokens": bound}}
+        student, teacher, samples, share, hidden = prepare(model, None, case)
+        sums = student.backward(samples, share, hidden, teacher.head)
+        first = sorted(share, key=lambda sample: len(samples[sample].tokens("student")))[-2:]
+        found.append((sums.totals[4].item(), sum(len(samples[sample].response) for sample in first)))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_drift_is_of_so_many_tokens_of_the_first_micro_batch(models: dict[str, Path]) -> None:
+    [(none, _), (three, _), (all_there_are, first)] = run_ranks(compared_tokens, 1, str(models["tied"]), [0, 3, 999])[0]
+    assert (none, three) == (0, 3)
+    assert all_there_are == first
