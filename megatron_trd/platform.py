@@ -236,6 +236,9 @@ class CudaPlatform(Platform):
             **({} if alone or config.tp == 1 else {"compilation_config": _NO_FUSED_ALL_REDUCE}),
         }
 
+    def starting_sampler(self, job: str) -> contextlib.AbstractContextManager[Any]:
+        return vllm_on_cuda.keeping_threads()
+
     def engine_context(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
         return vllm_on_cuda.EngineContext(self.device)
 

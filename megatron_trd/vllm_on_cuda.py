@@ -4,38 +4,73 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+_Place = tuple[Any, str]  # a module or class, and its attribute
+
 
 class EngineContext:
-    """The stream and the scratch memory of one engine.
+    """The stream of one engine, and what vLLM has once for a process, but is an engine's.
 
     vLLM keeps the stream that is current when it first asks, and hands results over there, whichever thread works
     later: so it is started and used on one stream of its own, behind what the caller has queued, and the caller goes on
-    behind it. The scratch memory of experts is one for a process in vLLM, the newest engine's; captured graphs write to
-    that of the engine they were captured for.
+    behind it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._workspace: Any = None
+        self._own: dict[_Place, Any] | None = None  # while it is not in use
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        from vllm.v1.worker import workspace
-
-        caller, another = torch.cuda.current_stream(), workspace._manager
+        caller, own = torch.cuda.current_stream(), self._own or _before_any_engine()
+        others = {place: getattr(*place) for place in own}
         self._stream.wait_stream(caller)
-        workspace._manager = self._workspace
+        _put(own)
         try:
             with torch.cuda.stream(self._stream):
                 yield
         finally:
-            self._workspace, workspace._manager = workspace._manager, another
+            self._own = {place: getattr(*place) for place in own}
+            _put(others)
             caller.wait_stream(self._stream)
+
+
+def _before_any_engine() -> dict[_Place, Any]:
+    """What a process has once in vLLM, as it is when there is no engine.
+
+    The scratch memory of experts is the newest engine's, where captured graphs write to that of the engine they were
+    captured for. And an engine that starts forgets all graphs of the process, when it has measured what its own will
+    take; another would then capture its next batches, which computes nothing, and answer with what was in memory.
+    """
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+    from vllm.v1.worker import workspace
+
+    return {
+        (workspace, "_manager"): None,
+        (CUDAGraphWrapper, "_all_instances"): weakref.WeakSet(),
+        (BreakableCUDAGraphWrapper, "_all_instances"): weakref.WeakSet(),
+    }
+
+
+def _put(values: dict[_Place, Any]) -> None:
+    for (owner, name), value in values.items():
+        setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def keeping_threads() -> Iterator[None]:
+    """An engine that starts leaves its process one thread on the host; ours gathers and checks weights there."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _kept: list[Any] = []  # for the life of the process

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,3 +103,16 @@ def test_attention_is_what_transformer_engine_s_variables_leave(
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
     LanguageModule._set_attention_backend(model)
+
+
+def test_a_rank_compiles_in_its_own_process() -> None:
+    """megatron-core has torch read the setting before vLLM is imported, which makes it too."""
+    code = (
+        "from megatron_trd.launch import starting\n"
+        "with starting():\n"
+        "    import megatron.core.transformer.transformer_config, torch._inductor.config as config\n"
+        "print(config.compile_threads)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_COMPILE_THREADS"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -63,6 +65,43 @@ def test_each_engine_has_its_own_scratch_memory(caller: Stream, workspace: Any) 
     for context, manager in ((first, managers[0]), (second, managers[1]), (first, managers[0])):
         with context():
             assert workspace._manager is manager
+
+
+@pytest.mark.parametrize("kind", ["cuda_graph.CUDAGraphWrapper", "breakable_cudagraph.BreakableCUDAGraphWrapper"])
+def test_an_engine_that_starts_forgets_no_graph_of_another(caller: Stream, kind: str) -> None:
+    """As vLLM's `profile_cudagraph_memory` does (vllm/v1/worker/gpu/cudagraph_utils.py)."""
+    module, name = kind.split(".")
+    wrapper_class = getattr(importlib.import_module(f"vllm.compilation.{module}"), name)
+    before = wrapper_class._all_instances
+
+    def start() -> Any:
+        """An engine's start: it measures its graphs, forgets them, and captures them for good."""
+        with mock.patch(f"vllm.compilation.{module}.current_platform"):
+            wrapper = wrapper_class(lambda: None, SimpleNamespace(compilation_config=None), mock.Mock())
+        graphs = wrapper.__dict__["entries" if "entries" in wrapper.__dict__ else "concrete_cudagraph_entries"]
+        graphs["measured"] = object()
+        wrapper_class.clear_all_graphs()
+        assert not graphs, "its own it does forget"
+        graphs["captured"] = object()
+        return wrapper, graphs
+
+    first, second = EngineContext(torch.device("cpu")), EngineContext(torch.device("cpu"))
+    with first():
+        wrapper, graphs = start()
+    with second():
+        other, _ = start()
+    assert list(graphs) == ["captured"]
+    for context, expected in ((first, wrapper), (second, other)):
+        with context():
+            assert list(wrapper_class._all_instances) == [expected]
+    assert wrapper_class._all_instances is before
+
+
+def test_an_engine_leaves_its_process_as_many_threads_as_it_had() -> None:
+    threads = torch.get_num_threads()
+    with vllm_on_cuda.keeping_threads():
+        torch.set_num_threads(threads + 1)
+    assert torch.get_num_threads() == threads
 
 
 def test_an_engine_that_is_shut_down_leaves_none_to_the_next(caller: Stream, workspace: Any) -> None:
