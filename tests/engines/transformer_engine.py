@@ -242,10 +242,7 @@ class TransformerEngineOnCpu(platform.CpuPlatform):
         return self._in_dtype(_GPU.optimizer_config(self))  # type: ignore[arg-type]
 
     def transformer_config(self) -> dict[str, Any]:
-        from megatron.core.transformer.enums import AttnBackend
-
-        of_a_gpu = _GPU.transformer_config(self)  # type: ignore[arg-type]
-        return self._in_dtype(of_a_gpu | {"attention_backend": AttnBackend.unfused})
+        return self._in_dtype(_GPU.transformer_config(self))  # type: ignore[arg-type]
 
     def _in_dtype(self, of_a_gpu: dict[str, Any]) -> dict[str, Any]:
         return of_a_gpu | {"bf16": self.dtype == torch.bfloat16}
@@ -296,6 +293,7 @@ def install(folder: Path, dtype: torch.dtype) -> None:
     sys.path.insert(0, str(folder))
     os.environ.update(NVTE_PROJECT_BUILDING="1", NVTE_RELEASE_BUILD="0")  # no library is looked for
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
+    os.environ.update(NVTE_FLASH_ATTN="0", NVTE_FUSED_ATTN="0")  # their kernels are a GPU's
     cuda: Any = torch.cuda
     cuda.is_available = lambda: _asked_by_transformer_engine(2)
     cuda.is_current_stream_capturing = lambda: False
