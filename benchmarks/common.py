@@ -37,11 +37,19 @@ def peak_bytes(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else kernel_bytes("VmHWM")
 
 
-def machine(device: str) -> str:
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def machine(device: str = "cpu") -> str:
     """What computes, for a table's head."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {cores()} cores"
+
+
+def on_a(device: str) -> str:
+    """For a table's title."""
+    return {"cpu": "on a CPU", "cuda": "on a GPU"}[device]
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

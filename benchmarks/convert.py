@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import kernel_bytes, publish
+from benchmarks.common import kernel_bytes, machine, publish
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.export import FolderWriter, exported_tensors
@@ -84,7 +83,7 @@ def main() -> None:
 def _head(repeats: int) -> str:
     return "\n".join(
         [
-            f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; medians of {repeats}. Layers of "
+            f"{machine()}, torch {torch.__version__}; medians of {repeats}. Layers of "
             "Qwen3-4B, bf16, tied. “peak / layer” is peak memory on top of the imports over the largest layer.",
             "",
             "| model | vocabulary | largest layer | task | peak memory | peak / layer | time | GB/s | of a copy's |",

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.common import publish
+from benchmarks.common import machine, publish
 from megatron_trd.demo.run import METHODS, SAMPLES, run_demo
 
 
@@ -42,7 +40,7 @@ def _table(summaries: list[dict[str, Any]]) -> str:
     seeds = [summary["seeds"][0] for summary in summaries]
     lines = [
         f"{first['problems']} held-out problems, {SAMPLES} samples each, {first['steps']} steps, seeds "
-        f"{', '.join(map(str, seeds))}; {platform.machine()}, {os.cpu_count()} cores. A whole demo took "
+        f"{', '.join(map(str, seeds))}; {machine()}. A whole demo took "
         f"{mean(summary['seconds'] for summary in summaries):.0f} s.",
         "",
         f"| avg@{SAMPLES} | {' | '.join(f'seed {seed}' for seed in seeds)} | mean ± sd | pass@{SAMPLES} | train, s |",

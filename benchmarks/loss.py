@@ -37,7 +37,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import held_bytes, kernel_bytes, machine, matches, peak_bytes, publish, relative_error
+from benchmarks.common import (
+    cores,
+    held_bytes,
+    kernel_bytes,
+    machine,
+    matches,
+    on_a,
+    peak_bytes,
+    publish,
+    relative_error,
+)
 from benchmarks.rivals import Case, Loss, cases, loaded
 from megatron_trd.losses import dense_divergence
 from megatron_trd.losses.head import chunks, chunks_under_way
@@ -109,7 +119,7 @@ def main() -> None:
         raise SystemExit("one GPU is measured: --device cuda goes with --tp 1")
     table = _sweep(options) if options.sweep is not None else _comparison(options)
     text = f"{_machine(options)}\n\n{table}"
-    publish("The loss on a CPU" if options.device == "cpu" else "The loss on a GPU", text, options.write)
+    publish(f"The loss {on_a(options.device)}", text, options.write)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -275,7 +285,7 @@ def _case(name: str, chunk_tokens: int | None) -> Case:
 
 def _settle(world: int, device: str) -> None:
     """Cores shared among the ranks; who asks for more memory than is free fails alone, instead of the machine."""
-    torch.set_num_threads(max(1, _cores() // world))
+    torch.set_num_threads(max(1, cores() // world))
     warnings.filterwarnings("ignore")
     os.environ.pop("TORCHDYNAMO_DISABLE", None)  # vLLM's ranks on a CPU compile nothing; a rival does
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
@@ -369,10 +379,6 @@ def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

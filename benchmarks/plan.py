@@ -12,8 +12,6 @@ the first, which starts engines; memory is the largest resident set of the first
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,7 +21,7 @@ from statistics import fmean, median
 
 import torch
 
-from benchmarks.common import publish
+from benchmarks.common import machine, publish
 from megatron_trd.config import TrainConfig, apply_overrides
 from megatron_trd.data.problems import load_problems
 from megatron_trd.data.prompts import PromptBuilder
@@ -100,8 +98,7 @@ def _against_measured(layouts: list[str], steps: int) -> str:
             for name, overrides in models.items()
             for layout in layouts
         ]
-    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, fp32"
-    return f"{machine}. Each cell: forecast / measured.\n\n{_markdown(rows)}"
+    return f"{machine()}, torch {torch.__version__}, fp32. Each cell: forecast / measured.\n\n{_markdown(rows)}"
 
 
 def _markdown(rows: list[list[str]]) -> str:

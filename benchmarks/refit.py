@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import held_bytes, machine, peak_bytes, publish
+from benchmarks.common import held_bytes, machine, on_a, peak_bytes, publish
 from megatron_trd import platform
 from megatron_trd.config import SamplerConfig
 from tests.distributed import run_ranks
@@ -175,7 +175,7 @@ def main() -> None:
             *rows,
         ]
     )
-    publish("Refit on a CPU" if device == "cpu" else "Refit on a GPU", text, options.write)
+    publish(f"Refit {on_a(device)}", text, options.write)
 
 
 if __name__ == "__main__":

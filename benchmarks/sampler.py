@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import machine, publish
+from benchmarks.common import machine, on_a, publish
 from megatron_trd import platform
 from megatron_trd.engines.work import Kind, Task, name_of
 from tests.distributed import run_ranks
@@ -273,7 +273,7 @@ def main() -> None:
             *(row for shape, cases in MODELS for row in _table(shape, cases, options)),
         ]
     )
-    publish("Sampling on a CPU" if device == "cpu" else "Sampling on a GPU", text, options.write)
+    publish(f"Sampling {on_a(device)}", text, options.write)
 
 
 if __name__ == "__main__":

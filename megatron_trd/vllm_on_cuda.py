@@ -28,15 +28,13 @@ class EngineContext:
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         caller, own = torch.cuda.current_stream(), self._own or _before_any_engine()
-        others = {place: getattr(*place) for place in own}
         self._stream.wait_stream(caller)
-        _put(own)
+        others = _exchanged(own)
         try:
             with torch.cuda.stream(self._stream):
                 yield
         finally:
-            self._own = {place: getattr(*place) for place in own}
-            _put(others)
+            self._own = _exchanged(others)
             caller.wait_stream(self._stream)
 
 
@@ -58,9 +56,12 @@ def _before_any_engine() -> dict[_Place, Any]:
     }
 
 
-def _put(values: dict[_Place, Any]) -> None:
+def _exchanged(values: dict[_Place, Any]) -> dict[_Place, Any]:
+    """What was in the places of `values`, which are there now."""
+    before = {place: getattr(*place) for place in values}
     for (owner, name), value in values.items():
         setattr(owner, name, value)
+    return before
 
 
 @contextlib.contextmanager

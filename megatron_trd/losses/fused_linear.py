@@ -72,8 +72,8 @@ def fused_linear_divergence(
         chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 320 MiB of float32
             logits a side, 640 MiB on a GPU. Twice these are allocated, on a GPU with 16-bit weights three times for
             gradients that wait for their products, and scratch of some 50 MiB. The result does not depend on it
-            beyond rounding. In backward the chunks are gone, and float32 gradients are scaled where
-            they are, unless the graph is retained.
+            beyond rounding. In backward the chunks are gone, and float32 gradients are scaled where they are, unless
+            the graph is retained.
         accumulate: add the head's gradient to its `main_grad`, if there is one of the loss's dtype, here and now
             instead of in backward, which saves a float32 copy of the head. For who calls backward once, on this very
             loss, as Megatron's schedules do: an upstream gradient other than 1 raises `RuntimeError` in backward.
@@ -238,7 +238,7 @@ def _over_chunks(
     rows = slices[0].stop if slices else 0
     # The same buffers serve every chunk: fresh ones cost a CPU more in page faults than the softmaxes do.
     buffers = scale.new_empty(min(depth, len(slices)), 2, rows, shard.columns)
-    room = min(tokens, waiting_tokens(rows, student.weight.dtype, scale.dtype, scale.device) * depth)
+    room = waiting_tokens(tokens, rows, student.weight.dtype, scale.dtype, scale.device, under_way=depth)
     products = _GradientProducts(student, shard, hidden_gradient, weight_gradient, fresh=into is None, room=room)
 
     def finish(here: slice, logits: Tensor, pending: PendingRows | PendingRestrictedRows) -> None:

@@ -49,13 +49,17 @@ def chunks_under_way(ranks: int) -> int:
     return 1 if ranks == 1 else 2
 
 
-def waiting_tokens(chunk: int, head: torch.dtype, sums: torch.dtype, device: torch.device) -> int:
-    """Tokens whose logits' gradients wait for one product, where a chunk has `chunk`; 0: each chunk has its own.
+def waiting_tokens(
+    tokens: int, chunk: int, head: torch.dtype, sums: torch.dtype, device: torch.device, *, under_way: int = 1
+) -> int:
+    """How many of `tokens` have their logits' gradients wait for one product; 0: each chunk has its own.
+
+    `chunk` is a chunk's tokens, where `under_way` of them make up what `chunk_tokens` allows.
 
     They can wait where they are not in the logits' memory: a GPU's products take them in the dtype of a `head` that is
     narrower than the `sums`.
     """
-    return CHUNKS_A_PRODUCT * chunk if device.type == "cuda" and head != sums else 0
+    return min(tokens, CHUNKS_A_PRODUCT * under_way * chunk) if device.type == "cuda" and head != sums else 0
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:

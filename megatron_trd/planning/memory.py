@@ -196,7 +196,7 @@ def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int, stac
     slices = chunks(tokens, width, chunk_tokens, torch.float32, device, under_way=depth)
     rows = slices[0].stop if slices else 0
     head = torch.float32 if stack.weight_bytes == 4 else torch.bfloat16
-    waiting = min(tokens, waiting_tokens(rows, head, torch.float32, device) * depth)
+    waiting = waiting_tokens(tokens, rows, head, torch.float32, device, under_way=depth)
     return width * (rows * 2 * min(depth, len(slices)) * 4 + waiting * stack.weight_bytes) + _LOSS_SCRATCH
 
 

@@ -115,7 +115,11 @@ def test_any_sizes_and_options_agree_with_the_reference(options: dict[str, Any])
 
 def waiting(rank: int, world: int, chunks: int, listed: list[Case]) -> list[Outcome]:
     """As `ranks.fused`; the gradients of so many chunks wait for one product, as on a GPU with 16-bit weights."""
-    with mock.patch("megatron_trd.losses.fused_linear.waiting_tokens", lambda chunk, *_: chunks * chunk):
+
+    def room(tokens: int, chunk: int, *_: object, under_way: int) -> int:
+        return min(tokens, chunks * under_way * chunk)
+
+    with mock.patch("megatron_trd.losses.fused_linear.waiting_tokens", room):
         return ranks.fused(rank, world, listed)
 
 

@@ -121,7 +121,7 @@ def test_an_accumulated_gradient_takes_no_memory() -> None:
 
 @pytest.mark.parametrize("chunks", [2, 4])
 def test_gradients_that_wait_take_the_memory_of_so_many_chunks(chunks: int) -> None:
-    with mock.patch("megatron_trd.losses.fused_linear.waiting_tokens", lambda chunk, *_: chunks * chunk):
+    with mock.patch("megatron_trd.losses.fused_linear.waiting_tokens", return_value=chunks * CHUNK):
         (found,) = ranks.memory(0, 1, [sizes(9 * CHUNK)])
     held = (2 + chunks) * LOGITS  # both sides' logits, and gradients as wide
     assert held <= found.peak <= held + head_gradient(1) + SMALL
@@ -130,6 +130,8 @@ def test_gradients_that_wait_take_the_memory_of_so_many_chunks(chunks: int) -> N
 
 def test_gradients_wait_where_they_are_narrower_than_the_logits_on_a_gpu() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert waiting_tokens(1024, torch.bfloat16, torch.float32, cuda) == 2048
-    assert waiting_tokens(1024, torch.float32, torch.float32, cuda) == 0
-    assert waiting_tokens(1024, torch.bfloat16, torch.float32, cpu) == 0
+    assert waiting_tokens(8192, 1024, torch.bfloat16, torch.float32, cuda) == 2048
+    assert waiting_tokens(8192, 512, torch.bfloat16, torch.float32, cuda, under_way=2) == 2048
+    assert waiting_tokens(1500, 768, torch.bfloat16, torch.float32, cuda) == 1500
+    assert waiting_tokens(8192, 1024, torch.float32, torch.float32, cuda) == 0
+    assert waiting_tokens(8192, 1024, torch.bfloat16, torch.float32, cpu) == 0
