@@ -222,7 +222,12 @@ class CudaPlatform(Platform):
         return {"params_dtype": self.dtype, "bf16": True}
 
     def sampler_environment(self) -> dict[str, str]:
-        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        return {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            # It takes no request that has a seed of its own, as all have here, and is compiled when an engine starts.
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        }
 
     def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool, alone: bool) -> dict[str, Any]:
         return {
