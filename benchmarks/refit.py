@@ -64,7 +64,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, options: argpar
     current.set_up()
     opened = open_model(folder)
     arch, grid, repeats = opened.arch, student_grid(options.tp, options.pp, seed=0), options.repeats
-    sampler = {"tp": sampler_tp, "refit_bucket_mib": options.bucket_mib}
+    sampler = {"tp": sampler_tp, "refit_bucket_mib": options.bucket_mib, "enforce_eager": True}
     layout = {"tp": options.tp, "pp": options.pp}
     config = from_dict({"model": folder, "student": layout, "sampler": sampler}, "benchmark")
     student = StudentEngine(config, opened, grid)
@@ -144,7 +144,7 @@ def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:
         for name, value in seconds.items():
             memory = f"{max(found['memory'] for found in ranks) / 2**20:,.0f}" if name == REFIT else ""
             yield (
-                f"| {sampler_tp} | {name} | {value:.2f} | {copied / 1e9 / value:.2f} | "
+                f"| {sampler_tp} | {name} | {value:.3g} | {copied / 1e9 / value:,.3g} | "
                 f"{seconds[COPY] / value:.2f} | {seconds[LOADING] / value:.2f} | {memory} |"
             )
 

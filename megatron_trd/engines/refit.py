@@ -32,7 +32,8 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
         llm.apply_model(platform.current().prepare_reload)
     else:
         [engine] = llm.apply_model(_engine)
-        remaining = (_filled(slot, loading.pieces(source, slot), engine, arch) for slot in table)
+        pieces = loading.piecewise(source)
+        remaining = (_filled(slot, pieces(slot), engine, arch) for slot in table)
         if missed := engine.parameters.keys() - {_engine_name(slot) for slot in table}:
             raise RuntimeError(f"the engine has parameters that no refit reaches: {', '.join(sorted(missed))}")
     how = {"weights_iterator": remaining, "is_checkpoint_format": arch.experts > 0}

@@ -34,9 +34,9 @@ class PiecewiseSource(Protocol):
     def pieces(self, slot: Slot) -> list[Piece]: ...
 
 
-def pieces(source: Source, slot: Slot) -> list[Piece]:
-    """The full tensors of a slot, in pieces if that is how `source` has them."""
-    return source.pieces(slot) if isinstance(source, PiecewiseSource) else uncut(source(slot))
+def piecewise(source: Source) -> Callable[[Slot], list[Piece]]:
+    """Gives the full tensors of a slot, in pieces if that is how `source` has them."""
+    return source.pieces if isinstance(source, PiecewiseSource) else lambda slot: uncut(source(slot))
 
 
 def folder_source(folder: ModelFolder) -> Source:

@@ -18,6 +18,7 @@ modeling_qwen3_moe.py and modeling_llama.py; megatron-core `SelfAttention.get_qu
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,7 +173,8 @@ class Slot:
         return math.prod(self.whole)
 
 
-def slots(arch: Architecture) -> list[Slot]:
+@functools.lru_cache(maxsize=8)  # a refit asks for it twice
+def slots(arch: Architecture) -> tuple[Slot, ...]:
     """Every parameter of the model, in Hugging Face order (embedding, layers, final norm, head)."""
     hidden, vocab = arch.hidden_size, (arch.vocab_size, arch.hidden_size)
     embedding, source = "embedding.word_embeddings.weight", "model.embed_tokens.weight"
@@ -183,12 +185,12 @@ def slots(arch: Architecture) -> list[Slot]:
     table.append(Slot((norm,), ("model.norm.weight",), ((hidden,),), "replicated", "last", norm))
     head = source if arch.tied else "lm_head.weight"
     table.append(Slot((output,), (head,), (vocab,), "vocab", "last", output, exported=not arch.tied))
-    return table
+    return tuple(table)
 
 
-def exported_slots(arch: Architecture) -> list[Slot]:
+def exported_slots(arch: Architecture) -> tuple[Slot, ...]:
     """`slots`, each Hugging Face tensor once: without the second copy of a tied head."""
-    return [slot for slot in slots(arch) if slot.exported]
+    return tuple(slot for slot in slots(arch) if slot.exported)
 
 
 def _layer_slots(arch: Architecture, layer: int) -> list[Slot]:
@@ -217,8 +219,7 @@ def parts(slot: Slot, arch: Architecture, rank: int, tp: int) -> list[tuple[int,
             rows = slot.shapes[0][0] // tp
             return [(part, rank * rows, rows) for part in (0, 1)]
         case "qkv":
-            sizes = [shape[0] // arch.kv_heads for shape in slot.shapes]
-            groups = arch.kv_heads // tp
+            sizes, groups = _group_rows(slot, arch), arch.kv_heads // tp
             return [
                 (part, group * size, size)
                 for group in range(rank * groups, (rank + 1) * groups)
@@ -261,30 +262,51 @@ class Piece:
     index: int  # of the tensor
     row: int  # where it begins in the tensor
     column: int
-    values: Tensor
+    values: Tensor  # with one dimension more than the tensor has: its rows by groups, which lie apart
 
     def copy_to(self, window: Tensor, row: int = 0, column: int = 0) -> int:
-        """Copy what lies in a window of the tensor that begins at (row, column); returns the number of values."""
-        values = self.values
-        for dim, (begin, at) in enumerate(zip((self.row, self.column)[: values.dim()], (row, column), strict=False)):
+        """Copy what lies in a window of the tensor that begins at (row, column); returns the number of values.
+
+        Of a piece by groups a window has whole groups.
+        """
+        values, begins, ats = self.values, [self.row, self.column], [row, column]
+        if values.dim() > window.dim():
+            size = values.shape[1]
+            window = window.unflatten(0, (-1, size))
+            begins, ats = [self.row // size, 0], [row // size, 0]
+        for dim, (begin, at) in enumerate(zip(begins[: values.dim()], ats, strict=False)):
             first = max(begin, at)
             count = min(begin + values.shape[dim], at + window.shape[dim]) - first
             if count <= 0:
                 return 0
-            values, window = values.narrow(dim, first - begin, count), window.narrow(dim, first - at, count)
+            if count < values.shape[dim]:
+                values = values.narrow(dim, first - begin, count)
+            if count < window.shape[dim]:
+                window = window.narrow(dim, first - at, count)
         window.copy_(values)
         return values.numel()
 
 
 def pieces(slot: Slot, part: Tensor, arch: Architecture, rank: int, tp: int) -> Iterator[Piece]:
     """Of a slot's Hugging Face tensors, what the Megatron shard of tensor-parallel rank `rank` of `tp` holds; views."""
-    if slot.kind == "row":
-        yield Piece(0, 0, rank * part.shape[1], part)
-        return
-    row = 0
-    for index, start, count in parts(slot, arch, rank, tp):
-        yield Piece(index, start, 0, part[row : row + count])
-        row += count
+    match slot.kind:
+        case "row":
+            yield Piece(0, 0, rank * part.shape[1], part)
+        case "qkv":  # a group's rows of all three are one behind the other; one copy each takes those of all groups
+            sizes, groups = _group_rows(slot, arch), arch.kv_heads // tp
+            by_group = part.unflatten(0, (groups, sum(sizes))).split(sizes, 1)
+            for index, (size, values) in enumerate(zip(sizes, by_group, strict=True)):
+                yield Piece(index, rank * groups * size, 0, values)
+        case _:
+            row = 0
+            for index, start, count in parts(slot, arch, rank, tp):
+                yield Piece(index, start, 0, part[row : row + count])
+                row += count
+
+
+def _group_rows(slot: Slot, arch: Architecture) -> list[int]:
+    """Rows of q, k and v in a group of heads that share keys and values."""
+    return [shape[0] // arch.kv_heads for shape in slot.shapes]
 
 
 def uncut(full: Sequence[Tensor]) -> list[Piece]:

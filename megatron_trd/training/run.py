@@ -39,7 +39,7 @@ class Run:
         self.method = METHODS[config.method]
         self.stop = StopRequest()
         self.inputs: Inputs = check(config)
-        current = platform.current()
+        begin, current = time.perf_counter(), platform.current()
         current.set_up()
         torch.manual_seed(config.seed)
         grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=config.seed)
@@ -57,9 +57,13 @@ class Run:
         current.release_memory()
         self.phases = Phases()
         self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
+        # The sampler takes a minute or two on a GPU, where it compiles and captures graphs.
+        self.note(f"models loaded in {time.perf_counter() - begin:.1f} s, starting the sampler")
+        begin = time.perf_counter()
         self.sampling = Sampling(
             config, self.inputs, self.student, self.teacher, self.builder, self.phases, note=self.note
         )
+        self.note(f"sampler started in {time.perf_counter() - begin:.1f} s")
         if self.steps_done and (ahead := checkpoint.sampled_ahead(config.run_dir)):
             self.sampling.restore(sampled_from_json(ahead))
         self.sampled: Sampled  # what the present step trains on

@@ -26,7 +26,7 @@ def elements(slot: Slot) -> int:
 @pytest.mark.parametrize("limit", [1, 150, 1000, 10**9])
 @pytest.mark.parametrize("family", ["Qwen3ForCausalLM", MOE])
 def test_buckets_keep_order_and_limit(family: str, limit: int) -> None:
-    table = exported_slots(architecture(family))
+    table = list(exported_slots(architecture(family)))
     filled = buckets(table, limit)
     assert [slot for bucket in filled for slot in bucket.slots] == table
     for bucket in filled:
@@ -97,7 +97,7 @@ def check_case(folders: list[str], tp: int, pp: int, ep: int, together: bool) ->
         """Whether the pieces of a slot put together are its tensors, and each value is in one piece."""
         full = source(slot)
         found = [torch.full_like(tensor, torch.nan) for tensor in full]
-        copied = sum(piece.copy_to(found[piece.index]) for piece in loading.pieces(source, slot))
+        copied = sum(piece.copy_to(found[piece.index]) for piece in loading.piecewise(source)(slot))
         return copied == elements(slot) and all(map(torch.equal, found, full))
 
     seen = {}
