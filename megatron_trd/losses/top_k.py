@@ -21,6 +21,9 @@ from megatron_trd.losses.rows import PendingRows, start_rows_
 from megatron_trd.losses.shard import Gathering, VocabShard
 from megatron_trd.losses.torch_kernels import NO_LOGIT, blocks, shift_
 
+_SEGMENT = 128  # columns
+_WORTH_CUTTING = 4  # times the columns in k segments
+
 
 class _Tail(NamedTuple):
     """The columns of one side that are not kept, of all ranks; logits over the temperature."""
@@ -141,6 +144,26 @@ def start_divergence_(
 
 def _best_columns(logits: Tensor, k: int) -> Tensor:
     """Columns of the k largest of each row, `[rows, k]`, largest first and lower index first among equals.
+
+    Of many columns only those in k segments are ranked, the segments with the largest maxima, lower ones first among
+    equals. What is in none of these comes after the largest of each, so after k others.
+    """
+    columns = logits.shape[1]
+    if columns <= _WORTH_CUTTING * k * _SEGMENT:
+        return _ranked(logits, k)
+    whole = columns // _SEGMENT
+    maxima = logits[:, : whole * _SEGMENT].unflatten(1, (whole, _SEGMENT)).amax(dim=2)
+    if whole * _SEGMENT < columns:
+        maxima = torch.cat([maxima, logits[:, whole * _SEGMENT :].amax(dim=1, keepdim=True)], dim=1)
+    segments = _best_columns(maxima, k).sort(dim=1).values  # in order, for their columns to be
+    inside = torch.arange(_SEGMENT, device=logits.device)
+    among = (segments[:, :, None] * _SEGMENT + inside).flatten(start_dim=1)
+    values = logits.gather(1, among.clamp(max=columns - 1)).masked_fill_(among >= columns, -torch.inf)
+    return among.gather(1, _ranked(values, k))
+
+
+def _ranked(logits: Tensor, k: int) -> Tensor:
+    """`_best_columns` by ranking them all.
 
     `topk` breaks ties as it likes, and bf16 logits tie often. Those strictly above the k-th value are right whatever it
     did; the rest are the first columns that equal the k-th value, found by a second `topk` on their indices.

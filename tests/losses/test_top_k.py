@@ -30,6 +30,22 @@ def test_the_most_probable_are_kept_and_the_lower_index_among_equals(teacher: li
     assert kept(teacher, k) == sorted(order[:k])
 
 
+@pytest.mark.parametrize("columns", [1537, 1664, 5000])  # of which only some segments are ranked; the last is whole once
+@pytest.mark.parametrize("levels", [2, 40, 10**6])
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_same_are_kept_of_many_columns(columns: int, levels: int, k: int) -> None:
+    draw = torch.Generator().manual_seed(columns + levels)
+    teacher = torch.randint(levels, (20, columns), generator=draw).float().sub(levels)
+    teacher[0, :-2], teacher[1, ::2], teacher[2] = -torch.inf, -torch.inf, -torch.inf
+    teacher[3, -1] = 1.0
+    student = torch.arange(columns, dtype=torch.float32).mul(0.37).sin().expand(20, -1).clone().requires_grad_()
+    # The gradient is not 0 at the columns that are kept, NaN where all are masked.
+    vocab_parallel_divergence(student, teacher, top_k=k).sum().backward()
+    assert student.grad is not None
+    order = teacher.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    assert [row.nonzero().flatten().tolist() for row in student.grad] == order.tolist()
+
+
 def test_masked_columns_are_kept_last() -> None:
     assert kept([-torch.inf, 1.0, -torch.inf, 0.0, 2.0], 3) == [1, 3, 4]
 
