@@ -30,7 +30,7 @@ def test_the_most_probable_are_kept_and_the_lower_index_among_equals(teacher: li
     assert kept(teacher, k) == sorted(order[:k])
 
 
-@pytest.mark.parametrize("columns", [1537, 1664, 5000])  # of which only some segments are ranked; the last is whole once
+@pytest.mark.parametrize("columns", [1537, 1664, 5000])  # only some segments are ranked; once the last is whole
 @pytest.mark.parametrize("levels", [2, 40, 10**6])
 @pytest.mark.parametrize("k", [2, 3])
 def test_the_same_are_kept_of_many_columns(columns: int, levels: int, k: int) -> None:
