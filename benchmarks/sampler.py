@@ -102,7 +102,7 @@ class Case(NamedTuple):
 TAILS = (0.9, 1.4)
 FEW = [Case("independent", sigma, True) for sigma in TAILS]
 CASES = [*FEW, *(Case("independent", sigma, False) for sigma in TAILS), Case("the same", TAILS[1], True)]
-MODELS = [(SMALL, CASES), (LARGE, FEW)]
+MODELS = {"small": (SMALL, CASES), "large": (LARGE, FEW)}
 STEPS = (32, 96)  # lengths whose times differ by that many steps
 
 
@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=1280, help="tokens of a rollout or refinement")
     parser.add_argument("--sequences", type=int, default=16, help="running at once in an engine")
     parser.add_argument("--draws", type=int, default=3, help="of the lengths of each case")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.problems < (least := options.ranks * options.sequences):
@@ -270,7 +271,7 @@ def main() -> None:
             f"means over {options.draws} draws, each draw's ratio in brackets, and beside it what it is of the longest "
             "chain alone: the longest rollout with its refinement, over the longest rollout and the longest "
             f"refinement. All ways gave the same {'tokens' if current.dtype == torch.float32 else 'lengths'}.",
-            *(row for shape, cases in MODELS for row in _table(shape, cases, options)),
+            *(row for model in options.models for row in _table(*MODELS[model], options)),
         ]
     )
     publish(f"Sampling {on_a(device)}", text, options.write)
