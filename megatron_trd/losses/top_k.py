@@ -63,20 +63,16 @@ class PendingRestrictedRows(NamedTuple):
         """As `PendingRows.finish`, on the kept columns; the gradient is 0 elsewhere, or the tail's."""
         kept, k = self._keep(), self.columns.shape[1]
         on_kept = replace(self.objective, temperature=1.0, top_k=None, tail=False)
-        whole = VocabShard.whole(kept.student.shape[1])
-        rows = start_rows_(kept.student, kept.teacher, whole, on_kept)
+        rows = start_rows_(kept.student, kept.teacher, VocabShard.whole(kept.student.shape[1]), on_kept)
         kept_scale = scale / self.objective.temperature
         gradient = kept.student  # where it is put
         divergence = rows.finish(kept_scale, None if out is None else gradient)
         if out is None or self.shard.columns == 0:
             return divergence
-        if kept.tail is None:
-            self.student.zero_()
-        else:
-            self._spread_(kept.tail, gradient[:, k])
-        self.student.scatter_add_(1, kept.column, gradient[:, :k].masked_fill(~kept.here, 0))
-        if out is not self.student:
-            out.copy_(self.student)
+        whole = out.zero_() if kept.tail is None else self._spread_(kept.tail, gradient[:, k])
+        whole.scatter_add_(1, kept.column, gradient[:, :k].masked_fill(~kept.here, 0).to(whole.dtype))
+        if whole is not out:
+            out.copy_(whole)
         return divergence
 
     def _keep(self) -> _Kept:
@@ -98,14 +94,14 @@ class PendingRestrictedRows(NamedTuple):
         student, teacher = _with_tail(student, student_tail), _with_tail(teacher, teacher_tail)
         return _Kept(student, teacher, column, here, student_tail)
 
-    def _spread_(self, tail: _Tail, gradient: Tensor) -> None:
-        """Write the gradient of the tail's logit, `[rows]`, to this rank's columns, by their shares of the tail."""
+    def _spread_(self, tail: _Tail, gradient: Tensor) -> Tensor:
+        """The gradient of the tail's logit, `[rows]`, on this rank's columns, by their shares of the tail."""
         k = self.columns.shape[1]
         rank, held = self.shard.rank, min(k, self.shard.columns)
         gradient = gradient / tail.total
         self.student.mul_((gradient * (tail.maxima[:, rank] - tail.maximum).exp_())[:, None])
         lost = (tail.lost[:, rank * k : rank * k + held] - tail.maximum[:, None]).exp_()
-        self.student.scatter_(1, self.columns[:, :held], lost.mul_(gradient[:, None]))
+        return self.student.scatter_(1, self.columns[:, :held], lost.mul_(gradient[:, None]))
 
 
 def _with_tail(kept: Tensor, tail: _Tail) -> Tensor:

@@ -228,6 +228,7 @@ class Sampling:
         engine.wake("weights")
         begin = time.perf_counter()
         sent = engine.refit(source)
+        platform.current().synchronize()  # on a GPU the copies have only been asked for
         seconds = time.perf_counter() - begin
         return _Refitted(sent, seconds, engine.verify(source) if self.config.log.verify_refit else 0)
 
