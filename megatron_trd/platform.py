@@ -236,7 +236,13 @@ class CudaPlatform(Platform):
             "enable_sleep_mode": sleeps,
             # Logits as the trainer's are: rounded to bf16 they would be those of another policy than it learns from.
             "hf_overrides": {"head_dtype": "float32"},
-            "moe_backend": "triton",  # others keep experts in an order of their own, which a refit check cannot read
+            "kernel_config": {
+                # Others keep experts in an order of their own, which a refit check cannot read.
+                "moe_backend": "triton",
+                # It compiles, for a part of a minute, all that vLLM can do to logits, which is not asked for here, and
+                # watches the trainer's own kernels from then on.
+                "enable_jit_warmup": False,
+            },
             # Its scratch memory is one for the process, of the size that the first engine asks for (vLLM 0.32).
             **({} if alone or config.tp == 1 else {"compilation_config": _NO_FUSED_ALL_REDUCE}),
         }

@@ -43,16 +43,19 @@ def _before_any_engine() -> dict[_Place, Any]:
 
     The scratch memory of experts is the newest engine's, where captured graphs write to that of the engine they were
     captured for. And an engine that starts forgets all graphs of the process, when it has measured what its own will
-    take; another would then capture its next batches, which computes nothing, and answer with what was in memory.
+    take; another would then capture its next batches, which computes nothing, and answer with what was in memory. The
+    pool of their memory is not for two streams, nor for the graphs of an engine that takes a dead one's place.
     """
     from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
+    from vllm.platforms import current_platform
     from vllm.v1.worker import workspace
 
     return {
         (workspace, "_manager"): None,
         (CUDAGraphWrapper, "_all_instances"): weakref.WeakSet(),
         (BreakableCUDAGraphWrapper, "_all_instances"): weakref.WeakSet(),
+        (type(current_platform), "_global_graph_pool"): None,
     }
 
 

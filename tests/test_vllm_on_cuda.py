@@ -97,6 +97,20 @@ def test_an_engine_that_starts_forgets_no_graph_of_another(caller: Stream, kind:
     assert wrapper_class._all_instances is before
 
 
+def test_each_engine_s_graphs_have_memory_of_their_own(caller: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    # what only a GPU has
+    monkeypatch.setattr(type(current_platform), "graph_pool_handle", lambda _: object(), raising=False)
+    first, second = EngineContext(torch.device("cpu")), EngineContext(torch.device("cpu"))
+    pools = []
+    for context in (first, second, first, second):
+        with context():
+            pools.append(current_platform.get_global_graph_pool())
+    assert pools[0] is pools[2] is not pools[1] is pools[3]
+    assert type(current_platform)._global_graph_pool is None
+
+
 def test_an_engine_leaves_its_process_as_many_threads_as_it_had() -> None:
     threads = torch.get_num_threads()
     with vllm_on_cuda.keeping_threads():
