@@ -111,7 +111,7 @@ def dev_cluster(nodes: int) -> Iterator[dict[str, str]]:
 def ranks(cluster: Cluster, job: str) -> list[int]:
     """Process ids of a job's ranks, in the order of their ranks."""
     ours = {"SLURM_JOB_ID": job, "SLURM_CONF": cluster.environment["SLURM_CONF"]}
-    found = {}
+    found: dict[int, tuple[int, int]] = {}  # rank and parent, by process
     for path in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if path.name.isdecimal() and b"training.worker\0" in (path / "cmdline").read_bytes():
@@ -121,5 +121,7 @@ def ranks(cluster: Cluster, job: str) -> list[int]:
                     if "=" in entry
                 )
                 if ours.items() <= variables.items() and "RANK" in variables:
-                    found[int(variables["RANK"])] = int(path.name)
-    return [found[rank] for rank in sorted(found)]
+                    parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                    found[int(path.name)] = int(variables["RANK"]), parent
+    # What a rank forks, to write a checkpoint, looks like the rank.
+    return [pid for pid, (_, parent) in sorted(found.items(), key=lambda item: item[1]) if parent not in found]
