@@ -10,6 +10,7 @@ the rest, of which each rank sends its maximum and its sum along with the candid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -123,8 +124,7 @@ def start_divergence_(
     columns = torch.zeros(rows, k, dtype=torch.int64, device=student.device)
     held = min(k, shard.columns)
     if held > 0:
-        for block in blocks(rows, teacher.shape[1] * teacher.element_size(), teacher.device):
-            columns[block, :held] = _best_columns(teacher[block], held)
+        columns[:, :held] = _best_columns(teacher, held)
         torch.gather(student, 1, columns[:, :held], out=packed[0, :, :held])
         torch.gather(teacher, 1, columns[:, :held], out=packed[1, :, :held])
     if objective.tail:
@@ -132,7 +132,7 @@ def start_divergence_(
             logits.scatter_(1, columns[:, :held], NO_LOGIT)
             if objective.temperature != 1:
                 logits.div_(objective.temperature)
-            for block in blocks(rows, logits.shape[1] * logits.element_size(), logits.device):
+            for block in _blocks_of(logits):
                 rest[block, 0] = shift_(logits[block])
                 rest[block, 1] = logits[block].exp_().sum(dim=1)
     return PendingRestrictedRows(student, columns, shard, objective, shard.start_gather(packed))
@@ -142,20 +142,22 @@ def _best_columns(logits: Tensor, k: int) -> Tensor:
     """Columns of the k largest of each row, `[rows, k]`, largest first and lower index first among equals.
 
     Of many columns only those in k segments are ranked, the segments with the largest maxima, lower ones first among
-    equals. What is in none of these comes after the largest of each, so after k others.
+    equals, and the few behind the last segment. All others come after the largest of each of these, so after k.
     """
     columns = logits.shape[1]
     if columns <= _WORTH_CUTTING * k * _SEGMENT:
-        return _ranked(logits, k)
+        return torch.cat([_ranked(logits[block], k) for block in _blocks_of(logits)])
     whole = columns // _SEGMENT
-    maxima = logits[:, : whole * _SEGMENT].unflatten(1, (whole, _SEGMENT)).amax(dim=2)
-    if whole * _SEGMENT < columns:
-        maxima = torch.cat([maxima, logits[:, whole * _SEGMENT :].amax(dim=1, keepdim=True)], dim=1)
-    segments = _best_columns(maxima, k).sort(dim=1).values  # in order, for their columns to be
-    inside = torch.arange(_SEGMENT, device=logits.device)
-    among = (segments[:, :, None] * _SEGMENT + inside).flatten(start_dim=1)
-    values = logits.gather(1, among.clamp(max=columns - 1)).masked_fill_(among >= columns, -torch.inf)
-    return among.gather(1, _ranked(values, k))
+    cut, rest = logits[:, : whole * _SEGMENT].unflatten(1, (whole, _SEGMENT)), logits[:, whole * _SEGMENT :]
+    segments = _best_columns(cut.amax(dim=2), k).sort(dim=1).values  # in order, for their columns to be
+    among = cut.gather(1, segments[:, :, None].expand(-1, -1, _SEGMENT)).flatten(start_dim=1)
+    place = _best_columns(torch.cat([among, rest], dim=1), k)
+    column = segments.gather(1, (place // _SEGMENT).clamp(max=k - 1)) * _SEGMENT + place % _SEGMENT
+    return torch.where(place < k * _SEGMENT, column, place + (whole - k) * _SEGMENT)
+
+
+def _blocks_of(logits: Tensor) -> Iterator[slice]:
+    return blocks(logits.shape[0], logits.shape[1] * logits.element_size(), logits.device)
 
 
 def _ranked(logits: Tensor, k: int) -> Tensor:
