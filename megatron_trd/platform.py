@@ -239,8 +239,8 @@ class CudaPlatform(Platform):
             "kernel_config": {
                 # Others keep experts in an order of their own, which a refit check cannot read.
                 "moe_backend": "triton",
-                # It compiles, for a part of a minute, all that vLLM can do to logits, which is not asked for here, and
-                # watches the trainer's own kernels from then on.
+                # It compiles all that vLLM can do to logits, most of which is not asked for here, and watches the
+                # trainer's own kernels from then on.
                 "enable_jit_warmup": False,
             },
             # Its scratch memory is one for the process, of the size that the first engine asks for (vLLM 0.32).
