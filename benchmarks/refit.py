@@ -64,7 +64,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, options: argpar
     current.set_up()
     opened = open_model(folder)
     arch, grid, repeats = opened.arch, student_grid(options.tp, options.pp, seed=0), options.repeats
-    sampler = {"tp": sampler_tp, "refit_bucket_mib": options.bucket_mib, "enforce_eager": True}
+    sampler = {"tp": sampler_tp, "refit_bucket_mib": options.bucket_mib, "enforce_eager": True}  # nothing is sampled
     layout = {"tp": options.tp, "pp": options.pp}
     config = from_dict({"model": folder, "student": layout, "sampler": sampler}, "benchmark")
     student = StudentEngine(config, opened, grid)

@@ -78,9 +78,9 @@ class Platform(ABC):
     def optimizer_config(self) -> dict[str, Any]:
         """Fields of `OptimizerConfig` that name dtypes."""
 
-    @abstractmethod
     def sampler_environment(self) -> dict[str, str]:
         """Environment variables vLLM reads at import and at start."""
+        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
     @abstractmethod
     def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool, alone: bool) -> dict[str, Any]:
@@ -222,9 +222,7 @@ class CudaPlatform(Platform):
         return {"params_dtype": self.dtype, "bf16": True}
 
     def sampler_environment(self) -> dict[str, str]:
-        return {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        return super().sampler_environment() | {
             # It takes no request that has a seed of its own, as all have here, and is compiled when an engine starts.
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
         }
@@ -356,9 +354,7 @@ class CpuPlatform(Platform):
         return {"params_dtype": self.dtype}
 
     def sampler_environment(self) -> dict[str, str]:
-        return {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        return super().sampler_environment() | {
             # Several engines share the host's memory and cores: no binding of OpenMP threads to cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # It would compile the few lines that rank a drawn token: to C++, in every process, for longer than a short

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_trd.losses.head import chunks, product_into
 from megatron_trd.losses.rows import log_scales
 from megatron_trd.losses.shard import VocabShard, statistics_dtype
-from megatron_trd.losses.torch_kernels import blocks, shift_
+from megatron_trd.losses.torch_kernels import row_blocks, shift_
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def _local_sums_(logits: Tensor, columns: Tensor) -> Tensor:
         here = (columns >= 0) & (columns < logits.shape[1])
         chosen = logits.gather(1, columns.where(here, 0)[:, None]).squeeze(1)
         sums[2] = chosen.where(here, -torch.inf)
-    for rows in blocks(logits.shape[0], logits.shape[1] * logits.element_size(), logits.device):
+    for rows in row_blocks(logits):
         sums[0, rows] = shift_(logits[rows])
         sums[1, rows] = logits[rows].exp_().sum(dim=1)
     sums[2] -= sums[0]

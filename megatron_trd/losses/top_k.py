@@ -10,7 +10,6 @@ the rest, of which each rank sends its maximum and its sum along with the candid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from megatron_trd.losses.objective import Objective
 from megatron_trd.losses.rows import PendingRows, start_rows_
 from megatron_trd.losses.shard import Gathering, VocabShard
-from megatron_trd.losses.torch_kernels import NO_LOGIT, blocks, shift_
+from megatron_trd.losses.torch_kernels import NO_LOGIT, row_blocks, shift_
 
 _SEGMENT = 128  # columns
 _WORTH_CUTTING = 4  # times the columns in k segments
@@ -132,7 +131,7 @@ def start_divergence_(
             logits.scatter_(1, columns[:, :held], NO_LOGIT)
             if objective.temperature != 1:
                 logits.div_(objective.temperature)
-            for block in _blocks_of(logits):
+            for block in row_blocks(logits):
                 rest[block, 0] = shift_(logits[block])
                 rest[block, 1] = logits[block].exp_().sum(dim=1)
     return PendingRestrictedRows(student, columns, shard, objective, shard.start_gather(packed))
@@ -146,7 +145,7 @@ def _best_columns(logits: Tensor, k: int) -> Tensor:
     """
     columns = logits.shape[1]
     if columns <= _WORTH_CUTTING * k * _SEGMENT:
-        return torch.cat([_ranked(logits[block], k) for block in _blocks_of(logits)])
+        return torch.cat([_ranked(logits[block], k) for block in row_blocks(logits)])
     whole = columns // _SEGMENT
     cut, rest = logits[:, : whole * _SEGMENT].unflatten(1, (whole, _SEGMENT)), logits[:, whole * _SEGMENT :]
     segments = _best_columns(cut.amax(dim=2), k).sort(dim=1).values  # in order, for their columns to be
@@ -154,10 +153,6 @@ def _best_columns(logits: Tensor, k: int) -> Tensor:
     place = _best_columns(torch.cat([among, rest], dim=1), k)
     column = segments.gather(1, (place // _SEGMENT).clamp(max=k - 1)) * _SEGMENT + place % _SEGMENT
     return torch.where(place < k * _SEGMENT, column, place + (whole - k) * _SEGMENT)
-
-
-def _blocks_of(logits: Tensor) -> Iterator[slice]:
-    return blocks(logits.shape[0], logits.shape[1] * logits.element_size(), logits.device)
 
 
 def _ranked(logits: Tensor, k: int) -> Tensor:

@@ -37,10 +37,14 @@ def blocks(rows: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
+def row_blocks(logits: Tensor) -> Iterator[slice]:
+    """`blocks` of the rows of `logits`, `[rows, columns]`."""
+    return blocks(logits.shape[0], logits.shape[1] * logits.element_size(), logits.device)
+
+
 def _blocks_of(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    rows, columns = student.shape
-    for rows_here in blocks(rows, columns * student.element_size(), student.device):
-        yield rows_here, student[rows_here], teacher[rows_here]
+    for rows in row_blocks(student):
+        yield rows, student[rows], teacher[rows]
 
 
 class TorchKernels(Kernels):

@@ -273,7 +273,7 @@ class Piece:
         if values.dim() > window.dim():
             size = values.shape[1]
             window = window.unflatten(0, (-1, size))
-            begins, ats = [self.row // size, 0], [row // size, 0]
+            begins, ats = [self.row // size], [row // size]
         for dim, (begin, at) in enumerate(zip(begins[: values.dim()], ats, strict=False)):
             first = max(begin, at)
             count = min(begin + values.shape[dim], at + window.shape[dim]) - first

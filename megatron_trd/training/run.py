@@ -57,7 +57,7 @@ class Run:
         current.release_memory()
         self.phases = Phases()
         self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
-        # The sampler takes a minute or two on a GPU, where it compiles and captures graphs.
+        # Said before, too: on a GPU the sampler compiles and captures graphs, which takes long.
         self.note(f"models loaded in {time.perf_counter() - begin:.1f} s, starting the sampler")
         begin = time.perf_counter()
         self.sampling = Sampling(
