@@ -1,7 +1,7 @@
 """Forecast against measured: `megatron-trd plan --gpu cpu` and short runs on this machine.
 
     python -m benchmarks.plan --write benchmarks/results/plan_cpu.md
-    python -m benchmarks.plan --recipes       # no runs: every Qwen3 recipe on 1, 2 and 4 nodes of 8 H100
+    python -m benchmarks.plan --recipes       # no runs: the table of docs/scaling.md
 
 Two models: the embedded demo, where a step is mostly what the host does beside the arithmetic, and a random one of 42 M
 parameters and 32,768 tokens, where it is mostly arithmetic. Each runs in several layouts. Forecasts are given the mean
@@ -34,7 +34,6 @@ from megatron_trd.planning.devices import CPU, Cluster, find_cluster
 from megatron_trd.planning.forecast import Forecast, forecast
 from megatron_trd.planning.memory import GIB
 from megatron_trd.planning.search import alternatives
-from megatron_trd.planning.tables import layout_cells
 from megatron_trd.planning.workload import Lengths, mean_lengths
 from megatron_trd.reporting.metrics import read_metrics
 from megatron_trd.reporting.progress import PHASES
@@ -57,35 +56,28 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--write", type=Path, help="also write the table here")
     options = parser.parse_args()
-    text = _recipes() if options.recipes else _against_measured(options.only, options.steps)
-    publish("Forecast and measured on a CPU", text, options.write)
+    text = recipes_table() if options.recipes else _against_measured(options.only, options.steps)
+    publish("Forecasts" if options.recipes else "Forecast and measured on a CPU", text, options.write)
 
 
-def _recipes() -> str:
-    """The recipe's own layout and, where it is another one, the quickest that fits."""
-    header = ["recipe", "nodes", "layout", "student", "teacher", "sampler", "peak, GiB", "s a step", "GPU-hours"]
-    rows = [header, ["---"] * 6 + ["---:"] * 3]
-    for name in recipe_names():
-        for nodes in (1, 2, 4) if "_qwen3_" in name else ():
-            rows += _of_recipe(name, nodes)
-    return _markdown(rows)
+def recipes_table() -> str:
+    """Every Qwen3 recipe on 1, 2 and 4 nodes of 8 H100, as docs/scaling.md has it."""
+    header = ["recipe", "nodes", "fullest phase, GiB of 79.1", "s a step", "GPU-hours, 2,519 steps", "quickest layout"]
+    names = [name for name in recipe_names() if "_qwen3_" in name]
+    rows = [[f"`{name}`", str(nodes), *_of_recipe(name, nodes)] for name in names for nodes in (1, 2, 4)]
+    return _markdown([header, ["---"] + ["---:"] * 5, *rows])
 
 
-def _of_recipe(name: str, nodes: int) -> list[list[str]]:
+def _of_recipe(name: str, nodes: int) -> list[str]:
     config = find_recipe(name)
-    cluster = find_cluster("h100", nodes, 8)
     try:
-        case = make_case(config, cluster, mean_lengths(config))
+        case = make_case(config, find_cluster("h100", nodes, 8), mean_lengths(config))
     except UserError as error:
-        return [[name, str(nodes), "the recipe", str(error), *[""] * 5]]
-    recipe, found = forecast(case), alternatives(case)
-    rows = [("the recipe" if recipe.fits else f"the recipe, which lacks {recipe.worst.over / GIB:.1f} GiB", recipe)]
-    rows += [("quickest", each) for each in found.fitting[:1]]
-    return [
-        [name, str(nodes), label, *layout_cells(each.case), f"{each.peak[1] / GIB:.1f} ({each.peak[0]})",
-         f"{each.step:.1f}", f"{each.gpu_hours:,.0f}"]
-        for label, each in rows
-    ]  # fmt: skip
+        return [str(error), "", "", ""]
+    found, [quickest, *_] = forecast(case), alternatives(case).fitting
+    phase, peak = found.peak
+    memory = f"{peak / GIB:.1f} ({phase})" if found.fits else f"{found.worst.over / GIB:.1f} GiB too many"
+    return [memory, f"{found.step:.1f}", f"{found.gpu_hours:,.0f}", f"{quickest.step:.1f} s"]
 
 
 def _against_measured(layouts: list[str], steps: int) -> str:

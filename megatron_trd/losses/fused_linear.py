@@ -71,9 +71,9 @@ def fused_linear_divergence(
         token_weights: `[tokens]`, any sign, 0 for a token to leave out.
         chunk_tokens: tokens whose logits exist at once (in two halves over several ranks); None: 320 MiB of float32
             logits a side, 640 MiB on a GPU. Twice these are allocated, on a GPU with 16-bit weights three times for
-            gradients that wait for their products, and scratch of some 50 MiB. The result does not depend on it
-            beyond rounding. In backward the chunks are gone, and float32 gradients are scaled where they are, unless
-            the graph is retained.
+            gradients that wait for their products, and scratch of some 50 MiB; `top_k` takes another KiB times k for
+            each token of a chunk. The result does not depend on it beyond rounding. In backward the chunks are gone,
+            and float32 gradients are scaled where they are, unless the graph is retained.
         accumulate: add the head's gradient to its `main_grad`, if there is one of the loss's dtype, here and now
             instead of in backward, which saves a float32 copy of the head. For who calls backward once, on this very
             loss, as Megatron's schedules do: an upstream gradient other than 1 raises `RuntimeError` in backward.

@@ -9,7 +9,7 @@ import torch
 
 from megatron_trd.engines.hidden_store import WAVE
 from megatron_trd.losses.head import chunks, chunks_under_way, waiting_tokens
-from megatron_trd.methods import swaps_weights
+from megatron_trd.methods import METHODS, swaps_weights
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning import sizes
@@ -27,6 +27,7 @@ _ENGINE = _WEIGHTS, _CACHE, _WORK, _GRAPHS = "engine weights", "KV cache", "engi
 # What the loss takes beside its chunks, of a matrix library and for a few rows at a time: 15 to 49 MiB were measured
 # (benchmarks/results/loss_cpu*.md).
 _LOSS_SCRATCH = 40 * 2**20
+_TOP_K_SCRATCH = 1100  # a token of a chunk and column kept: segments of columns and a copy (measured on a CPU)
 _STEP = 0.05  # of a memory fraction that is proposed
 _GRADIENT_BYTES = 4  # gradients are summed in float32
 
@@ -186,18 +187,20 @@ def _loss(case: Case, tokens: int) -> float:
     narrow, tp, settings = case.stack.weight_bytes, case.student_layout.tp, case.config
     hidden = tokens * ((4 + 2 * narrow) * case.student.hidden_size + narrow * case.teacher.hidden_size)
     width = case.student.padded_vocab(tp) // tp
-    logits = loss_chunks(tokens, width, settings.loss.chunk_tokens, tp, case.stack)
+    top_k = METHODS[settings.method].divergence.arguments(settings.loss)["top_k"]
+    logits = loss_chunks(tokens, width, settings.loss.chunk_tokens, tp, case.stack, top_k or 0)
     return max(logits, narrow * sizes.head_shard(case.student, tp)) + hidden
 
 
-def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int, stack: Stack) -> float:
+def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int, stack: Stack, top_k: int = 0) -> float:
     """Bytes of float32 logits in chunks, both sides of `tokens` tokens by `width` columns, and of the work on them."""
     depth, device = chunks_under_way(tp), torch.device(stack.device)
     slices = chunks(tokens, width, chunk_tokens, torch.float32, device, under_way=depth)
     rows = slices[0].stop if slices else 0
     head = torch.float32 if stack.weight_bytes == 4 else torch.bfloat16
     waiting = waiting_tokens(tokens, rows, head, torch.float32, device, under_way=depth)
-    return width * (rows * 2 * min(depth, len(slices)) * 4 + waiting * stack.weight_bytes) + _LOSS_SCRATCH
+    scratch = _LOSS_SCRATCH + _TOP_K_SCRATCH * rows * top_k
+    return width * (rows * 2 * min(depth, len(slices)) * 4 + waiting * stack.weight_bytes) + scratch
 
 
 def _teacher_parts(case: Case, stage: int, received: float) -> Parts:

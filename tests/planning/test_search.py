@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.plan import recipes_table
 from megatron_trd.config import apply_overrides
 from megatron_trd.errors import UserError
 from megatron_trd.planning import search
 from megatron_trd.planning.case import make_case
-from megatron_trd.planning.devices import find_cluster
 from megatron_trd.planning.forecast import forecast
 from megatron_trd.planning.tables import overrides
 from megatron_trd.planning.workload import mean_lengths
-from recipes.common import find_recipe
 from tests.planning.cases import make
 
 MIXTURE = {
@@ -88,23 +86,8 @@ def test_a_live_teacher_has_the_student_s_grid() -> None:
     assert {each.case.teacher_layout == each.case.student_layout for each in found.fitting} == {True}
 
 
-def documented_row(recipe: str, nodes: int) -> str:
-    """A recipe's row in the table of docs/scaling.md."""
-    config = find_recipe(recipe)
-    try:
-        case = make_case(config, find_cluster("h100", nodes, 8), mean_lengths(config))
-    except UserError:
-        return f"| `{recipe}` | {nodes} | does not fit: EP {config.student.ep} needs eight ranks a stage | | | |"
-    found, [quickest, *_] = forecast(case), search.alternatives(case).fitting
-    assert found.fits
-    phase, peak = found.peak
-    memory, hours = f"{peak / 2**30:.1f} ({phase})", f"{found.gpu_hours:,.0f}"
-    return f"| `{recipe}` | {nodes} | {memory} | {found.step:.1f} | {hours} | {quickest.step:.1f} s |"
-
-
 def test_the_documented_forecasts_are_today_s() -> None:
+    table = recipes_table()
+    assert len(table.splitlines()) == 2 + 7 * 3
     text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
-    rows = re.findall(r"^(\| `(\w+)` \| (\d) \| .*\|)$", text, flags=re.MULTILINE)
-    assert len(rows) == 7 * 3
-    for row, recipe, nodes in rows:
-        assert row == documented_row(recipe, int(nodes))
+    assert table in text, "docs/scaling.md has another table than `python -m benchmarks.plan --recipes`"
