@@ -156,6 +156,9 @@ class StudentEngine:
             end_wd=settings.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
+            # A checkpoint says how far the schedule has got. What it is made of is the configuration's.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
         scheduler.step(increment=1)  # the schedule counts from 0, where the rate is 0: step k trains with its k-th rate
         return scheduler

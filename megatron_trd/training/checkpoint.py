@@ -47,6 +47,10 @@ def checkpoints(run_dir: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def _folder(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step_{step}"
+
+
 def save(
     run_dir: str | Path,
     step: int,
@@ -60,22 +64,35 @@ def save(
 
     sampled_ahead: what the next step trains on, where that has been sampled already; kept as it is.
     """
-    target = Path(run_dir) / "checkpoints" / f"step_{step}"
+    target = _folder(run_dir, step)
     partial = target.with_name(f"{target.name}.partial")
     if dist.get_rank() == 0:
-        for abandoned in (target, *target.parent.glob("step_*.partial")):  # by saves that were killed
-            shutil.rmtree(abandoned, ignore_errors=True)
+        remove_partial(run_dir)
+        shutil.rmtree(target, ignore_errors=True)  # not whole: its step would have been resumed from
         partial.mkdir(parents=True)
     dist.barrier()
-    with _writing(target):
+    with _writing(partial, target):
         _write(partial, step, student, teacher, sampled_ahead)
         if dist.get_rank() == 0:
             to_disk(partial)
             os.rename(partial, target)
             for old in _superseded(checkpoints(run_dir), config):
-                shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
     dist.barrier()
     return target
+
+
+def remove_partial(run_dir: str | Path) -> None:
+    """Remove what saves and removals left that were killed or failed. For the run that owns the folder."""
+    for abandoned in Path(run_dir).glob("checkpoints/step_*.partial"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; one whose removal is cut short has the name of one that was never whole."""
+    partial = checkpoint.with_name(f"{checkpoint.name}.partial")
+    checkpoint.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngine, sampled_ahead: str | None) -> None:
@@ -105,14 +122,16 @@ def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngi
 
 
 @contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Say which checkpoint could not be written, and how much is free there: torch's own error says neither."""
+def _writing(partial: Path, target: Path) -> Iterator[None]:
+    """Say which checkpoint could not be written, and how much is free there: torch's own error says neither. What there
+    is of it goes, or a full disk would stay full."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
     except (Exception, CheckpointException) as error:  # which is no Exception
         free = shutil.disk_usage(target.parent).free
+        shutil.rmtree(partial, ignore_errors=True)
         if not isinstance(error, OSError) and free > _FULL:
             raise
         raise JobFailed(
@@ -154,7 +173,9 @@ def _share(names: Iterable[str]) -> list[str]:
 
 def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) -> int:
     """Load the newest checkpoint of a run; returns the number of steps done, 0 if there is none. Collective."""
-    found = checkpoints(run_dir)
+    listed = [checkpoints(run_dir)]  # rank 0's: another node may not see the newest yet
+    dist.broadcast_object_list(listed, device=platform.current().device)
+    [found] = listed
     if not found:
         return 0
     step, path = list(found.items())[-1]
@@ -170,9 +191,9 @@ def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) 
     return step
 
 
-def sampled_ahead(run_dir: str | Path) -> str | None:
-    """What the newest checkpoint was given under that name."""
-    path = list(checkpoints(run_dir).values())[-1] / _SAMPLED
+def sampled_ahead(run_dir: str | Path, step: int) -> str | None:
+    """What a step's checkpoint was given under that name."""
+    path = _folder(run_dir, step) / _SAMPLED
     return path.read_text() if path.exists() else None
 
 
@@ -185,9 +206,22 @@ def load(path: Path, student: StudentEngine) -> None:
     with platform.current().megatron():
         state = dist_checkpointing.load(_state(student, 0, loading=True), str(path))
         student.model.module.load_state_dict(state["model"])
-        student.optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(student, state["optimizer"])
         student.scheduler.num_steps = 0  # it adds the saved count to its own, which began with the first step's rate
         student.scheduler.load_state_dict(state["scheduler"])
+
+
+def _load_optimizer(student: StudentEngine, state: Any) -> None:
+    """Moments, master weights and the count of steps. Rates, betas and decay are the configuration's, which may have
+    been changed on purpose; a checkpoint has those that it was written with."""
+
+    def groups() -> list[dict[str, Any]]:
+        return [group for part in platform.optimizer_parts(student.optimizer) for group in part.optimizer.param_groups]
+
+    own = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups()]
+    student.optimizer.load_state_dict(state)
+    for group, settings in zip(groups(), own, strict=True):
+        group.update(settings)
 
 
 def _state(student: StudentEngine, step: int, *, loading: bool) -> dict[str, Any]:

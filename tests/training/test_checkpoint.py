@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 
 from megatron_trd.config import CheckpointConfig
 from megatron_trd.data.batching import deal
+from megatron_trd.engines.student import StudentEngine
+from megatron_trd.engines.teacher import TeacherEngine
 from megatron_trd.errors import JobFailed
 from tests.distributed import run_ranks
 from tests.engines.test_numerics import LR, engines, expert_layout, full_tensors, layout, make_samples
@@ -21,25 +24,23 @@ from tests.models import write_model
 BEFORE, AFTER = 3, 2
 
 
+def train(student: StudentEngine, teacher: TeacherEngine, steps: int) -> list[float]:
+    """Take so many steps on the same samples; returns their rates."""
+    samples = make_samples()
+    shares = deal(samples, student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
+    mine = shares[student.grid.dp_rank]
+    return [student.train_step(samples, mine, teacher.hidden(samples, shares), teacher.head).lr for _ in range(steps)]
+
+
 def go_on(rank: int, world: int, model: str, run_dir: str, cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> Any:
     """Rank function: for each (layout that saves, layout that goes on), how far apart the two are in
     the end, in steps of the optimizer."""
     from megatron.core import parallel_state
 
     from megatron_trd import platform
-    from megatron_trd.engines.student import StudentEngine
-    from megatron_trd.engines.teacher import TeacherEngine
     from megatron_trd.training import checkpoint
 
     platform.current().set_up()
-    samples = make_samples()
-
-    def train(student: StudentEngine, teacher: TeacherEngine, steps: int) -> None:
-        shares = deal(samples, student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
-        for _ in range(steps):
-            hidden = teacher.hidden(samples, shares)
-            student.train_step(samples, shares[student.grid.dp_rank], hidden, teacher.head)
-
     found = []
     for number, (first, second) in enumerate(cases):
         folder = f"{run_dir}/{number}"
@@ -58,6 +59,44 @@ def go_on(rank: int, world: int, model: str, run_dir: str, cases: list[tuple[dic
         found.append(max(float((now[name] - expected[name]).abs().max()) for name in expected) / LR)
         parallel_state.destroy_model_parallel()
     return found
+
+
+def change(rank: int, world: int, model: str, run_dir: str, cases: list[dict[str, Any]]) -> Any:
+    """Rank function: for each layout, the rate of the first step after resuming with settings changed on purpose, and
+    what the groups of the optimizer then have."""
+    from megatron.core import parallel_state
+
+    from megatron_trd import platform
+    from megatron_trd.training import checkpoint
+
+    platform.current().set_up()
+    changed = {"lr": LR / 100, "weight_decay": 0.0, "beta2": 0.9, "eps": 1e-6, "warmup_fraction": 0.0}
+    found = []
+    for number, case in enumerate(cases):
+        folder = f"{run_dir}/{number}"
+        student, teacher = engines(model, None, case)
+        train(student, teacher, BEFORE)
+        checkpoint.save(folder, BEFORE, student, teacher, CheckpointConfig())
+        parallel_state.destroy_model_parallel()
+        student, teacher = engines(model, None, case | {"steps": 40, "optimizer": changed | {"schedule": "cosine"}})
+        checkpoint.resume(folder, student, teacher)
+        [rate] = train(student, teacher, 1)
+        groups = [
+            group for part in platform.optimizer_parts(student.optimizer) for group in part.optimizer.param_groups
+        ]
+        found.append((rate, {(group["betas"], group["eps"], group["weight_decay"]) for group in groups}))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_settings_that_were_changed_on_purpose_are_those_that_train(tmp_path: Path) -> None:
+    """A checkpoint has the rates and betas that it was written with, and a schedule of as many steps as there were."""
+    model = write_model(tmp_path / "model")
+    cases = [layout(2, 1, 1, 1), distributed(layout(1, 1, 1, 1))]
+    for rate, groups in run_ranks(change, 2, str(model), str(tmp_path), cases)[0]:
+        # the fourth of forty steps on a cosine that ends at 0 after the last
+        assert rate == pytest.approx(LR / 100 * (1 + math.cos(math.pi * 4 / 41)) / 2)
+        assert groups == {((0.9, 0.9), 1e-6, 0.0)}
 
 
 def test_the_newest_and_each_so_many_are_kept() -> None:
@@ -100,8 +139,13 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     from megatron_trd.training.checkpoint import _writing
 
     def fail(error: BaseException) -> None:
-        with _writing(tmp_path / "step_3"):
-            raise error
+        partial = tmp_path / "step_3.partial"
+        (partial / "hf").mkdir(parents=True)
+        try:
+            with _writing(partial, tmp_path / "step_3"):
+                raise error
+        finally:
+            assert not partial.exists()
 
     room = {"free": 5 * 2**20}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(**room))
