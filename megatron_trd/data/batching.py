@@ -90,7 +90,8 @@ def micro_batches(
     order = sorted(indices, key=lambda index: (-len(samples[index].tokens(side)), index))
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     batches = [_micro_batch(samples, group, side, multiple, device, names=tuple(group)) for group in groups]
-    idle = [replace(samples[0], weight=0.0)]
+    least = min(samples, key=lambda sample: len(sample.tokens(side)))  # others wait for it
+    idle = [replace(least, response=least.response[:1], sampler_log_probs=least.sampler_log_probs[:1], weight=0.0)]
     return batches + [_micro_batch(idle, [0], side, multiple, device, names=())] * (count - len(batches))
 
 

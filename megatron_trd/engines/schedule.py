@@ -21,12 +21,15 @@ KeepFunction = Callable[[MicroBatch, Tensor], Tensor]
 
 def _batch_count(samples: int, size: int, grid: Grid) -> int:
     """Micro-batches of `samples` samples, at least one, and as many as on the ranks with which this one shares experts:
-    those exchange tokens in every layer of every micro-batch. Collective where experts are shared."""
+    those exchange tokens in every layer of every micro-batch. Collective where experts are shared.
+
+    The ranks of a copy are all these, and those that share tensors with them.
+    """
     count = max(1, -(-samples // size))
     if grid.layout.ep == 1:
         return count
     most = torch.tensor(count, device=platform.current().device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=grid.groups.ep)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=grid.copy_group)
     return int(most)
 
 

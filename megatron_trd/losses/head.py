@@ -70,9 +70,10 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     if left.dtype == right.dtype == out.dtype:
         return torch.mm(left, right, out=out)
-    if out.is_cuda:
+    if out.is_cuda and out.dtype == torch.float32:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    # A CPU has no mixed product: the weight, which is the long side of `right`, is widened some rows at a time.
+    # A CPU has no mixed product, and no device one that sums in float64: the weight, which is the long side of `right`,
+    # is widened some rows at a time.
     left, (inner, columns) = left.to(out.dtype), right.shape
     if columns > inner:
         for here in blocks(columns, inner * out.element_size(), out.device):
@@ -89,6 +90,6 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> Ten
     The `first` one is written over whatever is there.
     """
     kept = 0 if first else 1
-    if out.is_cuda and right.dtype != out.dtype:
+    if out.is_cuda and right.dtype != out.dtype == torch.float32:
         return torch.addmm(out, left, right, beta=kept, out_dtype=out.dtype, out=out)
     return out.addmm_(left, right.to(out.dtype), beta=kept)

@@ -76,7 +76,8 @@ class _VocabParallelDivergence(torch.autograd.Function):
     ) -> Tensor:
         dtype = statistics_dtype(student_logits, teacher_logits)
         student, teacher = (
-            logits[:, : shard.columns].to(dtype, copy=True).clamp_(min=NO_LOGIT)
+            # a row's columns side by side, whatever the caller's logits are a view of
+            logits[:, : shard.columns].to(dtype, copy=True, memory_format=torch.contiguous_format).clamp_(min=NO_LOGIT)
             for logits in (student_logits, teacher_logits)
         )
         ctx.dtype, ctx.padding = student_logits.dtype, student_logits.shape[1] - shard.columns

@@ -1,8 +1,8 @@
 """Full tensors of a model that is spread over a grid.
 
 The ranks that hold a whole model between them (`Layout.copies`) work together. Where they share a machine's memory,
-each looks at the others' shards where they lie. Where they do not, shards are exchanged in flat buckets, each an
-all-gather, all pipeline stages at once.
+each looks at the others' shards where they lie. Where they do not, shards are exchanged in flat buckets: the ranks that
+have shards of a bucket send them to all, and nobody else sends.
 """
 
 from __future__ import annotations
@@ -104,7 +104,11 @@ class GatheredSource:
         return [self._of(slot, seen[self.grid.copy.index(rank)]) for rank in self._holders(slot)]
 
     def _exchange(self, bucket: Bucket) -> dict[Slot, Callable[[], list[Tensor]]]:
-        """One all-gather of every rank's shards; full tensors are put together when they are asked for."""
+        """Every rank's shards on all ranks; full tensors are put together when they are asked for.
+
+        A bucket's slots are mostly of one pipeline stage. An all-gather, to which each rank brings as much as any,
+        would move it as often as there are stages.
+        """
         current, copy = platform.current(), self.grid.copy
         held: dict[int, list[Slot]] = {rank: [] for rank in copy}
         for slot in bucket.slots:
@@ -112,16 +116,18 @@ class GatheredSource:
                 held[rank].append(slot)
         shapes = {slot: shard_shape(slot, self.arch, len(self._holders(slot))) for slot in bucket.slots}
         sizes = {rank: [shapes[slot].numel() for slot in held[rank]] for rank in copy}
-        longest = max(map(sum, sizes.values()))
-        flat = torch.empty(longest, dtype=self._dtype, device=current.device)
+        gathered = torch.empty(sum(map(sum, sizes.values())), dtype=self._dtype, device=current.device)
+        parts = dict(zip(copy, gathered.split([sum(sizes[rank]) for rank in copy]), strict=True))
         mine = dist.get_rank()
-        for slot, target in zip(held[mine], flat[: sum(sizes[mine])].split(sizes[mine]), strict=True):
+        for slot, target in zip(held[mine], parts[mine].split(sizes[mine]), strict=True):
             target.view(shapes[slot]).copy_(self._of(slot, self.named))
-        gathered = flat.new_empty(len(copy) * longest)
-        dist.all_gather_into_tensor(gathered, flat, group=self.grid.copy_group)
+        senders = [rank for rank in copy if held[rank]]
+        sent = [dist.broadcast(parts[rank], rank, group=self.grid.copy_group, async_op=True) for rank in senders]
+        for work in sent:
+            work.wait()
         found: dict[Slot, list[Tensor]] = {slot: [] for slot in bucket.slots}
-        for rank, part in zip(copy, gathered.split(longest), strict=True):
-            for slot, shard in zip(held[rank], part[: sum(sizes[rank])].split(sizes[rank]), strict=True):
+        for rank in senders:
+            for slot, shard in zip(held[rank], parts[rank].split(sizes[rank]), strict=True):
                 found[slot].append(shard.view(shapes[slot]))
         return {slot: functools.partial(merge, slot, shards, self.arch) for slot, shards in found.items()}
 

@@ -243,13 +243,12 @@ def _bucket(case: Case, arch: Architecture, layout: Layout) -> float:
     stack = case.stack
     largest = max(slot.size for slot in sizes.one_layer(arch)) * stack.weight_bytes
     experts = sizes.whole(arch).experts // arch.layers * stack.weight_bytes  # a layer's stay together
-    ranks, holders = copy_ranks(layout), layout.ep if arch.experts else layout.tp
-    if ranks == 1 or stack.sees_peers:
+    if copy_ranks(layout) == 1 or stack.sees_peers:
         return experts
     limit = case.config.sampler.refit_bucket_bytes
     bucket = max(limit, largest, experts)
     bucket = min(bucket, sizes.whole(arch).total * stack.weight_bytes)
-    return largest + bucket * (ranks + 1) / holders  # every rank's shards, and the rank's own
+    return largest + bucket
 
 
 def copy_ranks(layout: Layout) -> int:

@@ -48,9 +48,8 @@ def _gathered(case: Case, arch: Architecture, layout: Layout) -> tuple[float, fl
     """Seconds to gather a whole model on every rank, and to write it into the engine: read, put together, written."""
     efficiency = case.device.efficiency
     size = sizes.whole(arch).total * case.stack.weight_bytes
-    ranks, holders = memory.copy_ranks(layout), layout.ep if arch.experts else layout.tp
-    # Every rank of a copy sends as much as the one that has most of a bucket.
-    sent = size * ranks / holders * (1 - 1 / ranks)
+    ranks = memory.copy_ranks(layout)
+    sent = size * (1 - 1 / ranks)
     stage = layout.tp * layout.dp
     link = case.cluster.link(stage, layout.pp) if layout.pp > 1 else case.cluster.link(1, ranks)
     tensors = sum(len(slot.hf) for slot in sizes.one_layer(arch)) * arch.layers

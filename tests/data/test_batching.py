@@ -214,3 +214,15 @@ def test_deal_is_the_same_wherever_it_is_computed(made: list[Sample], shares: in
 def test_deal_breaks_ties_by_index() -> None:
     same = [Sample((1,), (1,), (2, 3), (0.0, 0.0))] * 5
     assert deal(same, 2, cost) == [[0, 2, 4], [1, 3]]
+
+
+@QUICK
+@given(samples(), SIDES, st.integers(1, 4))
+def test_batches_that_others_only_wait_for_are_short(made: list[Sample], side: Side, size: int) -> None:
+    full = micro_batches(made, [0], side, size=size, multiple=1, device=CPU, count=3)
+    assert len(full) == 3
+    shortest = min(len(sample.tokens(side)) for sample in made)
+    for idle in full[1:]:
+        assert (idle.samples, idle.weights.tolist(), idle.weights.dtype) == ((), [0.0], torch.float32)
+        assert idle.tokens.shape[1] <= shortest
+        assert idle.select(torch.zeros(*idle.tokens.t().shape, 4)).shape == (1, 4)

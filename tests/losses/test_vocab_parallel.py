@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_trd.losses import Divergence, vocab_parallel_divergence
+from megatron_trd.losses.kernels import kernels_for
 from tests.distributed import run_ranks
 from tests.losses import cases, ranks, reference
 from tests.losses.reference import Case, Outcome, check, check_gradient
@@ -199,3 +200,23 @@ def test_shapes_that_do_not_fit_are_named(student: tuple[int, ...], teacher: tup
 def test_arguments_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vocab_parallel_divergence(torch.ones(3, 4), torch.ones(3, 4), **options)
+
+
+@pytest.mark.parametrize("transposed", [(True, False), (False, True), (True, True)])
+def test_logits_that_are_a_view_of_others_are_taken_as_they_are(
+    transposed: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's kernels want a row's columns side by side."""
+    torch.manual_seed(0)
+    sides = torch.randn(2, 5, 40)
+    expected = vocab_parallel_divergence(*sides)
+    seen = []
+
+    def watched(student: Tensor, teacher: Tensor, objective: Any) -> Any:
+        seen.append((student.stride(), teacher.stride()))
+        return kernels_for(student, teacher, objective)
+
+    monkeypatch.setattr("megatron_trd.losses.rows.kernels_for", watched)
+    views = [side.t().contiguous().t() if turn else side for side, turn in zip(sides, transposed, strict=True)]
+    assert torch.equal(vocab_parallel_divergence(*views), expected)
+    assert seen == [((40, 1), (40, 1))]
