@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_trd.models.model import Model, open_model
 from megatron_trd.reporting.metrics import METRICS_FILE
 from megatron_trd.training.checkpoint import checkpoints
 from megatron_trd.training.run_folder import make_folder
+from megatron_trd.training.run_lock import release_lock, take_lock
 
 _SETTINGS = ("sampler.", "data.", "world_size=")
 _MEMORY_FRACTION = 0.9  # of a GPU, vLLM's own default
@@ -68,14 +70,41 @@ def run_evaluation(
     config = _check(configuration.apply_overrides(config, overrides))
     if (out / METRICS_FILE).exists() or checkpoints(out):
         raise UserError(f"'{out}' is the folder of a training run, whose config.yaml would be lost: set another --out")
-    make_folder(out)
-    configuration.save(config, out / "config.yaml")
-    (out / "scores.json").unlink(missing_ok=True)  # an old score must not pass for this one's
-    launch(["-m", "megatron_trd.evaluation.worker", str(out / "config.yaml")], config.world_size or 1, out / "logs")
-    if not (out / "scores.json").is_file():
-        raise UserError(f"the evaluation was stopped; nothing was written to '{out}'")
-    scores: dict[str, Any] = json.loads((out / "scores.json").read_text())
+    with _claimed(out, config):
+        launch(["-m", "megatron_trd.evaluation.worker", str(out / "config.yaml")], config.world_size or 1, out / "logs")
+        if not (out / "scores.json").is_file():
+            raise UserError(f"the evaluation was stopped; nothing was written to '{out}'")
+        scores: dict[str, Any] = json.loads((out / "scores.json").read_text())
     return scores
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, config: TrainConfig) -> Iterator[None]:
+    """The folder with this evaluation's configuration and no scores, which no other job can have during the block.
+
+    Raises `UserError`; nothing of another evaluation that is there is changed then.
+    """
+    make_folder(out)
+    take_lock(out)
+    try:
+        if (out / "config.yaml").exists():
+            _check_same(configuration.load(out / "config.yaml"), config, out)
+        fresh = out / "config.yaml.new"
+        configuration.save(config, fresh)
+        fresh.replace(out / "config.yaml")  # whole or not at all, whenever this process is killed
+        (out / "scores.json").unlink(missing_ok=True)  # an old score must not pass for this one's
+        yield
+    finally:
+        release_lock(out)
+
+
+def _check_same(there: TrainConfig, config: TrainConfig, out: Path) -> None:
+    """Raise `UserError` for another evaluation: without `--out`, models or data sets whose names are alike have one
+    folder."""
+    before, now = configuration.flatten(there), configuration.flatten(config)
+    for key, value in now.items():
+        if value != before[key] and key != "run_dir":  # the same folder, whatever it is called from here
+            raise UserError(f"'{out}' was begun with {key}={before[key]}, not {value}: give another --out")
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import selectors
 import subprocess
@@ -14,7 +15,10 @@ from megatron_trd.config import DataConfig
 from megatron_trd.errors import UserError
 
 _BOX = "\\boxed{"
-_BRACES = re.compile(r"\\boxed\{|[{}]")
+# Escaped braces group nothing. `\\` is a line break, before a brace too, but in `\\boxed{` a backslash written twice.
+_BRACES = re.compile(r"\\boxed\{|\\\\(?!boxed\{)|\\[{}]|[{}]")
+# 12 345 with any of LaTeX's spaces, which math-verify takes for two numbers; so they are in `\frac12\,345`.
+_SPACED_NUMBER = re.compile(r"(?<![\w.^}\])])\d{1,3}(?:(?:\\[,;: ]|[~\s])+\d{3})+(?!\d)")
 _SECONDS = 5.0  # for one comparison
 _START_SECONDS = 60.0  # to start, which imports sympy
 _LONGEST = 1000  # characters of an answer worth comparing
@@ -32,18 +36,21 @@ def is_correct(response: str, answer: str) -> bool:
     """Whether the last `\\boxed{…}` of `response` equals `answer` as mathematics (`1/2` is `0.5` is `\\frac12`).
 
     A response without a closed box is wrong: it was asked for one, and the last number of a text cut short is not an
-    answer. So is one whose comparison takes more than five seconds. `answer` may be bare or boxed, text or LaTeX.
+    answer. So is one whose comparison takes more than five seconds. `answer` may be bare or boxed, text or LaTeX;
+    nothing is right where it is blank.
     """
-    found = last_boxed(response)
-    if found is None:
-        return False
-    wanted = last_boxed(answer)
+    found, wanted = last_boxed(response), last_boxed(answer)
     wanted = answer.strip() if wanted is None else wanted
-    if found == wanted or not found or len(found) > _LONGEST:
+    if not found or not wanted:
+        return False
+    found, wanted = _plain(found), _plain(wanted)
+    if found == wanted or len(found) > _LONGEST:
         return found == wanted
     if _is_integer(found) and _is_integer(wanted):
         return int(found) == int(wanted)
-    return _equal(wanted, found)
+    with contextlib.suppress(_NoVerdict):
+        return _equal(wanted, found)
+    return False
 
 
 def last_boxed(text: str) -> str | None:
@@ -51,18 +58,29 @@ def last_boxed(text: str) -> str | None:
     first, end = -1, -1  # of what stands in it
     open_braces: list[int] = []  # where what stands in a box begins; -1 for other braces
     for found in _BRACES.finditer(text):
-        if found[0] != "}":
+        if found[0] in (_BOX, "{"):
             open_braces.append(found.end() if found[0] == _BOX else -1)
-        elif open_braces and (begin := open_braces.pop()) > first:
+        elif found[0] == "}" and open_braces and (begin := open_braces.pop()) > first:
             first, end = begin, found.start()
     return text[first:end].strip() if first >= 0 else None
+
+
+def _plain(text: str) -> str:
+    """An answer without the period of its sentence and without spaces inside its numbers."""
+    if text.endswith(".") and not text.endswith(("..", "\\right.")):
+        text = text[:-1].rstrip()
+    return _SPACED_NUMBER.sub(lambda number: re.sub(r"\D", "", number[0]), text)
 
 
 def _is_integer(text: str) -> bool:
     return text.isascii() and text.removeprefix("-").isdecimal()
 
 
-@functools.lru_cache(maxsize=65536)  # rollouts of one problem give few different answers
+class _NoVerdict(Exception):
+    """The judge took too long or died: on a busy machine that says nothing of the next time."""
+
+
+@functools.lru_cache(maxsize=65536)  # rollouts of one problem give few different answers; what is raised is not kept
 def _equal(wanted: str, found: str) -> bool:
     return _judge().equal(wanted, found)
 
@@ -80,14 +98,18 @@ class _Judge:
 
     def equal(self, wanted: str, found: str) -> bool:
         if self._process is None or self._process.poll() is not None:
-            command = [sys.executable, "-m", "megatron_trd.evaluation.judge"]
+            command = [sys.executable, "-m", "megatron_trd.evaluation.judge", str(os.getpid())]
             pipe, null = subprocess.PIPE, subprocess.DEVNULL
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null)
             if not self._ask("1", "1.0", _START_SECONDS):
                 raise RuntimeError("the judge of mathematical answers does not start: is math-verify installed?")
-        return self._ask(wanted, found, _SECONDS)
+        verdict = self._ask(wanted, found, _SECONDS)
+        if verdict is None:
+            raise _NoVerdict
+        return verdict
 
-    def _ask(self, wanted: str, found: str, seconds: float) -> bool:
+    def _ask(self, wanted: str, found: str, seconds: float) -> bool | None:
+        """The verdict; None if there is none in time, with the process killed."""
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -96,8 +118,8 @@ class _Judge:
             self._process.stdin.flush()
             with selectors.DefaultSelector() as ready:
                 ready.register(self._process.stdout, selectors.EVENT_READ)
-                if ready.select(seconds):
-                    return self._process.stdout.readline() == b"true\n"
+                if ready.select(seconds) and (line := self._process.stdout.readline()):
+                    return line == b"true\n"
         self._process.kill()
         self._process.wait()
-        return False
+        return None

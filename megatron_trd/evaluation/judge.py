@@ -1,23 +1,30 @@
-"""A process that compares mathematical expressions: `python -m megatron_trd.evaluation.judge`.
+"""A process that compares mathematical expressions: `python -m megatron_trd.evaluation.judge ASKER`, a process id.
 
 Reads one JSON pair `[wanted, found]` a line, writes `true` or `false`. It is apart from the trainer because a model may
-write `10^{10^{10}}`, which computer algebra evaluates until memory or patience ends; whoever asked kills it then.
+write `10^{10^{10}}`, which computer algebra evaluates until memory or patience ends; whoever asked kills it then, and
+an asker that is killed itself takes it along.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import resource
+import signal
 import sys
 
 _MEMORY_BYTES = 4 * 2**30
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h; `launch.py` has it too, but imports torch, which takes seconds
 
 
 def main() -> None:
-    """Answer until the asker closes the pipe."""
+    """Answer until the asker closes the pipe, or the thread of it that started this process ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also in the middle of a power that never ends
+    if os.getppid() != int(sys.argv[1]):  # it had gone already: no signal will come
+        return
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer

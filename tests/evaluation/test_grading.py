@@ -24,6 +24,20 @@ from megatron_trd.evaluation.grading import is_correct, last_boxed
         ("first \\boxed{3}, no: \\boxed{4}", "4"),
         ("\\boxed{4} and then \\boxed{", "4"),
         ("\\boxed{5}", "thus \\boxed{5}"),
+        ("so it is \\boxed{7.}", "7"),
+        ("\\boxed{7}", "7."),
+        ("\\boxed{\\frac{1}{2}.}", "0.5"),
+        ("\\boxed{1\\,000}", "1000"),
+        ("\\boxed{x = 12\\ 345\\,678.5}", "12345678.5"),
+        ("\\boxed{(1~000, 2\\;000).}", "(1000,2000)"),
+        ("\\boxed{1 000}", "1{,}000"),
+        ("\\boxed{\\frac12\\,100}", "50"),
+        ("\\boxed{1,\\,100}", "1, 100"),
+        ("\\boxed{\\{1,\\,2\\}}", "\\{2,1\\}"),
+        (
+            "\\boxed{\\left\\{ \\begin{array}{l} x \\\\ y \\end{array} \\right.}",
+            "\\left\\{ \\begin{array}{l} x \\\\ y \\end{array} \\right.",
+        ),
     ],
 )
 def test_right(response: str, answer: str) -> None:
@@ -38,6 +52,12 @@ def test_right(response: str, answer: str) -> None:
         ("\\boxed{41}", "42"),
         ("\\boxed{4}, no: \\boxed{3}", "4"),
         ("\\boxed{}", "0"),
+        ("\\boxed{}", ""),
+        ("\\boxed{ }", " "),
+        ("\\boxed{}", "\\boxed{}"),
+        ("\\boxed{1}", ""),
+        ("\\boxed{1\\,000}", "1"),
+        ("\\boxed{1.\\,000}", "1000"),
         ("\\boxed{\\frac{}{}}", "1"),
         ("\\boxed{import os}", "1"),
         ("\\boxed{" + "(" * 900 + "}", "1"),
@@ -52,6 +72,9 @@ def test_wrong(response: str, answer: str) -> None:
 def test_nested_braces() -> None:
     assert last_boxed("a \\boxed{\\frac{1}{\\sqrt{2}}} b") == "\\frac{1}{\\sqrt{2}}"
     assert last_boxed("none") is None
+    assert last_boxed("\\boxed{\\left\\{1\\right.}, or {2}") == "\\left\\{1\\right."
+    assert last_boxed("\\boxed{1 \\\\{2} \\\\}") == "1 \\\\{2} \\\\"  # breaks of lines before braces
+    assert last_boxed("\\\\boxed{7}") == "7"  # as in JSON
 
 
 def test_an_answer_that_never_evaluates_is_wrong_in_time_and_grading_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +84,13 @@ def test_an_answer_that_never_evaluates_is_wrong_in_time_and_grading_goes_on(mon
     assert not is_correct("\\boxed{10^{10^{10}}}", "3")
     assert is_correct("\\boxed{\\frac{2}{8}}", "0.25")
     assert time.monotonic() - begin < 60  # three starts of the judge on a busy machine, and two time-outs
+
+
+def test_a_comparison_that_was_too_slow_once_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as busy:
+        busy.setattr(grading, "_SECONDS", 0.0)
+        assert not is_correct("\\boxed{\\frac{3}{12}}", "0.25")
+    assert is_correct("\\boxed{\\frac{3}{12}}", "0.25")
 
 
 @pytest.mark.parametrize(
