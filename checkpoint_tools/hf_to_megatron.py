@@ -28,7 +28,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.files import checked, whole_folder, write_sums
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.dist_checkpoint import CheckpointWriter, write_states
-from megatron_trd.models.export import copy_companions
+from megatron_trd.models.export import copy_companions, exported_tensors, main_dtype
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import check_folder, check_tokenizer, folder_pieces
 from megatron_trd.models.megatron_folder import COMPANIONS
@@ -73,7 +73,8 @@ def convert(
                     row += len(piece)
                     advance(piece.nbytes)
         (new / COMPANIONS).mkdir()
-        copy_companions(folder, new / COMPANIONS, dtype)
+        stored = main_dtype(exported_tensors(arch, lambda slot: dtypes[slot.key]))
+        copy_companions(folder, new / COMPANIONS, stored)
         writer.close()
         write_sums(new, writer.digests)
 

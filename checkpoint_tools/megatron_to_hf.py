@@ -32,7 +32,7 @@ from checkpoint_tools.common import (
 from megatron_trd.errors import UserError
 from megatron_trd.files import checked, whole_folder
 from megatron_trd.models.architecture import Architecture, read_architecture
-from megatron_trd.models.export import MAX_SHARD_BYTES, FolderWriter, exported_tensors
+from megatron_trd.models.export import MAX_SHARD_BYTES, FolderWriter, exported_tensors, main_dtype
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import check_folder, check_tokenizer, exported_pieces, folder_pieces
 from megatron_trd.models.megatron_folder import MegatronFolder
@@ -93,7 +93,7 @@ def convert(
                     piece = piece.to(dtype or piece.dtype)
                     writer.write(name, piece)
                     advance(piece.nbytes)
-        writer.close(source.companions, dtype or (infos[0].dtype if like else None))
+        writer.close(source.companions, main_dtype(infos))
 
 
 @dataclass(frozen=True)

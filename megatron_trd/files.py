@@ -80,10 +80,11 @@ class HashedFile:
 def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Path]:
     """A new, empty folder that becomes `target` when the block ends, and vanishes if the block fails.
 
-    `size`: bytes that will be written. `force`: replace a folder that is there. Raises `UserError` if the target
-    exists, the disk is too small, or another process is writing the same target.
+    `size`: bytes that will be written. `force`: replace a folder that is there. A link stays and leads to the new
+    folder. Raises `UserError` if the target exists, the disk is too small, or another process is writing the same
+    target.
     """
-    target = target.absolute()
+    target = target.resolve()
     replaced = _replaced(target)
     if replaced.exists() and not target.exists():  # a process was killed between two renames: see _put_in_place
         replaced.rename(target)

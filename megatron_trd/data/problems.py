@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_trd.config import DataConfig
 from megatron_trd.errors import UserError
@@ -93,23 +96,40 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
+    where = f"data '{config.path}' problem {index + 1}"
+
     def field(name: str | None, key: str, *, may_be_null: bool = False) -> str | None:
-        if name is None or (may_be_null and name in row and row[name] is None):
+        if name is None:
             return None
-        if row.get(name) is None:
-            found = f"field '{name}' is null" if name in row else f"no field '{name}'"
+        value = row.get(name)
+        nothing = _nothing(value)
+        if nothing and name in row and may_be_null:
+            return None
+        if nothing:
+            found = f"field '{name}' is {nothing}" if name in row else f"no field '{name}'"
             none = "" if key == "problem_field" else ", or to null for none"
+            raise UserError(f"{where}: {found}; set data.{key} to one of its fields ({', '.join(map(str, row))}){none}")
+        if not isinstance(value, str | int | float):
             raise UserError(
-                f"data '{config.path}' problem {index + 1}: {found}; "
-                f"set data.{key} to one of its fields ({', '.join(map(str, row))}){none}"
+                f"{where}: field '{name}' is a {type(value).__name__}, not text or a number; write the text alone "
+                f"(of a chat the user's message, of several answers one) into a field and set data.{key} to it"
             )
-        return str(row[name])
+        return str(value)
 
     problem = field(config.problem_field, "problem_field")
     assert problem is not None
     answer = field(config.answer_field, "answer_field")
     reference = field(config.reference_field, "reference_field", may_be_null=True)
-    return Problem(index, problem, answer, reference if reference and reference.strip() else None)
+    return Problem(index, problem, answer, reference)
+
+
+def _nothing(value: Any) -> str | None:
+    """What a value that says nothing is, and None for any other."""
+    if isinstance(value, float) and math.isnan(value):  # how pandas writes a value that is missing
+        return "NaN"
+    if isinstance(value, str) and not value.strip():
+        return "blank"
+    return "null" if value is None else None
 
 
 def step_indices(count: int, batch_size: int, step: int, *, seed: int, shuffle: bool) -> list[int]:
@@ -120,6 +140,10 @@ def step_indices(count: int, batch_size: int, step: int, *, seed: int, shuffle: 
     indices = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, offset = divmod(position, count)
-        order = np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
-        indices.append(int(order[offset]))
+        indices.append(int(_order(count, seed, epoch)[offset]) if shuffle else offset)
     return indices
+
+
+@functools.lru_cache(maxsize=2)  # a large data set's takes a tenth of a second; a step may see two epochs
+def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)

@@ -49,6 +49,9 @@ TEMPLATES: dict[str, dict[Context, str]] = {
     },
 }
 
+# What tokens that begin with a space begin with: SentencePiece's, and a byte-level tokenizer's.
+_SPACES = ("\u2581", "\u0120")
+
 # Stands for the user message while the chat template is applied.
 _MARK = "\ue000message\ue000"
 
@@ -66,8 +69,19 @@ class PromptBuilder:
 
     @classmethod
     def of(cls, model: ModelFolder, data: DataConfig) -> Self:
-        """The prompts that `data` asks for, in the words of a model's tokenizer."""
-        return cls(model.tokenizer, data.task, data.chat_template_kwargs)
+        """The prompts that `data` asks for, in the words of a model's tokenizer.
+
+        Raises `UserError` for a tokenizer that begins every text with a space: each piece of a prompt would have one.
+        """
+        builder = cls(model.tokenizer, data.task, data.chat_template_kwargs)
+        (first, *_) = builder.tokenizer.convert_ids_to_tokens(builder._encode("a")) or [""]
+        if first.startswith(_SPACES):
+            raise UserError(
+                f"model folder '{model.path}': its tokenizer makes {first!r} of 'a', a space before every text, so the "
+                "pieces of a prompt cannot be encoded apart; take a model whose tokenizer adds none, as those of Qwen "
+                "2.5 and 3, Llama 3 and SmolLM2"
+            )
+        return builder
 
     def text(self, context: Context, problem: str, reference: str | None = None, rollout: str | None = None) -> str:
         """The user message of a context, as text."""

@@ -119,23 +119,37 @@ def read_architecture(folder: ModelFolder) -> Architecture:
 
 
 def _check_features(folder: ModelFolder, family: str) -> None:
-    hf = folder.config
+    hf, where = folder.config, f"model folder '{folder.path}'"
+    # another family's configuration may have settings, such as multipliers, that nothing here looks at
+    if type(hf).__name__ != family.replace("ForCausalLM", "Config"):
+        raise UserError(
+            f"{where}: config.json has the architecture {family} and the model_type {hf.model_type} of another: "
+            "take the config.json that belongs to the weights"
+        )
     rope = _rope(hf)
+    for key in ("rope_theta", "factor") if rope["rope_type"] in EXTENSIONS else ("rope_theta",):
+        if not isinstance(rope.get(key, 1.0), int | float):
+            raise UserError(f"{where}: config.json has {rope[key]!r} for {key} of rope_parameters: set it to a number")
     unsupported = {
         f"rope type {rope['rope_type']}": rope["rope_type"] not in ("default", *EXTENSIONS),
         "partial rotary embeddings": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "attention bias": getattr(hf, "attention_bias", False),
         "feed-forward bias": getattr(hf, "mlp_bias", False),
         "sliding-window attention": bool(getattr(hf, "use_sliding_window", False)),
+        "dual chunk attention": getattr(hf, "dual_chunk_attention_config", None) is not None,
+        "attention that is not causal": not getattr(hf, "is_causal", True),
         f"activation {hf.hidden_act}": hf.hidden_act != "silu",
         # names and shapes are those of plain weights, the scales are apart
         "quantized weights": getattr(hf, "quantization_config", None) is not None,
         "dense layers between its experts": getattr(hf, "decoder_sparse_step", 1) != 1
         or bool(getattr(hf, "mlp_only_layers", None)),
+        # which makes its weight 1 whatever the router says; megatron-core refuses that
+        "one expert a token, its weight normalised": getattr(hf, "num_experts_per_tok", None) == 1
+        and getattr(hf, "norm_topk_prob", False),
     }
     for feature, present in unsupported.items():
         if present:
-            raise UserError(f"model folder '{folder.path}': {family} with {feature} is not supported")
+            raise UserError(f"{where}: {family} with {feature} is not supported")
 
 
 def _rope(hf: Any) -> dict[str, Any]:

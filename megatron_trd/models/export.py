@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.folder import INDEX, WEIGHT_DTYPES, ModelFolder, TensorInfo
 from megatron_trd.models.weights import Slot, exported_slots
 
-# Files that make the weights a usable model.
+# Files that make the weights a usable model, as patterns.
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -29,21 +30,22 @@ _COMPANIONS = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 MAX_SHARD_BYTES = 5 * 10**9  # of one safetensors file: what the hub's own tools default to
 
 
-def copy_companions(like: ModelFolder, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy configuration and tokenizer of a folder; `dtype`: what the configuration is to say of the weights, where
-    they are not as they were."""
-    for file in _COMPANIONS:
-        if (like.path / file).is_file():
-            shutil.copyfile(like.path / file, target / file)
+def copy_companions(like: ModelFolder, target: Path, dtype: torch.dtype) -> None:
+    """Copy configuration and tokenizer of a folder; `dtype`: what the configuration is to say of the weights."""
+    for file in (path for pattern in _COMPANIONS for path in like.path.glob(pattern) if path.is_file()):
+        copy = target / file.relative_to(like.path)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
     name = str(dtype).removeprefix("torch.")
-    if dtype is not None and config.get(key) != name:
-        (target / "config.json").write_text(json.dumps(config | {key: name}, indent=2) + "\n", encoding="utf-8")
+    said = config | ({key: name for key in ("dtype", "torch_dtype") if key in config} or {"dtype": name})
+    if said != config:
+        (target / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def exported_tensors(arch: Architecture, dtype: Callable[[Slot], torch.dtype]) -> list[TensorInfo]:
@@ -53,6 +55,14 @@ def exported_tensors(arch: Architecture, dtype: Callable[[Slot], torch.dtype]) -
         for slot in exported_slots(arch)
         for name, shape in zip(slot.hf, slot.shapes, strict=True)
     ]
+
+
+def main_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
+    """The dtype of most of a model's values: what its configuration names."""
+    values: Counter[torch.dtype] = Counter()
+    for info in tensors:
+        values[info.dtype] += info.nbytes // info.dtype.itemsize
+    return values.most_common(1)[0][0]
 
 
 class FolderWriter:
@@ -90,7 +100,7 @@ class FolderWriter:
     def _name(self, shard: int) -> str:
         return f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
 
-    def close(self, like: ModelFolder, dtype: torch.dtype | None) -> None:
+    def close(self, like: ModelFolder, dtype: torch.dtype) -> None:
         """Write index, configuration, tokenizer and checksums: until then nothing loads the files."""
         assert not self._next, f"{len(self._next)} tensors did not come, the first {self._next[0][1]}"
         infos = [info for shard in self._shards for info in shard]

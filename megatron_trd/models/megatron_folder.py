@@ -50,14 +50,26 @@ class MegatronFolder:
             found = self.reader.size(key)
             if found is None:
                 raise UserError(f"{where}: tensor {key} is missing; it is not {self.arch.family} as config.json has it")
-            padded = key in vocabularies and found[0] >= shape[0] and found[1:] == shape[1:]
-            if found != shape and not padded:
+            if key in vocabularies and found[1:] == shape[1:] and found[0] > shape[0]:
+                self._check_padding(key, found[0])
+            elif found != shape:
                 raise UserError(f"{where}: tensor {key} has shape {list(found)}, config.json asks for {list(shape)}")
         extra = sorted(key for key in self.reader.keys() - expected.keys() if key.startswith(_OF_THE_MODEL))
         if extra:
             raise UserError(
                 f"{where}: tensor {extra[0]} is not one of {self.arch.family} as config.json describes it "
                 f"({len(extra)} such)"
+            )
+
+    def _check_padding(self, key: str, rows: int) -> None:
+        """Rows beyond the vocabulary are left out: refuse them where they can be tokens."""
+        # Whoever saved it padded for its own TP, which divides the heads.
+        sizes = (self.arch.padded_vocab(tp) for tp in range(1, self.arch.heads + 1) if self.arch.heads % tp == 0)
+        if rows not in sizes:
+            raise UserError(
+                f"checkpoint '{self.path}': tensor {key} has {rows} rows, config.json a vocabulary of "
+                f"{self.arch.vocab_size}, and padding does not explain the difference: take the config.json that "
+                f"belongs to these weights (--like DIR), or set its vocab_size to {rows}"
             )
 
     @functools.cached_property

@@ -102,7 +102,10 @@ def with_more_than_the_index_says(folder: Path) -> None:
 
 BAD_FOLDERS: dict[str, tuple[Break, list[str]]] = {
     "missing tensor": (without(UP), [UP, "missing"]),
-    "missing bias": (lambda folder: configure(folder, architectures=["Qwen2ForCausalLM"]), ["q_proj.bias", "missing"]),
+    "missing bias": (
+        lambda folder: configure(folder, architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
+        ["q_proj.bias", "missing"],
+    ),
     "extra tensor": (
         with_tensor("model.layers.0.self_attn.q_proj.bias", lambda _: torch.ones(144)),
         ["model.layers.0.self_attn.q_proj.bias", "Qwen3ForCausalLM"],
@@ -395,12 +398,16 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, list[str]]] = {
         lambda folder: configure(folder / "hf", vocab_size=131),
         ["embedding.word_embeddings.weight", "[130, 42]", "[131, 42]"],
     ),
+    "configuration of a smaller vocabulary": (
+        lambda folder: configure(folder / "hf", vocab_size=120),
+        ["embedding.word_embeddings.weight", "130 rows", "a vocabulary of 120", "--like"],
+    ),
     "configuration of a smaller family": (
-        lambda folder: configure(folder / "hf", architectures=["LlamaForCausalLM"]),
+        lambda folder: configure(folder / "hf", architectures=["LlamaForCausalLM"], model_type="llama"),
         ["layernorm.weight", "LlamaForCausalLM"],
     ),
     "configuration of a larger family": (
-        lambda folder: configure(folder / "hf", architectures=["Qwen2ForCausalLM"]),
+        lambda folder: configure(folder / "hf", architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
         ["linear_qkv.bias", "missing"],
     ),
     "configuration that ties": (
@@ -518,6 +525,23 @@ def test_a_checkpoint_without_configuration_asks_for_a_folder_with_one(
     assert tool(*arguments, "--like", hf).code == 0
     assert_same_model(hf, tmp_path / "out")
     assert tool("verify", "--hf", hf, "--megatron", megatron, "--like", hf).code == 0
+
+
+@pytest.mark.parametrize(("rows", "explained"), [(384, True), (512, True), (768, True), (640, False), (1000, False)])
+def test_rows_beyond_a_vocabulary_are_left_out_only_where_they_can_be_padding(
+    tmp_path: Path, tool: Tool, refused: Refused, rows: int, explained: bool
+) -> None:
+    # 300 tokens are padded to 384 at TP 1 and 3, to 512 at TP2, to 768 at TP6
+    saved, like = (write_bits(tmp_path / name, vocab_size=size) for name, size in (("hf", rows), ("like", 300)))
+    hf_to_megatron.convert(saved, tmp_path / "megatron")
+    given = ["--megatron", tmp_path / "megatron", "--like", like]
+    if explained:
+        assert tool("megatron-to-hf", *given, "--out", tmp_path / "out").code == 0
+        assert tensors(tmp_path / "out")["lm_head.weight"].shape[0] == 300
+        return
+    parts = [f"{rows} rows", "a vocabulary of 300", "--like", f"vocab_size to {rows}"]
+    refused("megatron-to-hf", *given, "--out", tmp_path / "out", parts=parts)
+    refused("verify", "--hf", like, *given, parts=parts)
 
 
 # Two names of one program

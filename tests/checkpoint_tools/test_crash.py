@@ -199,6 +199,20 @@ def test_force_replaces_all_of_the_old_folder(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "hf", "megatron", "out"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_is_a_link_stays_one(hf: Path, megatron: Path, tmp_path: Path, tool: Tool, command: str) -> None:
+    arguments = [command, COMMANDS[command], tmp_path / COMMANDS[command].removeprefix("--"), "--out"]
+    assert tool(*arguments, tmp_path / "fresh").code == 0
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "out").symlink_to("../disk/model")  # which is not there yet
+    for force in ([], ["--force"], ["--force"]):
+        assert tool(*arguments, tmp_path / "links" / "out", *force).code == 0
+        assert (tmp_path / "links" / "out").is_symlink()
+        assert snapshot(tmp_path / "disk" / "model") == snapshot(tmp_path / "fresh")
+        assert [path.name for name in ("links", "disk") for path in (tmp_path / name).iterdir()] == ["out", "model"]
+    says(tool(*arguments, tmp_path / "links" / "out"), [str(tmp_path / "disk" / "model"), "exists"])
+
+
 def test_two_conversions_into_two_folders_do_not_meet(whole: Path, tmp_path: Path, tool: Tool) -> None:
     arguments = ["hf-to-megatron", "--hf", whole / "hf", "--out"]
     (tmp_path / ".b.partial").mkdir()  # what a killed one left

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
 from megatron_trd.files import SUMS
 from megatron_trd.models import dist_checkpoint, loading
+from megatron_trd.models.folder import ModelFolder
 from tests.checkpoint_tools.folders import (
     assert_same_model,
     companions,
@@ -257,12 +258,29 @@ def test_an_optimizer_beside_the_model_is_left_alone(tmp_path: Path) -> None:
     assert_same_model(hf, tmp_path / "back")
 
 
-@pytest.mark.parametrize("dtype", [None, "float32"])
-def test_a_configuration_without_a_dtype_or_with_another_one_stays_as_it_is(tmp_path: Path, dtype: str | None) -> None:
+@pytest.mark.parametrize(
+    "said", [{}, {"dtype": "float32"}, {"torch_dtype": "float16"}, {"dtype": None, "torch_dtype": "float32"}]
+)
+def test_config_json_says_the_dtype_of_the_weights_whatever_it_said(tmp_path: Path, said: dict[str, Any]) -> None:
     hf = write_bits(tmp_path / "hf", dtype=torch.bfloat16)
+    content = tensors(hf)
+    rewrite(hf, content | {"model.norm.weight": content["model.norm.weight"].float()})  # of most of them, that is
     config = json.loads((hf / "config.json").read_text())
-    config.pop("dtype", None)
-    (hf / "config.json").write_text(json.dumps(config | ({"dtype": dtype} if dtype else {})))
-    hf_to_megatron.convert(hf, tmp_path / "megatron")
-    megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back")
-    assert_same_model(hf, tmp_path / "back")
+    del config["dtype"]
+    (hf / "config.json").write_text(json.dumps(config | said))
+    back = there_and_back(hf)
+    expected = config | dict.fromkeys(said or ["dtype"], "bfloat16")
+    for folder in (tmp_path / "megatron" / "hf", back):
+        assert json.loads((folder / "config.json").read_text()) == expected
+
+
+def test_further_chat_templates_come_along(tmp_path: Path) -> None:
+    hf = write_bits(tmp_path / "hf")
+    tokenizer = ModelFolder(hf).tokenizer
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(hf)
+    assert [path.name for path in (hf / "additional_chat_templates").iterdir()] == ["tool_use.jinja"]
+    back = there_and_back(hf)
+    for folder in (tmp_path / "megatron" / "hf", back):
+        assert ModelFolder(folder).tokenizer.chat_template == tokenizer.chat_template
+    assert "additional_chat_templates/tool_use.jinja" in (back / SUMS).read_text()

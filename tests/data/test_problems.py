@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -80,9 +81,9 @@ def test_a_folder_of_files_is_read_by_datasets(tmp_path: Path, monkeypatch: pyte
 
 def test_fields_are_those_of_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    write(path, jsonl([{"question": "q", "final": 42, "proof": ["a", "b"], "problem": "not this"}]))
+    write(path, jsonl([{"question": "q", "final": 42, "proof": True, "problem": "not this"}]))
     config = DataConfig(path=str(path), problem_field="question", answer_field="final", reference_field="proof")
-    assert load_problems(config) == [Problem(0, "q", "42", "['a', 'b']")]
+    assert load_problems(config) == [Problem(0, "q", "42", "True")]
 
 
 def test_fields_set_to_none_are_not_asked_for(tmp_path: Path) -> None:
@@ -195,8 +196,39 @@ def test_a_missing_field_is_named_with_the_fields_there_are(tmp_path: Path, key:
     assert ("null for none" in message) == (key != "problem_field")
 
 
-@pytest.mark.parametrize("nothing", [None, "", " \n"])
-def test_a_problem_may_have_no_reference_solution(tmp_path: Path, nothing: str | None) -> None:
+@pytest.mark.parametrize(("nothing", "word"), [(float("nan"), "NaN"), ("", "blank"), (" \n", "blank")])
+@pytest.mark.parametrize("field", ["problem", "answer"])
+def test_what_says_nothing_is_as_null(tmp_path: Path, field: str, nothing: Any, word: str) -> None:
+    message = user_error(load_problems, write(tmp_path / "data.jsonl", jsonl([ROWS[0], ROWS[1] | {field: nothing}])))
+    for part in (str(tmp_path), "problem 2", f"field '{field}' is {word}", f"data.{field}_field"):
+        assert part in message, message
+
+
+CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("key", "field", "value"),
+    [
+        ("problem_field", "problem", CHAT),
+        ("answer_field", "answer", ["4", "four"]),
+        ("answer_field", "answer", {"value": "4"}),
+        ("reference_field", "solution", ["step", "step"]),
+    ],
+)
+def test_a_field_that_is_neither_text_nor_a_number_is_named(
+    tmp_path: Path, suffix: str, key: str, field: str, value: Any
+) -> None:
+    rows, path = [ROWS[1] | {field: value}], tmp_path / f"data.{suffix}"
+    write(path, jsonl(rows)) if suffix == "jsonl" else dataset(rows).to_parquet(path)
+    message = user_error(load_problems, DataConfig(path=str(path)))
+    for part in (str(path), "problem 1", f"field '{field}' is a {type(value).__name__}", f"data.{key}"):
+        assert part in message, message
+
+
+@pytest.mark.parametrize("nothing", [None, "", " \n", float("nan")])
+def test_a_problem_may_have_no_reference_solution(tmp_path: Path, nothing: Any) -> None:
     rows = [ROWS[0], ROWS[1] | {"solution": nothing}]
     first, second = load_problems(write(tmp_path / "data.jsonl", jsonl(rows)))
     assert (first.reference, second.reference) == (ROWS[0]["solution"], None)
@@ -241,6 +273,21 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_the_order_is_the_one_that_checkpoints_were_written_with() -> None:
     # a resumed run reads on only as long as this does not change
     assert step_indices(10, 10, 0, seed=7, shuffle=True) == [8, 0, 7, 1, 3, 6, 2, 4, 5, 9]
+
+
+def test_an_epoch_s_order_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[int]] = []
+    default_rng = np.random.default_rng
+
+    def counted(seed: list[int]) -> np.random.Generator:
+        drawn.append(seed)
+        return default_rng(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    seed = 20_250_101  # of no other test
+    found = [index for step in range(5) for index in step_indices(10, 4, step, seed=seed, shuffle=True)]
+    assert drawn == [[seed, 0], [seed, 1]]
+    assert found == [*default_rng([seed, 0]).permutation(10), *default_rng([seed, 1]).permutation(10)]
 
 
 def test_another_kind_of_file_is_told_what_to_be(tmp_path: Path) -> None:

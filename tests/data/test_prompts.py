@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import product
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_trd.config import DataConfig
 from megatron_trd.data.prompts import TEMPLATES, Context, PromptBuilder
+from megatron_trd.models.folder import ModelFolder
 from tests.data.errors import user_error
-from tests.data.tokenizers import END, END_OF_TEXT, SPECIAL, START, ids_of, tokenizer
+from tests.data.tokenizers import END, END_OF_TEXT, SPECIAL, START, ids_of, spaced_tokenizer, tokenizer
+from tests.models import write_tokenizer
 
 CONTEXTS: tuple[Context, ...] = get_args(Context)
 CASES = list(product(TEMPLATES, CONTEXTS))
@@ -219,7 +223,7 @@ def test_a_chat_template_that_hides_the_message_is_named() -> None:
     assert "chat template" in user_error(mute.ids, "vanilla", PROBLEM)
 
 
-def _with_template(template: str) -> Any:
+def _with_template(template: str | None) -> Any:
     import copy
 
     changed = copy.deepcopy(tokenizer())
@@ -233,6 +237,38 @@ def test_a_chat_template_that_begins_with_the_message_gets_no_second_first_token
     base = copy.deepcopy(tokenizer(chat=False))
     base.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert special(PromptBuilder(base).ids("vanilla", PROBLEM)) == []
+
+
+# Tokenizers
+
+
+def saved(tokenizer: Any, folder: Path) -> ModelFolder:
+    """A folder with a tokenizer."""
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    return ModelFolder(folder)
+
+
+@pytest.mark.parametrize("kind", ["Prepend", "Metaspace", "ByteLevel"])
+def test_a_tokenizer_that_begins_every_text_with_a_space_is_refused(
+    tmp_path: Path, kind: Literal["Prepend", "Metaspace", "ByteLevel"]
+) -> None:
+    message = user_error(PromptBuilder.of, saved(spaced_tokenizer(kind), tmp_path), DataConfig())
+    assert all(part in message for part in (str(tmp_path), "a space before every text", "Llama 3")), message
+
+
+# the last joins both ends of the message with the text around it, which is not a space added
+@pytest.mark.parametrize("template", [tokenizer().chat_template, None, "User: {{ messages[0].content }}\n\n"])
+def test_a_tokenizer_that_adds_no_space_is_taken(tmp_path: Path, template: str | None) -> None:
+    model = saved(_with_template(template), tmp_path)
+    ids = PromptBuilder.of(model, DataConfig()).ids("vanilla", PROBLEM)
+    assert PROBLEM in model.tokenizer.decode(ids)
+
+
+def test_a_tokenizer_of_characters_is_taken(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert PromptBuilder.of(ModelFolder(tmp_path), DataConfig()).ids("vanilla", PROBLEM)
 
 
 # Cutting

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_trd.data.prompts import TEMPLATES
@@ -58,3 +58,17 @@ def tokenizer(*, chat: bool = True) -> Any:
 def ids_of(*tokens: str) -> list[int]:
     """Ids of tokens by name."""
     return [tokenizer().convert_tokens_to_ids(token) for token in tokens]
+
+
+def spaced_tokenizer(kind: Literal["Prepend", "Metaspace", "ByteLevel"]) -> Any:
+    """One that begins every text with a space: SentencePiece's two ways (Llama 2, TinyLlama), and byte-level BPE's."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    if kind == "Prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "Metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>"], show_progress=False)
+    backend.train_from_iterator([text for task in TEMPLATES.values() for text in task.values()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")

@@ -14,6 +14,7 @@ from megatron_trd.models import export
 from megatron_trd.models.architecture import read_architecture
 from megatron_trd.models.folder import ModelFolder, TensorInfo
 from megatron_trd.models.loading import check_folder, folder_source, named_tensors
+from tests.data.errors import user_error
 from tests.models import FAMILIES, VOCAB, classes, write_model
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 24}
@@ -129,6 +130,39 @@ def test_the_context_of_yarn_is_the_extended_one(tmp_path: Path, own: int) -> No
 def test_the_context_without_yarn_is_what_the_configuration_says(tmp_path: Path) -> None:
     write_config(tmp_path, "qwen3", rope_parameters=ROPES["llama3"], max_position_embeddings=700)
     assert read_architecture(ModelFolder(tmp_path)).max_positions == 700
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "parts"),
+    [
+        ("llama", {"model_type": "mistral", "sliding_window": 8}, ["LlamaForCausalLM", "model_type mistral"]),
+        ("llama", {"model_type": "granite", "logits_scaling": 8.0}, ["LlamaForCausalLM", "model_type granite"]),
+        ("qwen3", {"model_type": "qwen3_moe"}, ["Qwen3ForCausalLM", "model_type qwen3_moe"]),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 8}}, ["dual chunk attention"]),
+        ("llama", {"is_causal": False}, ["not causal"]),
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, ["one expert a token"]),
+        ("llama", {"rope_parameters": YARN | {"factor": None}}, ["None for factor", "a number"]),
+        ("qwen3", {"rope_parameters": YARN | {"factor": "8"}}, ["'8' for factor"]),
+        ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, ["None for rope_theta"]),
+    ],
+)
+def test_what_would_be_another_model_is_refused(
+    tmp_path: Path, family: str, fields: dict[str, Any], parts: list[str]
+) -> None:
+    write_config(tmp_path, family)
+    read_architecture(ModelFolder(tmp_path))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    message = user_error(read_architecture, ModelFolder(tmp_path))
+    assert all(part in message for part in [str(tmp_path), *parts]), message
+
+
+def test_one_expert_a_token_whose_weight_is_the_router_s_is_supported(tmp_path: Path) -> None:
+    write_config(tmp_path, "qwen3_moe", num_experts_per_tok=1, norm_topk_prob=False)
+    assert read_architecture(ModelFolder(tmp_path)).experts_per_token == 1
 
 
 # Tensors
