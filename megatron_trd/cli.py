@@ -106,7 +106,8 @@ def report(run_dir: Annotated[Path, typer.Argument(help="folder of a training ru
     """Write report.html of a run."""
     from megatron_trd.reporting.report import write_report
 
-    write_report(run_dir / "report.html", {run_dir.name: run_dir}, title=run_dir.name)
+    name = run_dir.resolve().name
+    write_report(run_dir / "report.html", {name: run_dir}, title=name)
     print(run_dir / "report.html")
 
 

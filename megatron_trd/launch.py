@@ -43,6 +43,7 @@ _POLL_SECONDS = 0.2
 _REASON_BYTES = 2**16  # that a rank's reason takes at most; with less free it may be lost
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LAUNCHER = "TRD_LAUNCHER"  # process that started this rank, where it was `launch`
 # As torch names an exception; what follows says it all.
 _USER_ERROR = re.compile(r"^(UserError|RefusedElsewhere|JobFailed|EngineDied): ")
 
@@ -59,6 +60,8 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank does not outlive a launcher that was killed
+    if os.environ.get(_LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        os._exit(1)  # it was, while this rank imported torch
     handler = get_error_handler()
     handler.initialize()
     code = 0
@@ -160,6 +163,7 @@ def _environment(ranks: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "PYTHONUNBUFFERED": "1",
+        _LAUNCHER: str(os.getpid()),
     }
 
 

@@ -31,6 +31,7 @@ class Trajectory:
     """One rollout and, for TRD, one refinement of it."""
 
     problem: Problem
+    index: int  # of the rollout in the step's list; those that refine the same one have the same
     rollout: Completion
     refine_prompt: tuple[int, ...] | None = None
     refinement: Completion | None = None
@@ -236,8 +237,8 @@ class _Step:
     def _trajectory(self, task: Task, completion: Completion) -> Trajectory:
         problem = self.problems[task.index]
         if task.kind == "rollout":
-            return Trajectory(problem, completion)
-        return Trajectory(problem, self.done[name_of("rollout", task.index)][1], task.prompt, completion)
+            return Trajectory(problem, task.index, completion)
+        return Trajectory(problem, task.index, self.done[name_of("rollout", task.index)][1], task.prompt, completion)
 
     def trajectories(self) -> Iterator[Trajectory]:
         """All that there are in the end, in the problems' order; a rollout that could not be refined is one too."""

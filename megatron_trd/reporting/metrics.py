@@ -81,11 +81,15 @@ def read_metrics(folder: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole: a reader, or a process killed meanwhile, sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

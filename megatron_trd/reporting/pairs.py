@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from megatron_trd.errors import UserError
 from megatron_trd.reporting.metrics import SAMPLES_FOLDER
 
 Mark = Literal["", "slip", "after", "changed"]
+
+# Equal lines of two texts, each with each, up to which their order is looked at. The time of that grows with more than
+# their number: a loop of two lines over a whole response would take many minutes.
+_MOST_EQUAL = 20_000
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,20 @@ def _rollout_lines(before: list[str], first_wrong: int | None) -> list[Line]:
 
 
 def _refinement_lines(before: list[str], after: list[str]) -> list[Line]:
-    """Lines of the refinement; those that are not lines of the rollout, in its order, are marked as changed."""
-    kept: set[int] = set()
-    for block in difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
-        kept |= set(range(block.b, block.b + block.size))
+    """Lines of the refinement; those that are not lines of the rollout are marked as changed."""
+    kept = kept_lines(before, after)
     return [Line(index + 1, text, "" if index in kept else "changed") for index, text in enumerate(after)]
+
+
+def kept_lines(before: list[str], after: list[str]) -> set[int]:
+    """Which lines of `after` are lines of `before`, in its order; where a few lines fill both texts, in any order."""
+    counts, others = Counter(before), Counter(after)
+    if sum(count * others[line] for line, count in counts.items()) > _MOST_EQUAL:
+        kept = set()
+        for index, line in enumerate(after):
+            if counts[line] > 0:
+                counts[line] -= 1
+                kept.add(index)
+        return kept
+    blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+    return {index for block in blocks for index in range(block.b, block.b + block.size)}

@@ -84,7 +84,7 @@ def write_report(
     pairs: y_o / y_r pairs as `samples/` holds them, each with `first_wrong_line`, the index (from 0) of the rollout's
         first wrong line, or None. Without them, those of the first run's last step.
 
-    Raises `UserError` if a run folder has no metrics.
+    Raises `UserError` if a run folder has no metrics, or the report cannot be written.
     """
     colours = _colours(list(runs), list(scores["results"]) if scores else [])
     loaded = [_load(name, folder, colours[name]) for name, folder in runs.items()]
@@ -106,8 +106,11 @@ def write_report(
         parts=[*PHASES, "rest"],
         time_figure=figures.stacked([run.name for run in loaded], [run.times.parts for run in loaded]),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, html)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, html)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}") from None
 
 
 def _load(name: str, folder: Path, colour: str) -> RunData:

@@ -56,7 +56,8 @@ def check(config: TrainConfig) -> Inputs:
     _check_method(config)
     _check_order(config)
     problems = _with_references(config, load_problems(config.data))
-    PromptBuilder.of(student.folder, config.data).ids("vanilla", problems[0].problem)  # whether there can be prompts
+    for model in (student, teacher):  # whether there can be prompts
+        PromptBuilder.of(model.folder, config.data).ids("vanilla", problems[0].problem)
     student.check()
     if config.teacher.model:
         teacher.check()
@@ -68,12 +69,14 @@ def _check_tokenizers(student: Model, teacher: Model) -> None:
     check_tokenizer(student.folder, student.arch)
     if teacher is student:
         return
-    vocabulary, others = student.folder.tokenizer.get_vocab(), teacher.folder.tokenizer.get_vocab()
-    different = [token for token, index in vocabulary.items() if others.get(token, index) != index]
+    vocabulary = student.folder.tokenizer.get_vocab()
+    others = {index: token for token, index in teacher.folder.tokenizer.get_vocab().items()}
+    different = [token for token, index in vocabulary.items() if others.get(index, token) != token]
     if different:
         token = min(different, key=vocabulary.__getitem__)
+        index = vocabulary[token]
         raise UserError(
-            f"teacher.model '{teacher.path}': token {token!r} is {others[token]}, for the student {vocabulary[token]}: "
+            f"teacher.model '{teacher.path}': token {index} is {others[index]!r}, for the student {token!r}: "
             "full-vocabulary distillation needs one tokenizer for both"
         )
 
@@ -86,6 +89,8 @@ def _check_method(config: TrainConfig) -> None:
         )
     if config.corpus != "all" and (config.data.answer_field is None or not method.refines):
         raise UserError(f"corpus={config.corpus} needs a method that refines and data.answer_field to grade with")
+    if config.corpus != "all":
+        check_gradable(config.data, f"corpus={config.corpus}")
     if config.teacher.model and config.teacher.weights != "frozen":
         raise UserError(
             f"teacher.weights={config.teacher.weights} is for a self-teacher; unset teacher.model or teacher.weights"

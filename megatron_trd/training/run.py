@@ -49,14 +49,16 @@ class Run:
         self.teacher = TeacherEngine(config, self.student, self.inputs.teacher)
         self.steps_done = checkpoint.resume(config.run_dir, self.student, self.teacher) if resume else 0
         prompts = PromptBuilder.of(self.inputs.student.folder, config.data)
-        self.builder = SampleBuilder(config, prompts)
+        teacher_prompts = PromptBuilder.of(self.inputs.teacher.folder, config.data)
+        self.builder = SampleBuilder(config, prompts, teacher_prompts)
         self.held_out = HeldOut(config, self.inputs.held_out, prompts)
         # An engine starts only if its share of the memory is free, which it is when these are away.
         self.student.offload()
         self.teacher.offload()
         current.release_memory()
         self.phases = Phases()
-        self._writers = _Writers(config, self.steps_done) if dist.get_rank() == 0 else None
+        asks = self.held_out.due(self.steps_done)
+        self._writers = _Writers(config, self.steps_done, asks=asks) if dist.get_rank() == 0 else None
         # Said before, too: on a GPU the sampler compiles and captures graphs, which takes long.
         self.note(f"models loaded in {time.perf_counter() - begin:.1f} s, starting the sampler")
         begin = time.perf_counter()
@@ -64,7 +66,7 @@ class Run:
             config, self.inputs, self.student, self.teacher, self.builder, self.phases, note=self.note
         )
         self.note(f"sampler started in {time.perf_counter() - begin:.1f} s")
-        if self.steps_done and (ahead := checkpoint.sampled_ahead(config.run_dir)):
+        if self.steps_done and (ahead := checkpoint.sampled_ahead(config.run_dir, self.steps_done)):
             self.sampling.restore(sampled_from_json(ahead))
         self.sampled: Sampled  # what the present step trains on
 
@@ -118,9 +120,8 @@ class Run:
         self, trajectories: list[Trajectory], metrics: Mapping[str, float], epochs: int
     ) -> Iterator[tuple[str, float]]:
         """Tokens a second of sampling, of the teacher and of training, all ranks together."""
-        sampled = sum(
-            len(one.rollout.tokens) + len(one.refinement.tokens if one.refinement else ()) for one in trajectories
-        )
+        rollouts = {one.index: len(one.rollout.tokens) for one in trajectories}
+        sampled = sum(rollouts.values()) + sum(len(one.refinement.tokens) for one in trajectories if one.refinement)
         yield "throughput/sample", sampled / self.sampled.seconds
         if not epochs:
             return
@@ -191,11 +192,13 @@ def _trained(results: list[StepResult]) -> dict[str, float]:
 class _Writers:
     """Metrics, samples and progress of rank 0."""
 
-    def __init__(self, config: TrainConfig, steps_done: int) -> None:
+    def __init__(self, config: TrainConfig, steps_done: int, *, asks: bool) -> None:
+        """`asks`: whether the held-out problems are asked before the first step, again where a run goes on."""
         folder = Path(config.run_dir)
         self.metrics = MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done)
+        unasked = steps_done if asks else steps_done + 1
         self.held_out = (
-            MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done, file=HELD_OUT_FILE)
+            MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=unasked, file=HELD_OUT_FILE)
             if config.held_out.path
             else None
         )

@@ -73,6 +73,8 @@ def _check_begun(config: TrainConfig, folder: Path, resume: bool) -> list[str]:
 def _changes(begun: TrainConfig, config: TrainConfig, folder: Path) -> list[str]:
     """A run goes on as it began, or its checkpoints, its data order and its learning rates do not belong together."""
     before, now = configuration.flatten(begun), configuration.flatten(config)
+    if config.world_size is None:  # as many as there will be
+        now["world_size"] = before["world_size"]
     changed = [key for key, value in now.items() if value != before[key] and not key.startswith(_MAY_CHANGE)]
     for key in changed:
         if key not in _LAYOUT:

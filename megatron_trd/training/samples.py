@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron_trd.engines.engine import Completion
 from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.evaluation.grading import is_correct
 from megatron_trd.methods import METHODS
+from megatron_trd.reporting.pairs import kept_lines
 from megatron_trd.training.checks import prompt_limit
 
 
@@ -32,11 +32,14 @@ class SampleBuilder:
     """
 
     config: TrainConfig
-    prompts: PromptBuilder
+    prompts: PromptBuilder  # in the words of the student's chat template
+    teacher_prompts: PromptBuilder  # and of the teacher's
+    _graded: dict[tuple[Completion, str], bool] = field(default_factory=dict)  # in this step
 
     def begin(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]], int]:
         """Problems that can be sampled, each as often as it is to be, their vanilla prompts, and how many of `problems`
         had a prompt that was dropped or cut."""
+        self._graded.clear()
         kept, prompts, too_long = [], [], 0
         for problem in problems:
             ids = self.prompts.ids("vanilla", problem.problem)
@@ -99,33 +102,37 @@ class SampleBuilder:
     def _fit(
         self, context: Context, problem: Problem, rollout: Sequence[int] | None = None
     ) -> tuple[list[int] | None, bool]:
-        """Prompt within its limit, None if it is to be dropped; and whether it was too long."""
+        """A teacher's prompt within its limit, None if it is to be dropped; and whether it was too long."""
         limit = prompt_limit(self.config, context)
         reference = problem.reference if "reference" in context else None
-        ids = self.prompts.ids(context, problem.problem, reference, rollout)
+        prompts = self.teacher_prompts
+        ids = prompts.ids(context, problem.problem, reference, rollout)
         over = len(ids) - limit
         if over <= 0:
             return ids, False
         if self.config.data.overlong == "drop":
             return None, True
         if rollout is not None:
-            rollout = self.prompts.without_eos(rollout)
+            rollout = prompts.without_eos(rollout)
             rollout = rollout[: max(0, len(rollout) - over)]
-            ids = self.prompts.ids(context, problem.problem, reference, rollout)
+            ids = prompts.ids(context, problem.problem, reference, rollout)
         # more than once where the shortened text is tokenized into more than was left of it
         while len(ids) > limit and reference:
-            reference = self.prompts.cut(reference, len(ids) - limit)
-            ids = self.prompts.ids(context, problem.problem, reference, rollout)
+            reference = prompts.cut(reference, len(ids) - limit)
+            ids = prompts.ids(context, problem.problem, reference, rollout)
         return (ids if len(ids) <= limit else None), True
 
     def right(self, trajectory: Trajectory) -> tuple[bool | None, bool | None]:
         """Whether rollout and refinement have the right answer; None where there is nothing to grade."""
-        answer = trajectory.problem.answer
+        answer = trajectory.problem.answer if self.config.data.task == "math" else None  # programs cannot be graded
 
         def grade(completion: Completion | None) -> bool | None:
             if answer is None or completion is None:
                 return None
-            return is_correct(self.text(completion), answer)
+            verdict = self._graded.get((completion, answer))
+            if verdict is None:  # once: a comparison may take seconds
+                verdict = self._graded[completion, answer] = is_correct(self.text(completion), answer)
+            return verdict
 
         return grade(trajectory.rollout), grade(trajectory.refinement)
 
@@ -135,20 +142,21 @@ class SampleBuilder:
 
     def metrics(self, trajectories: Sequence[Trajectory], samples: Sequence[Sample]) -> dict[str, float]:
         """Lengths, correctness before and after refinement, overflow and edit ratio of a step."""
-        graded = [self.right(trajectory) for trajectory in trajectories]
         refined = [trajectory.refinement for trajectory in trajectories if trajectory.refinement is not None]
+        # Once each, however often it was refined.
+        rolled_out = list({trajectory.index: trajectory for trajectory in trajectories}.values())
         values: dict[str, float] = {
             "samples/trained": len(samples),
             "tokens/trained": sum(len(sample.response) for sample in samples),
-            "overflow/refinement_prompt": sum(map(self._refine_prompt_too_long, trajectories)),
-            "overflow/rollout": sum(trajectory.rollout.truncated for trajectory in trajectories),
+            "overflow/refinement_prompt": sum(map(self._refine_prompt_too_long, rolled_out)),
+            "overflow/rollout": sum(trajectory.rollout.truncated for trajectory in rolled_out),
             "overflow/refinement": sum(completion.truncated for completion in refined),
         }
         means: dict[str, list[float]] = {
-            "length/rollout": [len(trajectory.rollout.tokens) for trajectory in trajectories],
+            "length/rollout": [len(trajectory.rollout.tokens) for trajectory in rolled_out],
             "length/refinement": [len(completion.tokens) for completion in refined],
-            "right/rollout": [float(before) for before, _ in graded if before is not None],
-            "right/refinement": [float(after) for _, after in graded if after is not None],
+            "right/rollout": [float(before) for before, _ in map(self.right, rolled_out) if before is not None],
+            "right/refinement": [float(after) for _, after in map(self.right, trajectories) if after is not None],
             "edit_ratio": [self._edit_ratio(trajectory) for trajectory in trajectories if trajectory.refinement],
         }
         return values | {key: fmean(numbers) for key, numbers in means.items() if numbers}
@@ -161,7 +169,7 @@ class SampleBuilder:
         """Share of lines that refinement changed: 0 for a copy, 1 for a text without a line of the rollout."""
         assert trajectory.refinement is not None
         before, after = self.text(trajectory.rollout).splitlines(), self.text(trajectory.refinement).splitlines()
-        return 1.0 - difflib.SequenceMatcher(None, before, after, autojunk=False).ratio()
+        return 1.0 - 2 * len(kept_lines(before, after)) / max(1, len(before) + len(after))
 
     def pair(self, trajectory: Trajectory) -> dict[str, Any]:
         """A y_o / y_r pair as it is kept in the run folder."""

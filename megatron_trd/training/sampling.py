@@ -65,6 +65,7 @@ def sampled_from_json(text: str) -> Sampled:
     values["trajectories"] = [
         Trajectory(
             Problem(**one["problem"]),
+            one["index"],
             completion(one["rollout"]),
             None if one["refine_prompt"] is None else tuple(one["refine_prompt"]),
             completion(one["refinement"]),

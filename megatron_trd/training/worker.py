@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch.distributed as dist
@@ -58,7 +59,8 @@ def _begin(arguments: argparse.Namespace) -> TrainConfig:
     try:
         config = configuration()
         check_start(config, ranks=dist.get_world_size(), resume=arguments.resume)
-        claim(config, resume=arguments.resume)
+        # With the ranks there are, where the recipe leaves them open: a later start is told if they are others.
+        claim(dataclasses.replace(config, world_size=dist.get_world_size()), resume=arguments.resume)
     except UserError as error:
         dist.broadcast_object_list([str(error)], device=platform.current().device)
         raise

@@ -301,6 +301,13 @@ def test_a_run_without_a_step_is_a_user_error(tmp_path: Path) -> None:
         write_report(tmp_path / "report.html", {"a": tmp_path}, title="t")
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"report\.html' cannot be written: File exists"):
+        write_report(tmp_path / "file" / "report.html", {"a": tmp_path}, title="t")
+
+
 def test_a_broken_sample_file_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     newest = run / "samples" / "step_00001.jsonl"

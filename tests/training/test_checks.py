@@ -326,6 +326,16 @@ def test_a_teacher_whose_tokens_have_other_numbers(run: Run, models: Path, tmp_p
     says(run(teacher={"model": str(teacher)}), str(teacher), "'a'", "tokenizer")
 
 
+def test_a_teacher_whose_tokens_have_other_meanings(run: Run, models: Path, tmp_path: Path) -> None:
+    """As many tokens and none of another number: one of them is another."""
+    teacher = Path(shutil.copytree(models / "larger", tmp_path / "teacher"))
+    text = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = text["model"]["vocab"]
+    number = vocabulary["q"] = vocabulary.pop("a")
+    (teacher / "tokenizer.json").write_text(json.dumps(text))
+    says(run(teacher={"model": str(teacher)}), str(teacher), f"token {number} is 'q'", "'a'")
+
+
 # Model folders
 
 
@@ -480,8 +490,11 @@ def configure(folder: Path, **fields: Any) -> None:
         ),
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "supported"]),
         # a family that is supported, and not the one the tensors are of
-        ({"architectures": ["Qwen2ForCausalLM"]}, ["model.layers.0.self_attn.q_proj.bias", "missing"]),
-        ({"architectures": ["LlamaForCausalLM"]}, ["norm.weight", "LlamaForCausalLM"]),
+        (
+            {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+            ["model.layers.0.self_attn.q_proj.bias", "missing"],
+        ),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["norm.weight", "LlamaForCausalLM"]),
         (
             {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]},
             ["model.layers.0.mlp.gate.weight", "missing"],
@@ -565,6 +578,17 @@ def test_a_run_may_go_on_in_another_layout(run: Run, tmp_path: Path, capsys: pyt
     for part in ("world_size=2 instead of None", "student.tp=2", "student.recompute=True", "loss.chunk_tokens=9"):
         assert part in line
     assert load(tmp_path / "config.yaml").student.tp == 2
+
+
+def test_another_number_of_ranks_is_said_also_where_the_recipe_leaves_it_open(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = {resume: run(run_dir=str(tmp_path), world_size=8 if resume else 4) for resume in (False, True)}
+    for resume, config in ranks.items():
+        check_run_folder(run(run_dir=str(tmp_path)), resume)  # before there are ranks
+        claim(config, resume=resume)
+        release_lock(tmp_path)
+        assert ("world_size=8 instead of 4" in capsys.readouterr().out) == resume
 
 
 def test_settings_of_a_layout_are_settings() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +17,10 @@ from megatron_trd.engines.engine import Completion
 from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.training.checks import prompt_limit
 from megatron_trd.training.samples import SampleBuilder
-from tests.data.tokenizers import END, ids_of, tokenizer
+from tests.data.tokenizers import END, END_OF_TEXT, ids_of, tokenizer
 
 (EOS,) = ids_of(END)
+_INDICES = itertools.count(1000)
 PROBLEM = Problem(0, "What is 12 + 34?", "46", "It is 46.")
 
 
@@ -24,8 +28,10 @@ def encode(text: str) -> list[int]:
     return list(tokenizer()(text, add_special_tokens=False)["input_ids"])
 
 
-def builder(method: str = "trd-opsd", **fields: Any) -> SampleBuilder:
-    return SampleBuilder(from_dict({"method": method} | fields, "test"), PromptBuilder(tokenizer()))
+def builder(method: str = "trd-opsd", teacher: Any = None, **fields: Any) -> SampleBuilder:
+    """`teacher`: a tokenizer of its own."""
+    prompts = PromptBuilder(tokenizer())
+    return SampleBuilder(from_dict({"method": method} | fields, "test"), prompts, PromptBuilder(teacher or tokenizer()))
 
 
 def completion(text: str, *, truncated: bool = False) -> Completion:
@@ -42,8 +48,11 @@ def trajectory(
     after: Completion | None = None,
     problem: Problem = PROBLEM,
     prompt: Sequence[int] | None = (5, 6),
+    index: int | None = None,
 ) -> Trajectory:
-    return Trajectory(problem, before, None if prompt is None else tuple(prompt), after)
+    """Of a rollout of its own, unless `index` says which it is."""
+    index = next(_INDICES) if index is None else index
+    return Trajectory(problem, index, before, None if prompt is None else tuple(prompt), after)
 
 
 def limits(prompt: int, reference: int, rollout: int, overlong: str = "drop") -> dict[str, Any]:
@@ -242,7 +251,8 @@ def test_overlong_refinement_prompts_of_other_ranks_are_counted_here(overlong: s
     rollout = Completion(tuple(range(100, 250)), (0.0,) * 150, truncated=True)
     made = trajectory(rollout, None, prompt=elsewhere.refine_prompt(PROBLEM, rollout))
     short = trajectory(Completion((7,), (0.0,), truncated=False), None, prompt=(5,))
-    assert here.metrics([made, short, made], [])["overflow/refinement_prompt"] == 2
+    other = dataclasses.replace(made, index=0)
+    assert here.metrics([made, short, other], [])["overflow/refinement_prompt"] == 2
 
 
 def test_a_prompt_of_just_the_limit_is_neither_cut_nor_counted() -> None:
@@ -252,6 +262,19 @@ def test_a_prompt_of_just_the_limit_is_neither_cut_nor_counted() -> None:
     assert (problems, too_long) == ([PROBLEM], 0)
     problems, _, too_long = below.begin([PROBLEM])
     assert (problems, too_long) == ([], 1)
+
+
+@pytest.mark.parametrize("method", ["trd-opd", "opd-forward-kl"])
+def test_each_model_is_asked_in_the_words_of_its_own_chat_template(method: str) -> None:
+    """A base model's teacher is an instructed one, or the other way round."""
+    made = builder(method, teacher=tokenizer(chat=False))
+    refined = made.config.method == "trd-opd"
+    prompt = made.refine_prompt(PROBLEM, completion("a slip")) if refined else None
+    sample = made.sample(trajectory(completion("a slip"), completion(answer(46)) if refined else None, prompt=prompt))
+    assert sample is not None
+    (first,) = ids_of(END_OF_TEXT)
+    assert sample.teacher_prompt[0] == first
+    assert list(sample.student_prompt) == PromptBuilder(tokenizer()).ids("vanilla", PROBLEM.problem)
 
 
 # Corpus ablations: (rollout right, refinement right)
@@ -344,6 +367,34 @@ def test_problems_without_an_answer_are_not_graded() -> None:
 def test_edit_ratio_is_the_share_of_lines_that_changed(before: str, after: str, ratio: float) -> None:
     item = trajectory(completion(before), completion(after))
     assert builder("trd-opsd").metrics([item], [])["edit_ratio"] == pytest.approx(ratio)
+
+
+def test_a_rollout_that_was_refined_twice_is_counted_once() -> None:
+    long = completion(answer(1), truncated=True)
+    items = [trajectory(long, completion(answer(46)), index=0), trajectory(long, completion(answer(46)), index=0)]
+    items.append(trajectory(completion(answer(46)), completion(answer(46)), index=1))
+    found = builder("trd-opsd").metrics(items, [])
+    assert (found["overflow/rollout"], found["right/rollout"], found["right/refinement"]) == (1, 0.5, 1.0)
+    assert found["length/rollout"] == (len(long.tokens) + len(items[2].rollout.tokens)) / 2
+
+
+def test_programs_are_not_graded() -> None:
+    made = builder("trd-opsd", data={"task": "code"})
+    assert made.right(trajectory(completion(answer(46)), completion(answer(46)))) == (None, None)
+
+
+@pytest.mark.parametrize(("lines", "ordered"), [(10, True), (2000, False)])
+def test_texts_that_repeat_a_few_lines_are_not_compared_in_order(
+    lines: int, ordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes hours of thousands of equal lines, in which all ranks wait."""
+    compared = []
+    original = difflib.SequenceMatcher
+    monkeypatch.setattr(difflib, "SequenceMatcher", lambda *args, **more: compared.append(1) or original(*args, **more))
+    before, after = (text * lines for text in ("Wait, I check that again.\n\n", "So it is right.\n\n"))
+    found = builder("trd-opsd").metrics([trajectory(completion(before), completion(after))], [])
+    assert found["edit_ratio"] == pytest.approx(0.5)
+    assert bool(compared) == ordered
 
 
 def test_a_kept_pair_shows_both_texts_and_whether_they_are_right() -> None:
