@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_trd.config import DataConfig
-from megatron_trd.errors import UserError
+from megatron_trd.errors import UserError, line_of
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ def load_problems(config: DataConfig, section: str = "data") -> list[Problem]:
 def _rows(config: DataConfig, section: str) -> Sequence[Mapping[str, Any]]:
     path = Path(config.path)
     looks_like_file = path.suffix in (".jsonl", ".json", ".parquet")
-    if looks_like_file and not path.is_file():
+    if looks_like_file and not (path.is_file() or (path.suffix == ".parquet" and path.is_dir())):
         raise UserError(f"data '{config.path}': no such file; set {section}.path")
     try:
         if path.suffix in (".jsonl", ".json"):
             return list(_read_jsonl(path))
-        if path.suffix == ".parquet":  # `datasets` would copy it to its cache, and has no word for an empty one
+        if path.suffix == ".parquet":  # a file, or Spark's folder of parts; `datasets` would copy it to its cache, and has no word for an empty one
             import pyarrow.parquet as pq
 
             rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
@@ -68,16 +68,21 @@ def _rows(config: DataConfig, section: str) -> Sequence[Mapping[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds; the user needs file and reason
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = line_of(error) if error.__cause__ is None else f"{line_of(error)} ({line_of(error.__cause__)})"
         here = "" if path.exists() else " is no file or folder here, and as a hub data set"
         what = f"data '{config.path}'{here} (split '{config.split}')"
-        raise UserError(f"{what} cannot be read: {reason}; set {section}.path") from None
+        key = "split" if " split" in reason else "path"  # "Unknown split", "Bad split"
+        raise UserError(f"{what} cannot be read: {reason}; set {section}.{key}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
     """Rows of a JSONL file; read here rather than by `datasets` so that a broken line is named."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if number == 1 and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                raise UserError(
+                    f"data '{path}': one JSON array, expected an object a line; jq -c '.[]' FILE > FILE.jsonl makes that"
+                )
             if not line.strip():
                 continue
             try:

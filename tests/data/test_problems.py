@@ -53,6 +53,14 @@ def test_parquet_gives_its_problems_in_order(tmp_path: Path) -> None:
     assert load_problems(DataConfig(path=str(tmp_path / "data.parquet"))) == PROBLEMS
 
 
+def test_a_folder_of_parquet_parts_is_one_data_set(tmp_path: Path) -> None:
+    """As Spark writes it."""
+    (tmp_path / "data.parquet").mkdir()
+    for number, row in enumerate(ROWS):
+        dataset([row]).to_parquet(tmp_path / "data.parquet" / f"part-{number:05d}.parquet")
+    assert load_problems(DataConfig(path=str(tmp_path / "data.parquet"))) == PROBLEMS
+
+
 def test_a_saved_dataset_gives_its_problems_whatever_the_split(tmp_path: Path) -> None:
     dataset(ROWS).save_to_disk(tmp_path / "data")
     assert load_problems(DataConfig(path=str(tmp_path / "data"), split="test")) == PROBLEMS
@@ -77,6 +85,11 @@ def test_a_folder_of_files_is_read_by_datasets(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "train.jsonl", jsonl(ROWS))
     assert load_problems(DataConfig(path=str(tmp_path / "data"))) == PROBLEMS
+    message = user_error(load_problems, DataConfig(path=str(tmp_path / "data"), split="test"))
+    assert all(part in message for part in ("'test'", "'train'", "set data.split")), message
+    write(tmp_path / "data" / "train-2.jsonl", '{"question": "q"}\n')
+    message = user_error(load_problems, DataConfig(path=str(tmp_path / "data")))
+    assert all(part in message for part in ("question", "set data.path")), message
 
 
 def test_fields_are_those_of_the_configuration(tmp_path: Path) -> None:
@@ -110,6 +123,12 @@ def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path: Path) -> 
 
 
 # Broken sources
+
+
+@pytest.mark.parametrize("before", ["", "\ufeff", " "])
+def test_an_array_is_told_what_to_be(tmp_path: Path, before: str) -> None:
+    message = user_error(load_problems, write(tmp_path / "data.json", before + json.dumps(ROWS, indent=1)))
+    assert all(part in message for part in (str(tmp_path / "data.json"), "an object a line", "jq")), message
 
 
 @pytest.mark.parametrize(
