@@ -48,7 +48,8 @@ def _rows(config: DataConfig, section: str) -> Sequence[Mapping[str, Any]]:
     try:
         if path.suffix in (".jsonl", ".json"):
             return list(_read_jsonl(path))
-        if path.suffix == ".parquet":  # a file, or Spark's folder of parts; `datasets` would copy it to its cache, and has no word for an empty one
+        # A file, or Spark's folder of parts. `datasets` would copy it to its cache, and has no word for an empty one.
+        if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
             rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
@@ -81,7 +82,7 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if number == 1 and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
                 raise UserError(
-                    f"data '{path}': one JSON array, expected an object a line; jq -c '.[]' FILE > FILE.jsonl makes that"
+                    f"data '{path}': one JSON array, expected an object a line; jq -c '.[]' FILE > OTHER.jsonl makes it"
                 )
             if not line.strip():
                 continue

@@ -60,6 +60,7 @@ class Engine:
     def _start(self) -> Any:
         current, config = platform.current(), self.config
         arguments = current.sampler_arguments(config.sampler, self.max_length, sleeps=self.sleeps, alone=self.alone)
+        overrides = {"vocab_size": self.model.arch.vocab_size} | arguments.pop("hf_overrides", {})
         os.environ.update(current.sampler_environment())
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
         from vllm import LLM
@@ -67,6 +68,7 @@ class Engine:
         with current.starting_sampler(_job_name()), self._working():
             llm = LLM(
                 model=str(self.model.folder.path),
+                hf_overrides=overrides,
                 load_format="dummy",
                 dtype=str(current.dtype).removeprefix("torch."),
                 tensor_parallel_size=config.sampler.tp,

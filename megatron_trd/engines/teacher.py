@@ -235,9 +235,9 @@ class _WithHead:
 
 
 def check_teacher(student: Architecture, teacher: Architecture) -> None:
-    """Raise `UserError` if the two do not share a vocabulary."""
-    if student.vocab_size != teacher.vocab_size:
+    """Raise `UserError` if the teacher has no logit for a token of the student's."""
+    if student.vocab_size > teacher.vocab_size:
         raise UserError(
-            f"teacher.model has a vocabulary of {teacher.vocab_size}, the student of {student.vocab_size}: "
-            "full-vocabulary distillation needs one tokenizer for both"
+            f"teacher.model has embeddings of {teacher.vocab_size} tokens, the student of {student.vocab_size}: "
+            "full-vocabulary distillation needs a teacher with at least as many"
         )

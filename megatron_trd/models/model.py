@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.dist_checkpoint import is_checkpoint
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import Source, check_folder, folder_source
 from megatron_trd.models.megatron_folder import MegatronFolder
+from megatron_trd.models.weights import Slot
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,16 @@ class Model:
         """Raise `UserError` if a tensor is missing, unknown or of a wrong shape. Reads headers only."""
         if self.path == self.folder.path:  # a checkpoint is checked when it is opened
             check_folder(self.folder, self.arch)
+
+    def with_vocabulary(self, size: int) -> Model:
+        """This model without the rows of embedding and head beyond the first `size`, which are no tokens'."""
+        if size == self.arch.vocab_size:
+            return self
+
+        def first_rows(slot: Slot) -> list[Tensor]:
+            return [tensor[:size] if slot.kind == "vocab" else tensor for tensor in self.source(slot)]
+
+        return replace(self, arch=replace(self.arch, vocab_size=size), source=first_rows)
 
 
 def open_model(path: str | Path) -> Model:

@@ -83,6 +83,7 @@ def make_case(config: TrainConfig, cluster: Cluster, mean: Lengths) -> Case:
     student = find_architecture(config.model, "model")
     teacher = find_architecture(config.teacher.model, "teacher.model") if config.teacher.model else student
     check_teacher(student, teacher)
+    teacher = dataclasses.replace(teacher, vocab_size=student.vocab_size)
     work = workload(config, mean)
     for key, arch in (("model", student), ("teacher.model", teacher)):
         if work.context > arch.max_positions:

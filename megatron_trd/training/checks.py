@@ -61,6 +61,7 @@ def check(config: TrainConfig) -> Inputs:
     student.check()
     if config.teacher.model:
         teacher.check()
+    teacher = teacher.with_vocabulary(student.arch.vocab_size)
     return Inputs(student, teacher, problems, _held_out(config, student), world, max_length)
 
 
@@ -71,6 +72,11 @@ def _check_tokenizers(student: Model, teacher: Model) -> None:
         return
     vocabulary = student.folder.tokenizer.get_vocab()
     others = {index: token for token, index in teacher.folder.tokenizer.get_vocab().items()}
+    if max(others) >= student.arch.vocab_size:
+        raise UserError(
+            f"teacher.model '{teacher.path}': token {max(others)} is {others[max(others)]!r}, beyond the student's "
+            f"{student.arch.vocab_size} embeddings: full-vocabulary distillation needs one tokenizer for both"
+        )
     different = [token for token, index in vocabulary.items() if others.get(index, token) != token]
     if different:
         token = min(different, key=vocabulary.__getitem__)

@@ -314,7 +314,22 @@ def test_a_separate_teacher_cannot_follow_the_student(run: Run, models: Path, we
 
 
 def test_a_teacher_of_another_vocabulary_size(run: Run, models: Path) -> None:
-    says(run(teacher={"model": str(models / "other")}), "teacher.model", str(VOCAB), str(VOCAB + 1))
+    """Rows beyond the student's are no tokens', as long as there are no such tokens."""
+    assert check(run(teacher={"model": str(models / "other")})).teacher.arch.vocab_size == VOCAB
+    says(
+        run(model=str(models / "other"), teacher={"model": str(models / "larger")}),
+        "teacher.model",
+        str(VOCAB),
+        str(VOCAB + 1),
+    )
+
+
+def test_a_teacher_with_tokens_beyond_the_student_s(run: Run, models: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(models / "other", tmp_path / "teacher"))
+    text = json.loads((teacher / "tokenizer.json").read_text())
+    text["model"]["vocab"]["more"] = VOCAB
+    (teacher / "tokenizer.json").write_text(json.dumps(text))
+    says(run(teacher={"model": str(teacher)}), f"token {VOCAB} is 'more'", "beyond the student's", "one tokenizer")
 
 
 def test_a_teacher_whose_tokens_have_other_numbers(run: Run, models: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_trd.config import CheckpointConfig
 from megatron_trd.data.problems import step_indices
@@ -210,14 +211,29 @@ def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_whatever_
         assert row["loss/last_epoch"] != row["loss"], "the second step is taken where the first one led"
 
 
-def test_a_dense_student_learns_from_a_mixture_of_experts(tmp_path: Path) -> None:
-    experts = write_model(tmp_path / "experts", family="qwen3_moe", max_position_embeddings=1024)
-    teacher = {"model": str(experts), "weights": "frozen"}
-    job = jobs.write_job(tmp_path, method="trd-opd", student={}, teacher=teacher, steps=1, held_out={})
-    jobs.finish(jobs.start("train", job, f"run_dir={tmp_path / 'run'}", "--verify-refit"))
-    [row] = jobs.metrics(tmp_path / "run")
-    assert row["samples/trained"] == 3
-    assert row["drift/max"] < 1e-4, "the second engine has the experts' weights"
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_student_learns_from_a_larger_teacher_whatever_rows_that_has_beyond_the_tokens(
+    family: str, tmp_path: Path
+) -> None:
+    """Qwen2.5's larger models have 128 more than the smaller ones."""
+    exact = write_model(tmp_path / "exact", family=family, num_hidden_layers=6, max_position_embeddings=1024)
+    padded = Path(shutil.copytree(exact, tmp_path / "padded"))
+    weights = load_file(exact / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], 9 * torch.randn(128, weights[name].shape[1])])
+    save_file(weights, padded / "model.safetensors", {"format": "pt"})
+    values = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(values | {"vocab_size": values["vocab_size"] + 128}))
+    found = []
+    for teacher in (exact, padded):
+        sides = {"student": {}, "teacher": {"model": str(teacher), "weights": "frozen"}}
+        job = jobs.write_job(tmp_path, method="trd-opd", steps=1, held_out={}, **sides)
+        jobs.finish(jobs.start("train", job, f"run_dir={tmp_path / teacher.name / 'run'}", "--verify-refit"))
+        [row] = jobs.metrics(tmp_path / teacher.name / "run")
+        assert row["samples/trained"] == 3
+        assert row["drift/max"] < 1e-4, "the second engine has the teacher's weights"
+        found.append([row[key] for key in ("loss", "grad_norm", "length/rollout", "length/refinement")])
+    assert found[0] == found[1]
 
 
 def train_with_failures(rank: int, world: int, job: str, run_dir: str, setting: str) -> tuple[list[str], list[Any]]:
