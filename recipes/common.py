@@ -88,7 +88,7 @@ def run_as_program(file: str) -> None:
     def run() -> None:
         if importlib.util.find_spec("nemo_run") is None:
             raise UserError(
-                f"needs nemo-run (pip install '.[launch]' in this project); without it: megatron-trd train {name}"
+                f"needs nemo-run (pip install -e '.[launch]' in this project); without it: megatron-trd train {name}"
             )
         from recipes import nemo
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The job itself: what the scripts for sbatch run on the first node of their allocation.
-#   common.sh train RECIPE [key=value ...]
+#   common.sh train RECIPE|FILE.yaml [key=value ...]
 #   common.sh eval RUN_DIR|MODEL DATA [key=value ...]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
@@ -16,7 +16,8 @@ trap ':' TERM         # SLURM tells all processes of the job: the ranks save, an
 
 # Set `first` and `all`: node.sh on the first node and on each node of the job.
 step_commands() {
-  unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK # of the allocation; here a node's one task has all of its GPUs
+  # of the allocation; here a node's one task has all of its GPUs
+  unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
   local options=(--ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none --quiet) site=() mounts
   if [[ -n ${TRD_CONTAINER_IMAGE:-} ]]; then
     mounts=$TRD_PROJECT:$TRD_PROJECT,$PWD:$PWD${TRD_CONTAINER_MOUNTS:+,$TRD_CONTAINER_MOUNTS}
@@ -83,8 +84,18 @@ wait_for_ranks() {
   wait "$1"
 }
 
+# Export the numbers of this user's jobs that have not ended, for ranks that have no squeue to ask, as in a container
+# (training/run_lock.py); nothing if SLURM does not say.
+export_active_jobs() {
+  local jobs unfinished=pending,running,suspended,completing,configuring,stopped
+  unset TRD_ACTIVE_JOBS # may be that of a job which submitted this one
+  jobs=$(squeue --user="$(id -un)" --noheader --format=%A --states="$unfinished") || return 0
+  export TRD_ACTIVE_JOBS=${jobs//$'\n'/ }
+}
+
 train() {
-  local recipe=$1 overrides=("${@:2}") points status=0 verdict
+  (($# >= 1)) || fail "usage: sbatch slurm/train.sh RECIPE|FILE.yaml [key=value ...]"
+  local recipe=$1 overrides=("${@:2}") points doctor status=0 verdict
   if [[ -n ${TRD_POINTS:-} ]]; then # a sweep: this task's line of the file
     mapfile -t points <"$TRD_POINTS"
     IFS=$'\t' read -ra points <<<"${points[SLURM_ARRAY_TASK_ID]}"
@@ -94,7 +105,8 @@ train() {
     --ranks=$((SLURM_JOB_NUM_NODES * TRD_RANKS_PER_NODE)) "$recipe" "${overrides[@]}") || exit
   export TRD_LOGS
   if [[ ${TRD_DOCTOR:-} != skip ]]; then
-    "${all[@]}" ranks megatron_trd.cli doctor --quick "$recipe" "${overrides[@]}" ||
+    read -ra doctor <<<"${TRD_DOCTOR_OPTIONS:-}"
+    "${all[@]}" ranks megatron_trd.cli doctor --quick "${doctor[@]}" "$recipe" "${overrides[@]}" ||
       fail "these nodes cannot run the job, see above and $TRD_LOGS"
   fi
   "${all[@]}" ranks megatron_trd.training.worker "$recipe" "${overrides[@]}" --resume &
@@ -125,6 +137,7 @@ TRD_RANKS_PER_NODE=$(ranks_per_node) || exit
 TRD_HEAD_ADDRESS=${TRD_HEAD_ADDRESS:-$(head_address)} || exit
 TRD_HEAD_PORT=${TRD_HEAD_PORT:-$((10000 + SLURM_JOB_ID % 10000))}
 step_commands
+export_active_jobs
 export TRD_RANKS_PER_NODE TRD_HEAD_ADDRESS TRD_HEAD_PORT
 case ${1:-} in
   train) train "${@:2}" ;;

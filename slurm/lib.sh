@@ -22,7 +22,7 @@ load_site() {
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
-    [[ $line =~ ^([A-Z_][A-Z0-9_]*)=(.*)$ ]] || fail "$file line $number: expected KEY=value, found '$line'"
+    [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || fail "$file line $number: expected KEY=value, found '$line'"
     [[ -v ${BASH_REMATCH[1]} ]] || export "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
   done <"$file"
 }
@@ -32,11 +32,12 @@ check_ranks() {
   [[ ${TRD_RANKS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] || fail "TRD_RANKS_PER_NODE=$TRD_RANKS_PER_NODE: expected a number"
 }
 
-recipes() { # that have a job script
-  sed -n 's/^exec .* train \([^ ]*\) .*/\1/p' "$project"/slurm/*.sh | xargs
+recipes() {
+  basename --multiple --suffix=.py "$project"/recipes/[!_]*.py | grep -vx common | xargs
 }
 
-# Take `[sbatch options] RECIPE [key=value ...]` apart into `options`, `recipe`, `script` and `overrides`.
+# Take `[sbatch options] RECIPE|FILE.yaml [key=value ...]` apart into `options`, `recipe`, its short `name`, `script` (and
+# what that is to be told first) and `overrides`.
 split_arguments() {
   options=()
   while [[ ${1:-} == -* ]]; do
@@ -44,32 +45,48 @@ split_arguments() {
     shift
   done
   recipe=${1:-}
-  [[ -n $recipe ]] || fail "usage: $(basename "$0") [sbatch options] RECIPE [key=value ...]; recipes: $(recipes)"
-  script=$project/slurm/$recipe.sh
-  grep -qs " train $recipe " "$script" ||
-    fail "no job script for recipe '$recipe': $(recipes)"
+  [[ -n $recipe ]] ||
+    fail "usage: $(basename "$0") [sbatch options] RECIPE|FILE.yaml [key=value ...]; recipes: $(recipes)"
+  [[ ! $recipe =~ ^[0-9:-]+$ ]] ||
+    fail "recipe '$recipe': an option of sbatch and its value are one word here, as in --nodes=2"
+  name=$(basename "${recipe%.*}")
+  script=("$project/slurm/$recipe.sh")
+  if ! grep -qs " train $recipe " "${script[0]}"; then # none of its own
+    script=("$project/slurm/train.sh" "$recipe")
+    options=(--job-name="${SBATCH_JOB_NAME:-$name}" "${options[@]}")
+  fi
   overrides=("${@:2}")
+}
+
+# The number of ranks that the job will have, as `options`, the environment or its script say it; nothing where how many
+# GPUs there will be is SLURM's to say.
+ranks_of_job() {
+  local option nodes gpus counted=yes
+  nodes=$(sed -n 's/^#SBATCH --nodes=//p' "${script[0]}")
+  gpus=${SBATCH_GPUS_PER_NODE:-$(sed -n 's/^#SBATCH --gpus-per-node=//p' "${script[0]}")}
+  [[ -z ${SBATCH_GPUS:-}${SBATCH_GRES:-} ]] || counted=no
+  for option in "${options[@]}"; do
+    case $option in
+      --nodes=*) nodes=${option#*=} ;;
+      --gpus-per-node=*) gpus=${option#*=} ;;
+      -N* | -G* | --gpus* | --gres*) counted=no ;;
+    esac
+  done
+  gpus=${TRD_RANKS_PER_NODE:-${gpus##*:}}
+  [[ $counted == no || ! $nodes =~ ^[0-9]+$ || ! $gpus =~ ^[0-9]+$ ]] || echo $((nodes * gpus))
 }
 
 # What can be known before nodes are taken: stop with one line if the job of `recipe` with `overrides` cannot start.
 check_here() {
-  local option nodes gpus ranks=()
-  local python=${TRD_VENV:-$project/.venv}/bin/python
+  local ranks python=${TRD_VENV:-$project/.venv}/bin/python
   check_ranks
+  [[ -z ${TRD_VENV:-} || -n ${TRD_CONTAINER_IMAGE:-} || -x $python ]] ||
+    fail "TRD_VENV=$TRD_VENV: no bin/python there; set it in slurm/site.env to the environment that the jobs are to use"
   if [[ -n ${TRD_CONTAINER_IMAGE:-} || ! -x $python ]]; then # the job checks the same once it has its nodes
     echo "$(basename "$0"): not checked here: $python cannot be run or is not what the job uses" >&2
     return
   fi
-  nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
-  gpus=$(sed -n 's/^#SBATCH --gpus-per-node=//p' "$script")
-  for option in "${options[@]}"; do
-    case $option in
-      --nodes=*) nodes=${option#*=} ;;
-      --gpus-per-node=*) gpus=${option##*[=:]} ;;
-      -N* | -G* | --gpus* | --gres*) nodes='' ;; # how many ranks there will be is SLURM's to say
-    esac
-  done
-  gpus=${TRD_RANKS_PER_NODE:-$gpus}
-  [[ ! $nodes =~ ^[0-9]+$ ]] || ranks=(--ranks="$((nodes * gpus))")
-  PYTHONPATH=$project "$python" -m megatron_trd.cli check "$recipe" "${overrides[@]}" "${ranks[@]}" --resume >&2 || exit
+  ranks=$(ranks_of_job)
+  PYTHONPATH=$project "$python" -m megatron_trd.cli check "$recipe" "${overrides[@]}" \
+    ${ranks:+--ranks="$ranks"} --resume >&2 || exit
 }

@@ -17,7 +17,14 @@ environment() {
     fi
     module load "$module"
   done
-  local venv=${TRD_VENV:-$TRD_PROJECT/.venv}
+  local venv=${TRD_VENV:-}
+  if [[ -z ${TRD_CONTAINER_IMAGE:-} ]]; then # an image has its own python, which the project's is not to come before
+    [[ -z $venv || -x $venv/bin/python ]] || {
+      echo "node.sh: TRD_VENV=$venv: no bin/python there on $SLURMD_NODENAME; mend it in slurm/site.env" >&2
+      exit 2
+    }
+    venv=${venv:-$TRD_PROJECT/.venv}
+  fi
   [[ ! -d $venv/bin ]] || export PATH="$venv/bin:$PATH"
   export PYTHONPATH="$TRD_PROJECT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
   command -v python >/dev/null || {
@@ -43,6 +50,7 @@ ranks() {
     --log-dir="$logs" --redirects="$streams" -m "$@" 2>>"$logs/torchrun.log"
 }
 
+ulimit -Sn "$(ulimit -Hn)" || true # what comes with a job is often 1,024, too few for three nodes of 8 ranks
 environment
 case $1 in
   once) exec python -m "${@:2}" ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submit a job array with one run for every combination of values, each in a run folder of its own:
-#   slurm/sweep.sh [sbatch options] RECIPE [key=value,value,... ...]
+#   slurm/sweep.sh [sbatch options] RECIPE|FILE.yaml [key=value,value,... ...]
 #   slurm/sweep.sh opsd_qwen3_8b method=trd-opsd,opsd-forward-kl seed=0,1,2
 # run_dir=DIR holds the run folders; the default is runs/sweeps/RECIPE-DATE-TIME. TRD_AT_ONCE=N lets no more than N of
 # them run at a time: 1 makes a chain.
@@ -25,7 +25,7 @@ multiply() { # KEY VALUE...: every point so far with every value
 load_site
 need sbatch
 split_arguments "$@"
-folder=runs/sweeps/$recipe-$(date +%Y%m%d-%H%M%S)
+folder=runs/sweeps/$name-$(date +%Y%m%d-%H%M%S)
 for override in "${overrides[@]}"; do
   [[ $override == *=* ]] || fail "'$override': expected key=value,value,..."
   if [[ $override == run_dir=* ]]; then
@@ -45,4 +45,4 @@ mkdir -p "$folder"
 printf '%s\n' "${points[@]}" >"$folder/points.tsv"
 TRD_POINTS=$(realpath "$folder/points.tsv")
 export TRD_POINTS
-exec sbatch --array="0-$((${#points[@]} - 1))${TRD_AT_ONCE:+%$TRD_AT_ONCE}" "${options[@]}" "$script"
+exec sbatch --array="0-$((${#points[@]} - 1))${TRD_AT_ONCE:+%$TRD_AT_ONCE}" "${options[@]}" "${script[@]}"

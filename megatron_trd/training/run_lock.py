@@ -32,6 +32,9 @@ class Owner:
     started: int  # of the process, clock ticks after the host's boot: numbers of processes are used again
     job: str | None  # number of the SLURM job it runs in
     cluster: str | None  # name of that job's SLURM cluster
+    # Locks of an earlier version have neither of these.
+    restarts: int | None = None  # how often SLURM had started that job again
+    user: int | None = None  # its number
 
     @classmethod
     def me(cls) -> Self:
@@ -39,21 +42,27 @@ class Owner:
         started = _started(os.getpid())
         assert started is not None
         job, cluster = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_CLUSTER_NAME")
-        return cls(socket.gethostname(), os.getpid(), started, job, cluster)
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # SLURM sets it from the first restart on
+        return cls(socket.gethostname(), os.getpid(), started, job, cluster, restarts, os.getuid())
 
     def is_live(self, me: Owner) -> bool | None:
         """Whether the owner still works, as seen from process `me`; None if that cannot be known from here."""
         same_host = self.host == me.host
         if same_host and _started(self.pid) == self.started:
             return True
-        if self.job is not None:
-            return False if (self.job, self.cluster) == (me.job, me.cluster) else self._job_is_active(me)
+        own_job = self.job is not None and (self.job, self.cluster) == (me.job, me.cluster)
+        if own_job and self.restarts != me.restarts:
+            return False
+        if self.job is not None and not own_job:
+            return self._job_is_active(me)
         return False if same_host else None
 
     def _job_is_active(self, me: Owner) -> bool | None:
         foreign = None not in (self.cluster, me.cluster) and self.cluster != me.cluster
-        if foreign or shutil.which("squeue") is None:
+        if foreign:
             return None
+        if shutil.which("squeue") is None:
+            return self._job_is_listed(me)
         command = ["squeue", "--noheader", f"--job={self.job}", f"--states={_ACTIVE}", "--format=%i"]
         try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_SECONDS)
@@ -62,6 +71,16 @@ class Owner:
         if answer.returncode == 0:
             return bool(answer.stdout.strip())
         return False if "invalid job id" in answer.stderr.lower() else None
+
+    def _job_is_listed(self, me: Owner) -> bool | None:
+        """The same by what slurm/common.sh was told as job `me` began: the user's jobs that had not ended."""
+        listed = os.environ.get("TRD_ACTIVE_JOBS")
+        if listed is None or self.user != me.user:
+            return None
+        if self.job in listed.split():
+            return True
+        # Numbers rise: a job with a higher one may have come since.
+        return False if int(self.job or 0) < int(me.job or 0) else None
 
     def __str__(self) -> str:
         process = f"process {self.pid} on {self.host}"

@@ -59,8 +59,12 @@ def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
     why = f"srun ended with exit code {status}" if status else "stopped on request"
     if cause:
         why = f"rank {rank} failed: {cause.reason}"
-    count = _restarts(config, done)
     why += f"; step {done} of {config.steps} is saved, logs in {logs}"
+    try:
+        count = _restarts(config, done)
+    except OSError as error:  # a full disk, which may be what ended the ranks too
+        say(f"{why}; not started again: run folder '{config.run_dir}' cannot be written: {error.strerror}")
+        return "1"
     if count > allowed:
         say(f"{why}; not started again: {count - 1} restarts brought no new checkpoint")
         return str(1 if failures else status or 1)  # srun's is of whichever node it heard from last

@@ -17,7 +17,7 @@ import nemo_run as run
 from megatron_trd.config import StudentConfig, TeacherConfig, TrainConfig
 from megatron_trd.errors import UserError
 
-AS_NEEDED = 0  # nodes, or ranks a node: what the recipe is made for
+AS_NEEDED = 0  # nodes, or ranks a node: what the recipe is made for; GPUs a node: one a rank
 _GPUS_A_NODE = 8  # where the executor does not say
 _POLL_SECONDS = 2.0
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL"}  # states of a SLURM job
@@ -37,6 +37,7 @@ def slurm() -> Any:
         job_name_prefix="megatron-trd.",
         nodes=AS_NEEDED,
         ntasks_per_node=AS_NEEDED,
+        gpus_per_node=AS_NEEDED,  # of whole nodes SLURM gives a step no GPUs that were not asked for
         time="04:00:00",
         exclusive=True,
         mem="0",  # all of it
@@ -67,6 +68,9 @@ def allocate(executor: run.Executor, config: TrainConfig) -> int:
         if executor.nodes == AS_NEEDED:
             executor.nodes = math.ceil((config.world_size or fewest) / executor.nproc_per_node())
         executor.torchrun_nproc_per_node = executor.nproc_per_node()  # nemo-run forgets gpus_per_node otherwise
+        if executor.gpus_per_node == AS_NEEDED:
+            otherwise = executor.gpus_per_task or executor.gres
+            executor.gpus_per_node = None if otherwise else executor.torchrun_nproc_per_node
     executor.launcher = executor.launcher or "torchrun"
     nodes, each = executor.nnodes(), executor.nproc_per_node()
     if nodes * each % fewest:

@@ -23,6 +23,24 @@ from tests.test_cli import run
 DOCTOR = [sys.executable, "-m", "megatron_trd.cli", "doctor"]
 TIMEOUT = 3  # seconds that the doctor of a broken job waits for ranks
 
+# The doctor of a machine whose ranks compute by another backend than gloo; its argument is the card for gloo.
+_OTHER_BACKEND = """
+import os, sys
+import torch.distributed as dist
+from megatron_trd import cli, platform
+
+platform.current().backend = "cpu:gloo"  # the one there is here, by another name
+new_group = dist.new_group
+
+def by_card(*arguments, **options):
+    os.environ["GLOO_SOCKET_IFNAME"] = card
+    return new_group(*arguments, **options)
+
+dist.new_group = by_card
+card, sys.argv = sys.argv[1], ["megatron-trd", "doctor", "--quick"]
+cli.main()
+"""
+
 
 def start(*arguments: str, files: int | None = None, **environment: str) -> subprocess.Popen[str]:
     """The command with its output in a pipe, one line for a row of the table; `files`: its ulimit -n."""
@@ -134,6 +152,18 @@ def test_a_peer_that_comes_and_then_hangs_is_named(monkeypatch: pytest.MonkeyPat
     assert meeting.missing() == []
     output = finish(process, 1)
     assert f"rank 1 (n1) gave no answer; rank 0 (n0) did not finish within {TIMEOUT} s" in output
+
+
+@pytest.mark.parametrize(("card", "code", "says"), [("lo", 0, "2 ranks, "), ("nowhere", 1, "fails for 2 of 2 ranks")])
+def test_gloo_is_tried_where_ranks_compute_by_another_backend(card: str, code: int, says: str) -> None:
+    environment = one_of_two(0)
+    first, second = (
+        start(sys.executable, "-c", _OTHER_BACKEND, card, **environment | {"RANK": str(rank)}) for rank in range(2)
+    )
+    output = finish(first, code)
+    finish(second, 0)
+    assert says in row(output, "all-reduce")
+    assert ("failed by gloo: " in output) == (code == 1)
 
 
 @pytest.mark.parametrize(

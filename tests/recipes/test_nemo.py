@@ -109,10 +109,29 @@ def test_a_dry_run_prints_the_batch_script(run: Run, name: str) -> None:
     assert out.startswith("#!/bin/bash\n")
     nodes, ranks = (2, 8) if name == "opsd_qwen3_30b_a3b" else (1, 6 if name == "opsd_smollm2_gsm8k" else 8)
     assert f"#SBATCH --nodes={nodes}\n" in out
+    assert f"#SBATCH --gpus-per-node={ranks}\n" in out
     assert f"--nproc-per-node {ranks} " in batch_script(out)
     assert f"worker {name} data.path=nowhere.jsonl world_size={nodes * ranks} --resume" in batch_script(out)
     assert code == 2  # what it would be refused for comes after it
     assert len([line for line in err.splitlines() if line.startswith(f"recipes.{name}: ")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked", "ranks"),
+    [
+        (["executor.gpus_per_node=null"], None, 8),
+        (["executor.gpus_per_node=4"], 4, 4),
+        (["executor.ntasks_per_node=4"], 4, 4),
+        (["executor.gres=gpu:a100:8"], None, 8),
+    ],
+)
+def test_each_rank_has_a_gpu_unless_told_otherwise(
+    run: Run, arguments: list[str], asked: int | None, ranks: int
+) -> None:
+    _, out, _ = run("opsd_demo", "executor=slurm", *arguments, "--dryrun")
+    found = [line for line in out.splitlines() if "--gpus" in line]
+    assert found == ([f"#SBATCH --gpus-per-node={asked}"] if asked else [])
+    assert f"--nproc-per-node {ranks} " in batch_script(out)
 
 
 def test_ranks_start_in_this_folder(run: Run, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_a_job_that_is_stopped_starts_again_and_goes_on(cluster: Cluster, tmp_pa
     started = recipe(cluster, "opsd_demo", *NODES, free_port(), *shared)
     assert started.returncode == 0, started.stderr
     [job] = cluster.run("squeue", "--noheader", "--format=%i").stdout.split()
+    assert cluster.field(job, "TresPerNode").endswith("gpu:1"), "one a rank"
     written, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + SECONDS
     while not written.exists():
         assert time.monotonic() < deadline

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from megatron_trd.config import save
+from recipes.common import find_recipe
 from tests.slurm.cluster import SCRIPTS, Cluster, plain_environment
 from tests.training.jobs import metrics
 
@@ -17,16 +20,36 @@ SHORT = ["steps=1", "batch_size=2", "data.overlong=cut"]
 SHORT += [f"sampler.max_{kind}_tokens=8" for kind in ("rollout", "refinement")]
 
 
-def script(name: str, *arguments: object, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A script where sbatch is a program that must not be reached, unless it is left out (`PATH=`)."""
-    programs = folder / "programs"
-    programs.mkdir(exist_ok=True)
-    sbatch = programs / "sbatch"
-    sbatch.write_text("#!/bin/sh\necho submitted\n")
-    sbatch.chmod(0o755)
-    environment = plain_environment() | {"PATH": f"{programs}:{os.environ['PATH']}"} | variables
+def program(path: Path, text: str) -> str:
+    """Write a program in sh; returns the PATH on which it is found first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return f"{path.parent}:{os.environ['PATH']}"
+
+
+def script(
+    name: str, *arguments: object, folder: Path, files: int | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A script where sbatch is a program that must not be reached, unless it is left out (`PATH=`).
+
+    files: that it may open, as a limit which it can raise.
+    """
+    path = program(folder / "programs" / "sbatch", "echo submitted")
+    environment = plain_environment() | {"PATH": path} | variables
+
+    def limit() -> None:
+        if files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
     return subprocess.run(
-        [SCRIPTS / name, *map(str, arguments)], env=environment, cwd=folder, capture_output=True, text=True, timeout=900
+        [SCRIPTS / name, *map(str, arguments)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        preexec_fn=limit,
     )
 
 
@@ -38,8 +61,10 @@ def ours(output: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("submit.sh", ["opsd_llama"], "no job script for recipe 'opsd_llama': opd_qwen3_1_7b"),
-        ("sweep.sh", [], "usage: sweep.sh [sbatch options] RECIPE [key=value ...]; recipes: opd_qwen3_1_7b"),
+        ("submit.sh", ["opsd_llama"], "recipe 'opsd_llama' does not exist; give a YAML file, or one of recipes/"),
+        ("submit.sh", ["nowhere.yaml"], "nowhere.yaml"),
+        ("submit.sh", ["--nodes", "2", "opsd_demo"], "recipe '2': an option of sbatch and its value are one word here"),
+        ("sweep.sh", [], "usage: sweep.sh [sbatch options] RECIPE|FILE.yaml [key=value ...]; recipes: opd_demo opd_qw"),
         ("sweep.sh", ["opsd_demo", "seed=0,1,0"], "'seed=0,1,0': a value is there twice"),
         ("submit.sh", ["opsd_demo", "stepz=3"], "stepz"),
         ("sweep.sh", ["opsd_demo", "steps=many,2"], "steps='many'"),
@@ -94,16 +119,101 @@ def test_a_site_file_s_mistake_is_named_with_its_line(tmp_path: Path) -> None:
 
 def test_the_site_file_reaches_sbatch_and_the_environment_has_precedence(tmp_path: Path) -> None:
     site = tmp_path / "site.env"
-    site.write_text("SBATCH_ACCOUNT=theirs\nSBATCH_PARTITION=gpu\n")
+    site.write_text("SBATCH_ACCOUNT=theirs\nSBATCH_PARTITION=gpu\na_proxy=at:3128\n")
     done = script("submit.sh", "opsd_demo", folder=tmp_path, TRD_SITE=str(site), SBATCH_ACCOUNT="mine")
     assert (done.returncode, done.stdout) == (0, "submitted\n"), done.stderr
-    printing = tmp_path / "printing"
-    printing.mkdir()
-    (printing / "sbatch").write_text('#!/bin/sh\necho "$SBATCH_ACCOUNT $SBATCH_PARTITION $*"\n')
-    (printing / "sbatch").chmod(0o755)
-    path = f"{printing}:{os.environ['PATH']}"
+    path = program(tmp_path / "printing" / "sbatch", 'echo "$SBATCH_ACCOUNT $SBATCH_PARTITION $a_proxy $*"')
     done = script("submit.sh", "--nodes=2", "opsd_demo", "steps=3", folder=tmp_path, TRD_SITE=str(site), PATH=path)
-    assert done.stdout.split() == ["theirs", "gpu", "--nodes=2", str(SCRIPTS / "opsd_demo.sh"), "steps=3"]
+    assert done.stdout.split() == ["theirs", "gpu", "at:3128", "--nodes=2", str(SCRIPTS / "opsd_demo.sh"), "steps=3"]
+
+
+@pytest.mark.parametrize("recipe", ["opd_demo", "my run.yaml"])
+def test_what_has_no_script_of_its_own_is_told_to_the_one_for_all(recipe: str, tmp_path: Path) -> None:
+    save(find_recipe("opsd_demo"), tmp_path / "my run.yaml")
+    path = program(tmp_path / "printing" / "sbatch", r'''printf '%s\n' "$@"''')
+    done = script("submit.sh", "--nodes=2", recipe, "steps=3", folder=tmp_path, PATH=path)
+    name = f"--job-name={Path(recipe).stem}"
+    assert done.stdout.splitlines() == [name, "--nodes=2", str(SCRIPTS / "train.sh"), recipe, "steps=3"], done.stderr
+    done = script("sweep.sh", recipe, "seed=1", folder=tmp_path, PATH=path, SBATCH_JOB_NAME="ours")
+    assert done.stdout.splitlines() == ["--array=0-0", "--job-name=ours", str(SCRIPTS / "train.sh"), recipe]
+    [folder] = (tmp_path / "runs" / "sweeps").iterdir()
+    assert folder.name.startswith(Path(recipe).stem)
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "ranks"),
+    [
+        ([], {"SBATCH_GPUS_PER_NODE": "3"}, 3),
+        (["--nodes=3"], {"SBATCH_GPUS_PER_NODE": "a100:1"}, 3),
+        (["--gpus-per-node=a100:4"], {"SBATCH_GPUS_PER_NODE": "3"}, None),
+        (["--nodes=3"], {"SBATCH_GPUS_PER_NODE": "1", "SBATCH_GPUS": "4"}, None),
+        (["--gpus=4", "--nodes=3"], {"SBATCH_GPUS_PER_NODE": "1"}, None),
+    ],
+)
+def test_ranks_are_counted_as_sbatch_will(
+    options: list[str], variables: dict[str, str], ranks: int | None, tmp_path: Path
+) -> None:
+    """ranks: those that the layout, TP 2, cannot have."""
+    done = script("submit.sh", *options, "opsd_demo", folder=tmp_path, **variables)
+    assert done.returncode == (2 if ranks else 0), done.stderr
+    assert f"world size {ranks} " in done.stderr if ranks else done.stdout == "submitted\n"
+
+
+def test_an_environment_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = script("submit.sh", "opsd_demo", folder=tmp_path, TRD_VENV="/path/to/venv")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("submit.sh: TRD_VENV=/path/to/venv: no bin/python there; set it in ")
+    done = script("node.sh", "once", "json", folder=tmp_path, TRD_VENV="/path/to/venv", SLURMD_NODENAME="n1")
+    assert done.returncode == 2
+    assert done.stderr == "node.sh: TRD_VENV=/path/to/venv: no bin/python there on n1; mend it in slurm/site.env\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "whose"),
+    [
+        ({}, "the project"),
+        ({"TRD_CONTAINER_IMAGE": "a.sqsh"}, "the image"),
+        ({"TRD_VENV": "venv"}, "TRD_VENV"),
+        ({"TRD_CONTAINER_IMAGE": "a.sqsh", "TRD_VENV": "venv"}, "TRD_VENV"),
+    ],
+)
+def test_a_node_s_python_is_that_of_the_environment_or_the_image(
+    variables: dict[str, str], whose: str, tmp_path: Path
+) -> None:
+    path = program(tmp_path / "image" / "python", "echo of the image")
+    program(tmp_path / ".venv" / "bin" / "python", "echo of the project")
+    program(tmp_path / "venv" / "bin" / "python", "echo of TRD_VENV")
+    done = script("node.sh", "once", "json", folder=tmp_path, TRD_PROJECT=str(tmp_path), PATH=path, **variables)
+    assert done.stdout == f"of {whose}\n", done.stderr
+
+
+def test_a_node_raises_the_number_of_files_that_may_be_open(tmp_path: Path) -> None:
+    (tmp_path / "shown.py").write_text("import resource\nprint(*resource.getrlimit(resource.RLIMIT_NOFILE))")
+    paths = {"TRD_PROJECT": str(SCRIPTS.parent), "PYTHONPATH": str(tmp_path)}
+    done = script("node.sh", "once", "shown", folder=tmp_path, files=256, **paths)
+    soft, hard = done.stdout.split()
+    assert soft == hard != "256"
+
+
+def test_what_a_job_tells_its_ranks(cluster: Cluster, tmp_path: Path) -> None:
+    """On nodes whose python only says how it was called; the allocation is as `sbatch --gpus` makes it."""
+    begin, said = f'*" begin "*) echo {tmp_path};;', '*) echo "$*, active: $TRD_ACTIVE_JOBS"; exit 2;;'
+    program(tmp_path / "venv" / "bin" / "python", f'case "$*" in {begin} {said} esac')
+    waiting = cluster.submit("--hold", SCRIPTS / "train.sh")
+    settings = {"TRD_VENV": f"{tmp_path}/venv", "TRD_DOCTOR_OPTIONS": "--timeout 300", "TRD_ACTIVE_JOBS": "another's"}
+    job = cluster.submit("--nodes=2", "--gpus=16", SCRIPTS / "train.sh", "my.yaml", "steps=3", **settings)
+    code, output = cluster.finish(job)
+    cluster.run("scancel", waiting)
+    assert code == "2"
+    [line] = [line for line in output.splitlines() if "--node-rank=1" in line]
+    told, active = line.split(", active: ")
+    assert told.endswith(" -m megatron_trd.cli doctor --quick --timeout 300 my.yaml steps=3")
+    assert {job, waiting} <= set(active.split())
+    assert "another's" not in active
+    assert "these nodes cannot run the job" in output
+    code, output = cluster.finish(cluster.submit(SCRIPTS / "train.sh"))
+    assert code == "2"
+    assert "usage: sbatch slurm/train.sh RECIPE|FILE.yaml [key=value ...]" in output
 
 
 def test_a_job_refuses_bad_input_once_and_for_all(cluster: Cluster, tmp_path: Path) -> None:
@@ -125,7 +235,8 @@ def test_a_job_refuses_bad_input_once_and_for_all(cluster: Cluster, tmp_path: Pa
 def test_a_sweep_s_runs_and_an_evaluation_after_one(cluster: Cluster, tmp_path: Path) -> None:
     sweep, data = tmp_path / "sweep", tmp_path / "problems.jsonl"
     data.write_text('{"problem": "12 + 34 = ?", "answer": "46"}\n')
-    arguments = ["--parsable", "opsd_demo", *SHORT, "method=trd-opsd,opsd-forward-kl"]
+    save(find_recipe("opsd_demo"), tmp_path / "mine.yaml")
+    arguments = ["--parsable", "--gpus-per-node=2", tmp_path / "mine.yaml", *SHORT, "method=trd-opsd,opsd-forward-kl"]
     done = cluster.run(SCRIPTS / "sweep.sh", *arguments, f"run_dir={sweep}", TRD_DOCTOR="skip", TRD_AT_ONCE="1")
     assert done.returncode == 0, done.stderr
     job = done.stdout.strip()

@@ -34,7 +34,7 @@ sys.stdin.read()
 
 @pytest.fixture(autouse=True)
 def _outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME"):
+    for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT", "TRD_ACTIVE_JOBS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -125,11 +125,56 @@ def test_an_owner_elsewhere_that_cannot_be_asked_counts_as_live(
 
 
 def test_a_requeued_job_takes_its_own_lock_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_lock(tmp_path, host="n7", job="12", cluster="here")
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
+    in_job("12", monkeypatch)
+    write_lock(tmp_path, host="n7", pid=1)
+    with pytest.raises(UserError, match=r"may be in use by SLURM job 12 \(process 1 on n7\)"):
+        take_lock(tmp_path)  # from another of the job's nodes
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     take_lock(tmp_path)
     assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    release_lock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_an_earlier_version_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_job("12", monkeypatch)
+    owner = dataclasses.asdict(write_lock(tmp_path, host="n7"))
+    del owner["restarts"], owner["user"]
+    (tmp_path / "lock").write_text(json.dumps(owner))
+    take_lock(tmp_path)
+
+
+def in_job(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", number)
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
+
+
+@pytest.mark.parametrize(
+    ("listed", "changes", "refusal"),
+    [
+        ("9 20", {}, None),
+        ("", {}, None),
+        ("9 12 20", {}, "is in use by SLURM job 12"),
+        (None, {}, "may be in use by SLURM job 12"),
+        ("9 20", {"job": "21"}, "may be in use by SLURM job 21"),  # may have begun later than the list
+        ("9 20", {"cluster": "there"}, "may be in use"),
+        ("9 20", {"user": 4321}, "may be in use"),
+        ("9 20", {"user": None}, "may be in use"),  # of an earlier version
+    ],
+)
+def test_without_squeue_the_job_s_list_tells_who_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str | None, changes: dict[str, object], refusal: str | None
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    in_job("20", monkeypatch)
+    if listed is not None:
+        monkeypatch.setenv("TRD_ACTIVE_JOBS", listed)
+    write_lock(tmp_path, **{"host": "n7", "job": "12"} | changes)
+    if refusal is None:
+        check_lock(tmp_path)
+        return
+    with pytest.raises(UserError, match=refusal):
+        check_lock(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"host": 1}', "[1]"])
