@@ -8,6 +8,7 @@ trap '' USR1 # the request to save and end is for the ranks; until they listen t
 
 environment() {
   local module file
+  set +u # Lmod and Environment Modules read variables that nobody has set
   for module in ${TRD_MODULES:-}; do
     if ! declare -F module >/dev/null; then
       for file in /etc/profile.d/lmod.sh /etc/profile.d/modules.sh; do
@@ -17,6 +18,7 @@ environment() {
     fi
     module load "$module"
   done
+  set -u
   local venv=${TRD_VENV:-}
   if [[ -z ${TRD_CONTAINER_IMAGE:-} ]]; then # an image has its own python, which the project's is not to come before
     [[ -z $venv || -x $venv/bin/python ]] || {

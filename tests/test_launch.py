@@ -11,9 +11,9 @@ import pytest
 RANK = "from megatron_trd.launch import run_rank; run_rank(lambda: print('at work'))"
 
 
-@pytest.mark.parametrize("launcher", [None, os.getpid(), 1])
-def test_a_rank_whose_launcher_was_killed_while_it_imported_does_not_begin(launcher: int | None) -> None:
-    environment = os.environ | ({} if launcher is None else {"TRD_LAUNCHER": str(launcher)})
+@pytest.mark.parametrize("launcher", ["torchrun", "ours", "gone"])
+def test_a_rank_whose_launcher_was_killed_while_it_imported_does_not_begin(launcher: str) -> None:
+    named = {"torchrun": {}, "ours": {"TRD_LAUNCHER": str(os.getpid())}, "gone": {"TRD_LAUNCHER": "1"}}
+    environment = os.environ | named[launcher]
     ended = subprocess.run([sys.executable, "-c", RANK], env=environment, capture_output=True, text=True)
-    gone = launcher == 1
-    assert (ended.returncode, ended.stdout) == ((1, "") if gone else (0, "at work\n")), ended.stderr
+    assert (ended.returncode, ended.stdout) == ((1, "") if launcher == "gone" else (0, "at work\n")), ended.stderr

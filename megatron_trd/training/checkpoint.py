@@ -67,8 +67,9 @@ def save(
     target = _folder(run_dir, step)
     partial = target.with_name(f"{target.name}.partial")
     if dist.get_rank() == 0:
-        remove_partial(run_dir)
-        shutil.rmtree(target, ignore_errors=True)  # not whole: its step would have been resumed from
+        # By saves and removals that were killed or failed.
+        for abandoned in (target, *target.parent.glob("step_*.partial")):
+            shutil.rmtree(abandoned, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     with _writing(partial, target):
@@ -80,12 +81,6 @@ def save(
                 _remove(old)
     dist.barrier()
     return target
-
-
-def remove_partial(run_dir: str | Path) -> None:
-    """Remove what saves and removals left that were killed or failed. For the run that owns the folder."""
-    for abandoned in Path(run_dir).glob("checkpoints/step_*.partial"):
-        shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -171,6 +171,8 @@ CASES = {
         layout(2, 2, 2, 2, "live"),
         layout(2, 1, 1, 2),
         layout(2, 1, 2, 2, distributed=True),
+        layout(1, 4, 1, 4),
+        layout(1, 2, 2, 2, distributed=True),
     ],
 }
 

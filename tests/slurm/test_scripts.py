@@ -187,6 +187,15 @@ def test_a_node_s_python_is_that_of_the_environment_or_the_image(
     assert done.stdout == f"of {whose}\n", done.stderr
 
 
+def test_modules_may_look_at_variables_that_nobody_has_set(tmp_path: Path) -> None:
+    """As Lmod's do, where the script itself must not."""
+    path = program(tmp_path / "venv" / "bin" / "python", 'echo "$LOADED"')
+    module = {"BASH_FUNC_module%%": '() { export LOADED="$NOBODY_SET_IT$LOADED $1 $2"; }'}
+    settings = {"TRD_MODULES": "cuda/13 nccl", "TRD_VENV": f"{tmp_path}/venv", "TRD_PROJECT": str(tmp_path)}
+    done = script("node.sh", "once", "json", folder=tmp_path, PATH=path, **settings, **module)
+    assert (done.stdout, done.returncode) == (" load cuda/13 load nccl\n", 0), done.stderr
+
+
 def test_a_node_raises_the_number_of_files_that_may_be_open(tmp_path: Path) -> None:
     (tmp_path / "shown.py").write_text("import resource\nprint(*resource.getrlimit(resource.RLIMIT_NOFILE))")
     paths = {"TRD_PROJECT": str(SCRIPTS.parent), "PYTHONPATH": str(tmp_path)}
