@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from megatron_trd import cli
+from megatron_trd.demo import STUDENT
 from megatron_trd.reporting.progress import PHASES
 
 DEMO = ["plan", "opsd_demo", "--gpus-per-node", "2"]
@@ -90,7 +91,7 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["plan", "opsd_demo", "--gpus-per-node", "3"], ["world size 3", "tp=2"]),
         ([*DEMO, "model=models/Qwen9-8B"], ["Qwen9-8B", "no such folder", "Qwen3-8B"]),
         ([*DEMO, "model=''"], ["model is not set"]),
-        ([*DEMO, "teacher.model=models/Qwen3-32B"], ["vocabulary"]),
+        (["plan", "opd_qwen3_8b", f"teacher.model={STUDENT}"], ["teacher.model has embeddings of", "151936"]),
         ([*DEMO, "data.max_prompt_tokens=2000"], ["context of model is 1024"]),
         ([*DEMO, "student.tpp=1"], ["student.tpp", "did you mean"]),
     ],
