@@ -361,8 +361,10 @@ def _text_keys(cls: type = TrainConfig, prefix: str = "") -> set[str]:
 
 
 def save(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    """Write the resolved configuration as YAML, whole or not at all, whenever this process is killed."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    fresh.replace(path)
 
 
 class _Loader(yaml.SafeLoader):

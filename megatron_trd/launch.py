@@ -7,7 +7,6 @@ that a step and a checkpoint take; a rank that fails takes the others down withi
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import json
@@ -37,12 +36,12 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from megatron_trd.errors import JobFailed, UserError
+from megatron_trd.parent import end_with_parent
 
 _GRACE_SECONDS = 5  # between asking the ranks of a failed job to end and killing them
 _POLL_SECONDS = 0.2
 _REASON_BYTES = 2**16  # that a rank's reason takes at most; with less free it may be lost
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAUNCHER = "TRD_LAUNCHER"  # process that started this rank, where it was `launch`
 # As torch names an exception; what follows says it all.
 _USER_ERROR = re.compile(r"^(UserError|RefusedElsewhere|JobFailed|EngineDied): ")
@@ -59,9 +58,9 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank does not outlive a launcher that was killed
-    if os.environ.get(_LAUNCHER, str(os.getppid())) != str(os.getppid()):
-        os._exit(1)  # it was, while this rank imported torch
+    launcher = os.environ.get(_LAUNCHER)
+    if not end_with_parent(int(launcher) if launcher else None):
+        os._exit(1)  # it was killed while this rank imported torch
     handler = get_error_handler()
     handler.initialize()
     code = 0

@@ -89,9 +89,7 @@ def _claimed(out: Path, config: TrainConfig) -> Iterator[None]:
     try:
         if (out / "config.yaml").exists():
             _check_same(configuration.load(out / "config.yaml"), config, out)
-        fresh = out / "config.yaml.new"
-        configuration.save(config, fresh)
-        fresh.replace(out / "config.yaml")  # whole or not at all, whenever this process is killed
+        configuration.save(config, out / "config.yaml")
         (out / "scores.json").unlink(missing_ok=True)  # an old score must not pass for this one's
         yield
     finally:

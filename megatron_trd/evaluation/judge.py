@@ -8,22 +8,20 @@ an asker that is killed itself takes it along.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
 import resource
-import signal
 import sys
 
+from megatron_trd.parent import end_with_parent
+
 _MEMORY_BYTES = 4 * 2**30
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h; `launch.py` has it too, but imports torch, which takes seconds
 
 
 def main() -> None:
     """Answer until the asker closes the pipe, or the thread of it that started this process ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also in the middle of a power that never ends
-    if os.getppid() != int(sys.argv[1]):  # it had gone already: no signal will come
+    if not end_with_parent(int(sys.argv[1])):  # also in the middle of a power that never ends
         return
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     answers = os.fdopen(os.dup(1), "w")

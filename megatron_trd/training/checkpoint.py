@@ -51,6 +51,11 @@ def _folder(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step}"
 
 
+def _partial(checkpoint: Path) -> Path:
+    """Where a checkpoint is while it is not whole."""
+    return checkpoint.with_name(f"{checkpoint.name}.partial")
+
+
 def save(
     run_dir: str | Path,
     step: int,
@@ -65,14 +70,14 @@ def save(
     sampled_ahead: what the next step trains on, where that has been sampled already; kept as it is.
     """
     target = _folder(run_dir, step)
-    partial = target.with_name(f"{target.name}.partial")
+    partial = _partial(target)
     if dist.get_rank() == 0:
         # By saves and removals that were killed or failed.
         for abandoned in (target, *target.parent.glob("step_*.partial")):
             shutil.rmtree(abandoned, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    with _writing(partial, target):
+    with _writing(target):
         _write(partial, step, student, teacher, sampled_ahead)
         if dist.get_rank() == 0:
             to_disk(partial)
@@ -85,7 +90,7 @@ def save(
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint; one whose removal is cut short has the name of one that was never whole."""
-    partial = checkpoint.with_name(f"{checkpoint.name}.partial")
+    partial = _partial(checkpoint)
     checkpoint.rename(partial)
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -117,7 +122,7 @@ def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngi
 
 
 @contextlib.contextmanager
-def _writing(partial: Path, target: Path) -> Iterator[None]:
+def _writing(target: Path) -> Iterator[None]:
     """Say which checkpoint could not be written, and how much is free there: torch's own error says neither. What there
     is of it goes, or a full disk would stay full."""
     from torch.distributed.checkpoint.api import CheckpointException
@@ -126,7 +131,7 @@ def _writing(partial: Path, target: Path) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as error:  # which is no Exception
         free = shutil.disk_usage(target.parent).free
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(_partial(target), ignore_errors=True)
         if not isinstance(error, OSError) and free > _FULL:
             raise
         raise JobFailed(

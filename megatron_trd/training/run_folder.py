@@ -40,9 +40,7 @@ def claim(config: TrainConfig, *, resume: bool) -> None:
         changes = _check_begun(config, folder, resume)
         if changes:
             print(f"going on with {', '.join(changes)}: the same training, no longer to the same bits", flush=True)
-        fresh = folder / "config.yaml.new"
-        configuration.save(config, fresh)
-        fresh.replace(folder / "config.yaml")  # whole or not at all, whenever this process is killed
+        configuration.save(config, folder / "config.yaml")
     except BaseException:
         release_lock(folder)
         raise

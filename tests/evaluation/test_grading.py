@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
@@ -87,6 +89,10 @@ def test_an_answer_that_never_evaluates_is_wrong_in_time_and_grading_goes_on(mon
 
 
 def test_a_comparison_that_was_too_slow_once_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_correct("\\boxed{\\frac{3}{24}}", "0.125")
+    process = grading._judge()._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)  # it must not be quick by chance
     with monkeypatch.context() as busy:
         busy.setattr(grading, "_SECONDS", 0.0)
         assert not is_correct("\\boxed{\\frac{3}{12}}", "0.25")

@@ -142,7 +142,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         partial = tmp_path / "step_3.partial"
         (partial / "hf").mkdir(parents=True)
         try:
-            with _writing(partial, tmp_path / "step_3"):
+            with _writing(tmp_path / "step_3"):
                 raise error
         finally:
             assert not partial.exists()
