@@ -42,21 +42,30 @@ class HashedFile:
         """Append `data`, which must not change until the next write or flush."""
         self.flush()
         view = memoryview(data).cast("B")
+        try:
+            self._append(view)
+        except OSError as error:
+            self.error = error
+            raise
+        return len(view)
+
+    def _append(self, view: memoryview) -> None:
         # Small pieces are not worth a thread's while, and their owner may use the buffer again.
         self._pending = self._hasher.submit(self._hash.update, view) if len(view) >= 2**16 else None
         if self._pending is None:
             self._hash.update(view)
         rest = view
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            self.error = error
-            raise
+        while rest:
+            rest = rest[self._file.write(rest) :]
         if self.tell() - self._synced >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
+            self._end_sync()
             self._synced = self.tell()
             self._sync = self._syncer.submit(os.fdatasync, self._file.fileno())
-        return len(view)
+
+    def _end_sync(self) -> None:
+        """Raise what the disk said of what it was asked for: it says so once, and not to whoever asks next."""
+        if self._sync is not None:
+            self._sync.result()
 
     def flush(self) -> None:
         """Wait for the hash of what was written: its memory may change afterwards."""
@@ -68,11 +77,12 @@ class HashedFile:
         return self._file.tell()
 
     def close(self) -> str:
-        """Bring the file to the disk; returns its BLAKE3 hash."""
+        """Bring the file to the disk; returns its BLAKE3 hash. Raises `OSError` if any of it may not be there."""
         self._hasher.shutdown()
         self._syncer.shutdown()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            self._end_sync()
+            os.fsync(self._file.fileno())
         return self._hash.hexdigest()
 
 
@@ -85,25 +95,24 @@ def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Pa
     target.
     """
     target = target.resolve()
-    replaced = _replaced(target)
-    if replaced.exists() and not target.exists():  # a process was killed between two renames: see _put_in_place
-        replaced.rename(target)
-    if target.exists() and not force:
-        raise UserError(f"'{target}' exists already; give another folder, or --force to replace it")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"'{target}' is a file; give the name of a folder")
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(target, size)
         partial = target.with_name(f".{target.name}.partial")
         with _lock(partial.with_suffix(".lock"), target):
+            replaced = _replaced(target)
+            if replaced.exists() and not target.exists():  # a process was killed between two renames: see put_in_place
+                replaced.rename(target)
+            if target.exists() and not force:
+                raise UserError(f"'{target}' exists already; give another folder, or --force to replace it")
+            if target.exists() and not target.is_dir():
+                raise UserError(f"'{target}' is a file; give the name of a folder")
+            _check_room(target, size)
             shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
             partial.mkdir()
             try:
                 yield partial
-                to_disk(partial)
-                _put_in_place(partial, target)
+                put_in_place(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -146,8 +155,13 @@ def _replaced(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Rename; a folder that is replaced is moved aside first and removed last, so that one of the two is there."""
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give a folder its name once all of it is on the disk.
+
+    A folder that is replaced is moved aside first and removed last, so that one of the two is there.
+    """
+    for path in (*partial.rglob("*"), partial):
+        _flush(path)
     replaced = _replaced(target)
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
@@ -155,12 +169,6 @@ def _put_in_place(partial: Path, target: Path) -> None:
     partial.rename(target)
     _flush(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def to_disk(folder: Path) -> None:
-    """Wait until all files of a folder are on the disk."""
-    for path in (*folder.rglob("*"), folder):
-        _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -9,7 +9,6 @@ as a Hugging Face folder (`ema/`), and the checksum of every file. Everything ra
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import re
 import shutil
@@ -25,7 +24,7 @@ from megatron_trd.config import CheckpointConfig
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
 from megatron_trd.errors import JobFailed, UserError, line_of
-from megatron_trd.files import check_sums, digest, files_of, read_sums, to_disk, write_sums
+from megatron_trd.files import check_sums, digest, files_of, put_in_place, read_sums, write_sums
 from megatron_trd.models.dist_checkpoint import CheckpointReader
 from megatron_trd.models.export import copy_companions, write_folder
 from megatron_trd.models.loading import named_tensors
@@ -71,28 +70,30 @@ def save(
     """
     target = _folder(run_dir, step)
     partial = _partial(target)
-    if dist.get_rank() == 0:
-        # By saves and removals that were killed or failed.
-        for abandoned in (target, *target.parent.glob("step_*.partial")):
-            shutil.rmtree(abandoned, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     with _writing(target):
+        if dist.get_rank() == 0:
+            # By saves and removals that were killed or failed.
+            for abandoned in (target, *target.parent.glob("step_*.partial")):
+                shutil.rmtree(abandoned, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
         _write(partial, step, student, teacher, sampled_ahead)
         if dist.get_rank() == 0:
-            to_disk(partial)
-            os.rename(partial, target)
-            for old in _superseded(checkpoints(run_dir), config):
-                _remove(old)
+            put_in_place(partial, target)
+    if dist.get_rank() == 0:
+        for old in _superseded(checkpoints(run_dir), config):
+            _remove(old)
     dist.barrier()
     return target
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; one whose removal is cut short has the name of one that was never whole."""
+    """Remove a checkpoint, if that can be done; one whose removal is cut short has the name of one that was never
+    whole."""
     partial = _partial(checkpoint)
-    checkpoint.rename(partial)
-    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the newest is there, which is what matters
+        checkpoint.rename(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngine, sampled_ahead: str | None) -> None:
@@ -130,7 +131,8 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:  # which is no Exception
-        free = shutil.disk_usage(target.parent).free
+        there = next(folder for folder in target.parents if folder.exists())
+        free = shutil.disk_usage(there).free
         shutil.rmtree(_partial(target), ignore_errors=True)
         if not isinstance(error, OSError) and free > _FULL:
             raise

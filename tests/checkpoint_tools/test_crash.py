@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
 import random
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+import megatron_trd.files
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
 from megatron_trd.errors import UserError
-from megatron_trd.files import SUMS, HashedFile
+from megatron_trd.files import SUMS, HashedFile, whole_folder
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.megatron_folder import MegatronFolder
 from tests.checkpoint_tools.commands import Tool, last_line, says
@@ -184,6 +186,36 @@ def test_a_program_error_leaves_nothing_either(
     with pytest.raises(ZeroDivisionError):
         tool(command, COMMANDS[command], tmp_path / COMMANDS[command].removeprefix("--"), "--out", tmp_path / "out")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_disk_that_fails_behind_a_write_is_heard(
+    hf: Path, megatron: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, tool: Tool
+) -> None:
+    """What a file system says of blocks it could not write, it says once: to whoever asks first."""
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(megatron_trd.files, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(os, "fdatasync", fail)
+    arguments = [command, COMMANDS[command], tmp_path / COMMANDS[command].removeprefix("--"), "--out", tmp_path / "out"]
+    says(last_line(tool(*arguments)), ["out' is not written", "quota"])
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_another_process_is_replacing_is_left_to_it(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    with whole_folder(target, size=0, force=True) as partial:
+        (partial / "new").touch()
+        target.rename(tmp_path / ".model.replaced")  # as it does just before the new one takes its place
+        with pytest.raises(UserError, match="written by another process"), whole_folder(target, size=0):
+            pass
+        assert not target.exists()
+        (tmp_path / ".model.replaced").rename(target)
+    assert [path.name for path in target.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

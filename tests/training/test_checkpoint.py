@@ -134,6 +134,22 @@ def test_a_checkpoint_goes_on_in_another_layout(family: str, cases: list[Any], t
         assert error < 2e-3, case
 
 
+def save_where_nothing_can_be(rank: int, world: int, run_dir: str) -> str:
+    from megatron_trd.training import checkpoint
+
+    student = SimpleNamespace()
+    with pytest.raises(JobFailed) as refused:
+        checkpoint.save(run_dir, 3, student, student, CheckpointConfig())  # type: ignore[arg-type]
+    return str(refused.value)
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("no folder")
+    said = run_ranks(save_where_nothing_can_be, 1, str(tmp_path))[0]
+    assert "step_3' could not be written" in said
+    assert "Not a directory" in said or "File exists" in said
+
+
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch and megatron-core say that a write failed, and not why."""
     from megatron_trd.training.checkpoint import _writing
