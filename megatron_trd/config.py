@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_trd.errors import UserError
+from megatron_trd.files import replace_text
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -362,9 +363,7 @@ def _text_keys(cls: type = TrainConfig, prefix: str = "") -> set[str]:
 
 def save(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as YAML, whole or not at all, whenever this process is killed."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    fresh.replace(path)
+    replace_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 class _Loader(yaml.SafeLoader):
@@ -389,6 +388,8 @@ def load(path: Path) -> TrainConfig:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; expected a YAML file of settings") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

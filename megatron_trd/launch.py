@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     PContext,
@@ -106,7 +106,8 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     attempt = tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs)
     redirects = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(ranks)}
-    environment = _environment(ranks)
+    meeting_point = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that is its own
+    environment = _environment(ranks, meeting_point.port)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is printed once, here
     signals = _ForwardedSignals()
     context = start_processes(
@@ -152,15 +153,15 @@ def _quick_close(context: PContext) -> set[int]:
     return failed
 
 
-def _environment(ranks: int) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _environment(ranks: int, port: int) -> dict[str, str]:
     return {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # The store is the launcher's, as torchrun's is: no rank has to open one at a port that was free before.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "PYTHONUNBUFFERED": "1",
         _LAUNCHER: str(os.getpid()),
     }
@@ -179,8 +180,9 @@ class _ForwardedSignals:
     @contextlib.contextmanager
     def to(self, context: PContext) -> Iterator[None]:
         """Forward to the ranks of `context`; whatever happens, none of them outlives the block."""
-        for number in _STOP_SIGNALS:
-            signal.signal(number, functools.partial(self._forward, context))
+        for number, handler in self._previous.items():
+            ignored = handler is signal.SIG_IGN  # as nohup has it: the job is to outlive its terminal
+            signal.signal(number, signal.SIG_IGN if ignored else functools.partial(self._forward, context))
         try:
             yield
         finally:

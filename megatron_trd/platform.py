@@ -80,7 +80,7 @@ class Platform(ABC):
 
     def sampler_environment(self) -> dict[str, str]:
         """Environment variables vLLM reads at import and at start."""
-        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
     @abstractmethod
     def sampler_arguments(self, config: SamplerConfig, max_length: int, *, sleeps: bool, alone: bool) -> dict[str, Any]:

@@ -38,6 +38,12 @@ choose_port() {
   fail "no free ports"
 }
 
+# What is in the folder is run with this user's rights, and names in /tmp are anybody's.
+own() {
+  [[ ! -e $dir && ! -L $dir ]] || [[ -d $dir && -O $dir && ! -L $dir ]] ||
+    fail "'$dir' is not a folder of $(id -un): remove it, or set TRD_CLUSTER_DIR"
+}
+
 alive() { # the process of a pid file
   [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null
 }
@@ -101,6 +107,8 @@ up() {
   done
   choose_port
   umask 022
+  (umask 077 && mkdir -p "$dir")
+  own
   mkdir -p "$dir"/{state,spool,log,munge}
   chmod 700 "$dir/munge"
   [[ -s $dir/munge/key ]] || (umask 077 && head -c 128 /dev/urandom >"$dir/munge/key")
@@ -148,6 +156,7 @@ down() {
   rm -rf "$dir"
 }
 
+own
 case ${1:-} in
   up) up ;;
   env) env_lines ;;

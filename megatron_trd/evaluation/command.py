@@ -14,7 +14,7 @@ from rich.table import Table
 
 from megatron_trd import config as configuration
 from megatron_trd import platform
-from megatron_trd.config import DataConfig, SamplerConfig, TrainConfig
+from megatron_trd.config import DataConfig, TrainConfig
 from megatron_trd.data.problems import load_problems
 from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.errors import UserError
@@ -54,12 +54,7 @@ def run_evaluation(
         rollouts_per_problem=samples,
         seed=seed,
         # a checkpoint is asked the way it was trained, by an engine that has its GPU to itself
-        sampler=SamplerConfig(
-            tp=run.sampler.tp,
-            temperature=run.sampler.temperature,
-            top_p=run.sampler.top_p,
-            memory_fraction=_MEMORY_FRACTION,
-        ),
+        sampler=dataclasses.replace(run.sampler, memory_fraction=_MEMORY_FRACTION),
         data=DataConfig(
             path=data,
             task=run.data.task,

@@ -10,9 +10,10 @@ import re
 import selectors
 import subprocess
 import sys
+import tempfile
 
 from megatron_trd.config import DataConfig
-from megatron_trd.errors import UserError
+from megatron_trd.errors import JobFailed, UserError
 
 _BOX = "\\boxed{"
 # Escaped braces group nothing. `\\` is a line break, before a brace too, but in `\\boxed{` a backslash written twice.
@@ -20,7 +21,7 @@ _BRACES = re.compile(r"\\boxed\{|\\\\(?!boxed\{)|\\[{}]|[{}]")
 # 12 345 with any of LaTeX's spaces, which math-verify takes for two numbers; so they are in `\frac12\,345`.
 _SPACED_NUMBER = re.compile(r"(?<![\w.^}\])])\d{1,3}(?:(?:\\[,;: ]|[~\s])+\d{3})+(?!\d)")
 _SECONDS = 5.0  # for one comparison
-_START_SECONDS = 60.0  # to start, which imports sympy
+_START_SECONDS = 600.0  # to start, which reads sympy's many files, from a busy network disk at worst
 _LONGEST = 1000  # characters of an answer worth comparing
 
 
@@ -40,11 +41,10 @@ def is_correct(response: str, answer: str) -> bool:
     nothing is right where it is blank.
     """
     found, wanted = last_boxed(response), last_boxed(answer)
-    wanted = answer.strip() if wanted is None else wanted
+    found, wanted = _plain(found or ""), _plain(answer.strip() if wanted is None else wanted)
     if not found or not wanted:
         return False
-    found, wanted = _plain(found), _plain(wanted)
-    if found == wanted or len(found) > _LONGEST:
+    if found == wanted or max(len(found), len(wanted)) > _LONGEST:
         return found == wanted
     if _is_integer(found) and _is_integer(wanted):
         return int(found) == int(wanted)
@@ -99,10 +99,14 @@ class _Judge:
     def equal(self, wanted: str, found: str) -> bool:
         if self._process is None or self._process.poll() is not None:
             command = [sys.executable, "-m", "megatron_trd.evaluation.judge", str(os.getpid())]
-            pipe, null = subprocess.PIPE, subprocess.DEVNULL
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null)
-            if not self._ask("1", "1.0", _START_SECONDS):
-                raise RuntimeError("the judge of mathematical answers does not start: is math-verify installed?")
+            pipe = subprocess.PIPE
+            with tempfile.TemporaryFile() as errors:
+                self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors)
+                if not self._ask("1", "1.0", _START_SECONDS):
+                    errors.seek(0)
+                    said = errors.read().decode(errors="replace").strip()
+                    reason = said.splitlines()[-1] if said else f"not ready after {_START_SECONDS:g} s"
+                    raise JobFailed(f"answers cannot be compared, their judge does not start: {reason}")
         verdict = self._ask(wanted, found, _SECONDS)
         if verdict is None:
             raise _NoVerdict

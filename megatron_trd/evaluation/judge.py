@@ -23,7 +23,9 @@ def main() -> None:
     """Answer until the asker closes the pipe, or the thread of it that started this process ends."""
     if not end_with_parent(int(sys.argv[1])):  # also in the middle of a power that never ends
         return
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _MEMORY_BYTES if most == resource.RLIM_INFINITY else min(most, _MEMORY_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
     logging.disable(logging.CRITICAL)

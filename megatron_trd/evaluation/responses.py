@@ -13,6 +13,7 @@ from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.evaluation.grading import is_correct
 from megatron_trd.evaluation.scores import summarise
+from megatron_trd.files import replace_text
 
 
 def write_results(
@@ -36,8 +37,8 @@ def write_results(
         "seconds": seconds,
     }
     folder = Path(config.run_dir)
-    (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / "responses.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    replace_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
 
 
 def score(prompts: PromptBuilder, trajectories: Sequence[Trajectory], samples: int, *, seed: int) -> dict[str, Any]:

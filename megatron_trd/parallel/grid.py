@@ -111,7 +111,7 @@ def student_grid(tp: int, pp: int, ep: int = 1, *, seed: int) -> Grid:
         pp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=EXPERT_TP,
-        distributed_timeout_minutes=platform.PATIENCE.seconds // 60,
+        distributed_timeout_minutes=int(platform.PATIENCE.total_seconds()) // 60,
     )
     with platform.current().megatron():
         model_parallel_cuda_manual_seed(seed)  # layers ask for their random states when built, dropout or not

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_trd.errors import UserError
+from megatron_trd.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
 HELD_OUT_FILE = "held_out.jsonl"
@@ -76,20 +76,6 @@ def read_metrics(folder: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]
     if not path.is_file():
         raise UserError(f"{folder}: no {file}; expected the folder of a training run")
     return [{key: _number(value) for key, value in row.items()} for row in _read_rows(path)]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole: a reader, or a process killed meanwhile, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_trd.errors import UserError
+from megatron_trd.files import replace_text
 from megatron_trd.reporting import figures, tables
-from megatron_trd.reporting.metrics import HELD_OUT_FILE, METRICS_FILE, read_metrics, replace_text
+from megatron_trd.reporting.metrics import HELD_OUT_FILE, METRICS_FILE, read_metrics
 from megatron_trd.reporting.pairs import Pair, make_pair, newest_pairs, with_refinement
 from megatron_trd.reporting.progress import PHASES
 

@@ -105,6 +105,11 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError("log.max_drift bounds what is measured on log.drift_tokens tokens, which are 0: raise them")
     if config.student.sequence_parallel and config.student.tp == 1:
         raise UserError("student.sequence_parallel=true needs student.tp > 1")
+    if method.teacher_context == "vanilla" and not config.teacher.model:
+        raise UserError(
+            f"method {config.method} has the teacher see what the student sees, so that its own weights would teach it "
+            "nothing: set teacher.model, or take a method that shows the teacher more"
+        )
 
 
 def _with_references(config: TrainConfig, problems: list[Problem]) -> list[Problem]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from megatron_trd.errors import UserError
+from megatron_trd.files import replace_text
 
 _ACTIVE = "running,suspended,completing,configuring,stopped"  # states of a SLURM job that may have processes
 _SQUEUE_SECONDS = 60
@@ -104,9 +105,7 @@ def take_lock(folder: Path) -> None:
         _refuse_unless_gone(folder, owner, me)
         with _alone(folder):
             if _read(path) == owner:  # nobody else took it over meanwhile
-                fresh = path.with_name("lock.new")  # only this process is here
-                fresh.write_text(_text(me))
-                fresh.replace(path)
+                replace_text(path, _text(me))
                 return
 
 

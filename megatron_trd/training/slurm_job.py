@@ -19,8 +19,8 @@ from typing import Any
 
 from megatron_trd.config import TrainConfig, apply_overrides
 from megatron_trd.errors import UserError, in_one_line
+from megatron_trd.files import replace_text
 from megatron_trd.launch import Failure, first_cause
-from megatron_trd.reporting.metrics import replace_text
 from megatron_trd.training.checkpoint import checkpoints
 from megatron_trd.training.command import check_start, describe
 from recipes.common import find_recipe
@@ -78,12 +78,12 @@ def _failures(logs: Path) -> Iterator[tuple[int, Failure]]:
         for line in log.read_text(errors="replace").splitlines():
             try:
                 event = json.loads(line)["metadata"]
-            except (ValueError, TypeError, KeyError):
+                if event["state"] != "FAILED" or event["global_rank"] is None:
+                    continue
+                [code] = json.loads(event["metadata"])["exit_code"]
+                record = json.loads(event["raw_error"])
+            except (ValueError, TypeError, KeyError):  # other lines, of which some are JSON too
                 continue
-            if event["state"] != "FAILED" or event["global_rank"] is None:
-                continue
-            [code] = json.loads(event["metadata"])["exit_code"]
-            record = json.loads(event["raw_error"])
             yield event["global_rank"], Failure(code, record, _seconds(record))
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
+from megatron_trd.errors import JobFailed
 from megatron_trd.evaluation import grading
 from megatron_trd.evaluation.grading import is_correct, last_boxed
 
@@ -86,6 +88,20 @@ def test_an_answer_that_never_evaluates_is_wrong_in_time_and_grading_goes_on(mon
     assert not is_correct("\\boxed{10^{10^{10}}}", "3")
     assert is_correct("\\boxed{\\frac{2}{8}}", "0.25")
     assert time.monotonic() - begin < 60  # three starts of the judge on a busy machine, and two time-outs
+
+
+def test_an_answer_of_any_length_has_a_verdict() -> None:
+    digits = "7" * 5000  # more than Python turns into a number
+    assert not is_correct("\\boxed{7}", digits)
+    assert not is_correct(f"\\boxed{{{digits}}}", "7")
+    assert is_correct(f"\\boxed{{{digits}}}", digits)
+
+
+def test_a_judge_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ImportError('sympy is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(JobFailed, match=r"cannot be compared.*sympy is broken"):
+        grading._Judge().equal("1/2", "0.5")
 
 
 def test_a_comparison_that_was_too_slow_once_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,17 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     ]
 
 
+def test_a_cluster_is_not_made_in_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    """In /tmp another user may have made it, with a slurm.conf that has programs run as whoever starts the cluster."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    for command in ("up", "env", "down"):
+        done = script("dev_cluster.sh", command, folder=tmp_path, TRD_CLUSTER_DIR=str(tmp_path / "link"))
+        assert done.returncode == 1
+        assert f"'{tmp_path / 'link'}' is not a folder of" in done.stderr
+    assert list((tmp_path / "theirs").iterdir()) == []
+
+
 def test_a_site_file_s_mistake_is_named_with_its_line(tmp_path: Path) -> None:
     site = tmp_path / "site.env"
     site.write_text("# ours\nSBATCH_ACCOUNT=me\nexport PARTITION=gpu\n")
@@ -206,8 +217,10 @@ def test_a_node_raises_the_number_of_files_that_may_be_open(tmp_path: Path) -> N
 
 def test_what_a_job_tells_its_ranks(cluster: Cluster, tmp_path: Path) -> None:
     """On nodes whose python only says how it was called; the allocation is as `sbatch --gpus` makes it."""
-    begin, said = f'*" begin "*) echo {tmp_path};;', '*) echo "$*, active: $TRD_ACTIVE_JOBS"; exit 2;;'
-    program(tmp_path / "venv" / "bin" / "python", f'case "$*" in {begin} {said} esac')
+    begin, said = f'*" begin "*) echo {tmp_path};;', '*) echo "$*, active: $TRD_ACTIVE_JOBS"'
+    # The first to fail takes the others along: not before all have said their part.
+    together = f'touch "{tmp_path}/$SLURM_PROCID"; until [ -e {tmp_path}/0 -a -e {tmp_path}/1 ]; do sleep 0.1; done'
+    program(tmp_path / "venv" / "bin" / "python", f'case "$*" in {begin} {said}; {together}; exit 2;; esac')
     waiting = cluster.submit("--hold", SCRIPTS / "train.sh")
     settings = {"TRD_VENV": f"{tmp_path}/venv", "TRD_DOCTOR_OPTIONS": "--timeout 300", "TRD_ACTIVE_JOBS": "another's"}
     job = cluster.submit("--nodes=2", "--gpus=16", SCRIPTS / "train.sh", "my.yaml", "steps=3", **settings)

@@ -117,9 +117,10 @@ def test_a_good_run_passes_and_its_inputs_are_told(run: Run, models: Path) -> No
     # problem 64, reference 64, rollout 32, refinement 16
     [("trd-opsd", 176), ("trd-opd", 112), ("opd-forward-kl", 96), ("opsd-jsd", 160)],
 )
-def test_the_longest_sequence_is_the_method_s(run: Run, method: str, length: int) -> None:
+def test_the_longest_sequence_is_the_method_s(run: Run, models: Path, method: str, length: int) -> None:
     sampler = {"max_rollout_tokens": 32, "max_refinement_tokens": 16}
-    assert check(run(method=method, sampler=sampler)).max_length == length
+    teacher = {"model": str(models / "larger")}
+    assert check(run(method=method, sampler=sampler, teacher=teacher)).max_length == length
 
 
 def test_the_papers_lengths_are_the_papers(run: Run) -> None:
@@ -256,6 +257,9 @@ def test_a_method_without_what_it_needs(run: Run) -> None:
     assert check(run(method="trd-opd", data={"reference_field": None})).problems[0].reference is None
     says(run(corpus="corrected", data={"answer_field": None}), "corpus=corrected", "data.answer_field")
     says(run(corpus="corrected", method="opd-forward-kl"), "corpus=corrected", "refines")
+    for kind in ("forward-kl", "forward-kl-clip", "reverse-kl", "reverse-kl-topk"):
+        says(run(method=f"opd-{kind}"), f"opd-{kind}", "set teacher.model")
+    assert check(run(method="trd-opd")).teacher  # shown the rollout, it can know better
 
 
 def test_problems_without_a_reference_are_refused_or_dropped(run: Run, tmp_path: Path) -> None:

@@ -439,6 +439,34 @@ def test_a_second_stop_request_ends_the_job_at_once_and_is_no_failure_of_a_rank(
     asking.join()
 
 
+def test_a_job_started_with_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    ready, hung_up = tmp_path / "ready", tmp_path / "hung_up"
+    worker, launcher = tmp_path / "worker.py", tmp_path / "launcher.py"
+    worker.write_text(
+        "import pathlib, time\n"
+        "from megatron_trd.launch import run_rank\n"
+        "def main():\n"
+        f"    pathlib.Path({str(ready)!r}).touch()\n"
+        f"    while not pathlib.Path({str(hung_up)!r}).exists():\n"
+        "        time.sleep(0.05)\n"
+        "run_rank(main)\n"
+    )
+    launcher.write_text(
+        "import pathlib\n"
+        "from megatron_trd.launch import launch\n"
+        f"launch([{str(worker)!r}], 1, pathlib.Path({str(tmp_path / 'logs')!r}))\n"
+    )
+    process = subprocess.Popen(
+        ["nohup", sys.executable, str(launcher)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    jobs.wait_for(ready.exists)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)  # whatever it would do has begun
+    hung_up.touch()
+    output = jobs.finish(process)
+    assert "stopping" not in output
+
+
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     pids = tmp_path / "pids"
