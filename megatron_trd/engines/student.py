@@ -273,6 +273,30 @@ class StudentEngine:
             **self.method.divergence.arguments(self.config.loss),
         )
 
+    def rollout_drift(self, rollouts: Sequence[Sample]) -> float:
+        """Mean |sampler - trainer| log-probability of the rollouts' tokens by the present weights, nats.
+
+        Of one rollout a replica: whoever has it kept as short as will do. Collective.
+        """
+        totals = torch.zeros(2, dtype=torch.float64, device=platform.current().device)  # nats, tokens
+        replica, settings = self.grid.dp_rank, self.config.student
+        mine = [replica] if replica < len(rollouts) else []
+        split = settings.sequence_parallel
+        batches = batches_of(rollouts, mine, "student", size=1, grid=self.grid, split=split)
+
+        def difference(batch: MicroBatch, hidden: Tensor) -> Tensor:
+            head = self.head
+            assert head is not None
+            found = self._difference(batch, batch.select(self.whole_sequence(hidden)), head)
+            return found if batch.samples else found[:0]
+
+        for drift in run_schedule(self.model, self.grid, batches, keep=difference):
+            if self.grid.tp_rank == 0:
+                totals += torch.stack([drift.sum(dtype=torch.float64), totals.new_tensor(len(drift))])
+        dist.all_reduce(totals)
+        drift, tokens = totals.tolist()
+        return drift / max(tokens, 1.0)
+
     def whole_sequence(self, hidden: Tensor) -> Tensor:
         """Undo sequence parallelism: `[s/tp, b, h]` -> `[s, b, h]`.
 
@@ -290,15 +314,22 @@ class StudentEngine:
         return whole
 
     def _drift(self, batch: MicroBatch, student: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        """|sampler - trainer| log-probability of sampled tokens, under the model that sampled the trajectory."""
-        count = self.config.log.drift_tokens
+        """The same of trained tokens, under the model that sampled the trajectory."""
         hidden, head = (teacher, teacher_head) if self.method.refines else (student, self.head)
         assert head is not None
+        return self._difference(batch, hidden, head)
+
+    def _difference(self, batch: MicroBatch, hidden: Tensor, head: Tensor) -> Tensor:
+        """|sampler - trainer| log-probability of `log.drift_tokens` tokens, evenly over the batch: a fault may be in
+        positions far from the first alone (rotary embeddings, blocks of attention)."""
+        last = len(batch.response) - 1
+        count = min(self.config.log.drift_tokens, last + 1)
+        rows = torch.linspace(0, last, count, dtype=torch.float64, device=hidden.device).long()
         trainer = vocab_parallel_log_prob(
-            hidden[:count],
+            hidden[rows],
             head.detach(),
-            batch.response[:count],
+            batch.response[rows],
             group=self.grid.groups.tp,
             vocab_size=self.arch.vocab_size,
         )
-        return (trainer - batch.sampler_log_probs[:count]).abs()
+        return (trainer - batch.sampler_log_probs[rows]).abs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 from rich.console import Console, Group
@@ -115,6 +116,12 @@ def _table(metrics: dict[str, Any]) -> Table:
     return table
 
 
+def _largest(*values: float | None) -> float | None:
+    """NaN, which is as bad as can be, if it is among them; None if there is none."""
+    there = [value for value in values if value is not None]
+    return max(there, key=lambda value: (math.isnan(value), value), default=None)
+
+
 def _texts(metrics: dict[str, Any], arrow: str) -> dict[str, str]:
     """Label -> formatted value of every quantity that `metrics` holds."""
     texts = {
@@ -123,7 +130,7 @@ def _texts(metrics: dict[str, Any], arrow: str) -> dict[str, str]:
         "lr": _scientific(metrics.get("lr"), 1),
         "right": _before_after(metrics, "right", ".2f", arrow),
         "len": _before_after(metrics, "length", ".0f", arrow),
-        "drift": _scientific(metrics.get("drift/mean"), 0),
+        "drift": _scientific(_largest(metrics.get("drift/mean"), metrics.get("drift/rollout")), 0),
         "time": f"{metrics['time/step']:.1f} s" if "time/step" in metrics else "",
         "parts": ", ".join(f"{name} {seconds:.1f}" for name, seconds in _phases(metrics) if seconds >= 0.05),
         "tokens/s": ", ".join(

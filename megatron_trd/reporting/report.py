@@ -65,7 +65,7 @@ _PLOTS = (
     _Plot("Right answers", "share of the step’s trajectories", ("right/rollout", "right/refinement"), "fraction"),
     _Plot("Length", "mean tokens of a trajectory", ("length/rollout", "length/refinement")),
     _Plot("Gradient norm", "before clipping", ("grad_norm",)),
-    _Plot("Drift", "mean |Δ log p| of sampler and trainer, nats", ("drift/mean",), "log"),
+    _Plot("Drift", "mean |Δ log p| of sampler and trainer, nats", ("drift/mean", "drift/rollout"), "log"),
 )
 
 

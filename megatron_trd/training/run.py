@@ -69,6 +69,7 @@ class Run:
         if self.steps_done and (ahead := checkpoint.sampled_ahead(config.run_dir, self.steps_done)):
             self.sampling.restore(sampled_from_json(ahead))
         self.sampled: Sampled  # what the present step trains on
+        self.rollout_drift: float | None = None
 
     def evaluate(self, steps_done: int) -> None:
         """Ask the student the held-out problems, where there are some and it is time. Collective."""
@@ -88,7 +89,16 @@ class Run:
         """A step's trajectories. Collective."""
         self.teacher.forget()
         self.sampled = self.sampling.take(step)
+        self.rollout_drift = self._rollout_drift() if self.method.refines else None
         return self.sampled.trajectories
+
+    def _rollout_drift(self) -> float | None:
+        """Of the student, where what is trained on was sampled by the teacher. Collective."""
+        rollouts = self.builder.rollouts(self.sampled.trajectories)
+        if not rollouts:
+            return None
+        with self.phases.measure("train"):
+            return self.student.rollout_drift(rollouts[: self.student.grid.layout.dp])
 
     def shares(self, samples: list[Sample]) -> list[list[int]]:
         """Sample indices of each student replica, balanced by length."""
@@ -104,24 +114,24 @@ class Run:
             metrics: dict[str, Any] = self.builder.metrics(trajectories, samples)
             metrics |= {"overflow/prompt": self.sampled.too_long, "staleness": step - self.sampled.weights}
             metrics |= _trained(results) | measured | self.sampling.metrics | self.sampled.stats
+            metrics |= {} if self.rollout_drift is None else {"drift/rollout": self.rollout_drift}
             metrics |= dict(self._throughput(trajectories, metrics, len(results)))
             pairs = [self.builder.pair(trajectory) for trajectory in trajectories[: self.config.log.samples_per_step]]
             self._writers.write(step, metrics, pairs)
-        bound = self.config.log.max_drift
         # A model that has moved since it sampled has other log-probabilities: nothing is wrong then.
-        unmoved = self.sampled.weights == step or (self.method.refines and self.config.frozen_teacher)
-        if bound is not None and results and unmoved and not results[0].drift_mean <= bound:  # NaN is above it
-            raise UserError(
-                f"sampler and trainer differ by {results[0].drift_mean:.3g} nats a token, log.max_drift is {bound:g}: "
-                "see whether --verify-refit finds other weights in the sampler, or raise the bound"
-            )
+        on_policy = self.sampled.weights == step
+        drifts = {"of rollouts": self.rollout_drift if on_policy else None}
+        if results and (on_policy or (self.method.refines and self.config.frozen_teacher)):
+            drifts["trained on"] = results[0].drift_mean
+        _check_drift(drifts, self.config.log.max_drift)
 
     def _throughput(
         self, trajectories: list[Trajectory], metrics: Mapping[str, float], epochs: int
     ) -> Iterator[tuple[str, float]]:
         """Tokens a second of sampling, of the teacher and of training, all ranks together."""
-        rollouts = {one.index: len(one.rollout.tokens) for one in trajectories}
-        sampled = sum(rollouts.values()) + sum(len(one.refinement.tokens) for one in trajectories if one.refinement)
+        responses = [one.rollout for one in self.builder.rolled_out(trajectories)]
+        responses += [one.refinement for one in trajectories if one.refinement]
+        sampled = sum(len(response.tokens) for response in responses)
         yield "throughput/sample", sampled / self.sampled.seconds
         if not epochs:
             return
@@ -171,6 +181,16 @@ def _check_trained(rows: list[dict[str, Any]], steps: int) -> None:
         f"no step had anything to train on (the newest one's {counts}): raise data.max_prompt_tokens or the sampler's "
         "limits, see data.overlong and corpus, or see in samples/ what the model writes"
     )
+
+
+def _check_drift(drifts: Mapping[str, float | None], bound: float | None) -> None:
+    """Raise `UserError` for one that is not within `bound`, as NaN is not."""
+    for which, drift in drifts.items():
+        if bound is not None and drift is not None and not drift <= bound:
+            raise UserError(
+                f"sampler and trainer differ by {drift:.3g} nats a token, of the tokens {which}, log.max_drift is "
+                f"{bound:g}: see whether --verify-refit finds other weights in the sampler, or raise the bound"
+            )
 
 
 def _trained(results: list[StepResult]) -> dict[str, float]:

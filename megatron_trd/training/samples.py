@@ -74,6 +74,21 @@ class SampleBuilder:
         student = self.prompts.ids("vanilla", trajectory.problem.problem)
         return Sample(tuple(student), tuple(teacher), response.tokens, response.log_probs)
 
+    def rollouts(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
+        """The first rollouts of a step, each with the first `log.drift_tokens` of its tokens: to compare, not to train
+        on."""
+        samples, most = [], self.config.log.drift_tokens
+        for trajectory in self.rolled_out(trajectories):
+            rollout, prompt = trajectory.rollout, self.prompts.ids("vanilla", trajectory.problem.problem)
+            if rollout.tokens and most:
+                samples.append(Sample(tuple(prompt), (), rollout.tokens[:most], rollout.log_probs[:most]))
+        return samples
+
+    @staticmethod
+    def rolled_out(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """A trajectory of each rollout, however often it was refined."""
+        return list({trajectory.index: trajectory for trajectory in trajectories}.values())
+
     def _corpus(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Ablations: only the trajectories whose rollout or refinement is (not) right. Collective if there are ranks.
 
@@ -143,8 +158,7 @@ class SampleBuilder:
     def metrics(self, trajectories: Sequence[Trajectory], samples: Sequence[Sample]) -> dict[str, float]:
         """Lengths, correctness before and after refinement, overflow and edit ratio of a step."""
         refined = [trajectory.refinement for trajectory in trajectories if trajectory.refinement is not None]
-        # Once each, however often it was refined.
-        rolled_out = list({trajectory.index: trajectory for trajectory in trajectories}.values())
+        rolled_out = self.rolled_out(trajectories)
         values: dict[str, float] = {
             "samples/trained": len(samples),
             "tokens/trained": sum(len(sample.response) for sample in samples),

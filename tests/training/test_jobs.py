@@ -205,6 +205,7 @@ def test_resume_is_exact_over_data_parallel_ranks_and_a_frozen_teacher_whatever_
             "a frozen teacher's once, or each step"
         )
         assert row["drift/max"] < 1e-4, "refinements are the teacher's"
+        assert row["drift/rollout"] < 1e-4, "rollouts are the student's"
         assert row["time/step"] >= sum(row[f"time/{name}"] for name in ("refit", "sample", "teacher", "train"))
     for row in jobs.metrics(unbroken):
         assert row["samples/trained"] == 3 * 2
@@ -319,6 +320,41 @@ def test_a_run_that_samples_beside_training_is_marked_and_resumes_exactly(
     assert (run / "checkpoints" / "step_2" / "sampled.json").is_file()
     jobs.finish(jobs.start("train", job, f"run_dir={run}", *settings, "--resume"))
     assert_same_run(run, expected)
+
+
+def train_with_first_weights(rank: int, world: int, job: str, run_dir: str) -> str:
+    """Rank function: a job whose student samples with the weights it began with. Returns why it ends."""
+    from megatron_trd.config import apply_overrides, load
+    from megatron_trd.training.loop import train
+    from megatron_trd.training.run import Run
+    from megatron_trd.training.sampling import Sampling, _Refitted
+
+    settings = ["method=trd-opsd", "teacher.weights=frozen", "sampler.one_engine=false", "log.max_drift=1e-4"]
+    settings += ["held_out.path=null", "held_out.every=0", f"run_dir={run_dir}"]
+    run = Run(apply_overrides(load(Path(job)), settings))
+    bring, engines = Sampling._bring, set()
+
+    def bring_once(sampling: Sampling, engine: Any, source: Any) -> Any:
+        if engine in engines:
+            return _Refitted(0, 1.0, 0)
+        engines.add(engine)
+        return bring(sampling, engine, source)
+
+    with mock.patch.object(Sampling, "_bring", bring_once), pytest.raises(UserError) as ended:
+        train(run)
+    return str(ended.value)
+
+
+def test_a_student_that_samples_with_old_weights_is_noticed_whoever_refines(
+    unbroken: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    """A frozen teacher's refinements say nothing of the refit: its weights are what they were."""
+    run = tmp_path / "run"
+    for said in run_ranks(train_with_first_weights, 2, str(unbroken[0]), str(run)):
+        assert "of the tokens of rollouts, log.max_drift is 0.0001" in said
+    first, second, *_ = jobs.metrics(run)
+    assert first["drift/rollout"] < 1e-4 < second["drift/rollout"]
+    assert second["drift/mean"] < 1e-4
 
 
 def test_a_drift_above_its_bound_stops_the_run(unbroken: tuple[Path, Path, str], tmp_path: Path) -> None:
