@@ -121,6 +121,10 @@ class PromptBuilder:
         ids = list(ids)
         return ids[:-1] if ids and ids[-1] in self._special_ids else ids
 
+    def count(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        return len(self._encode(text))
+
     def cut(self, text: str, tokens: int) -> str:
         """Text shortened by at least `tokens` tokens at its end (all of it, if it has no more)."""
         ids = self._encode(text)

@@ -54,6 +54,7 @@ class Engine:
         self.model, self.config, self.max_length = model, config, max_length
         self.sleeps, self.alone = sleeps, alone
         self.empty = True  # no weights yet
+        self._preemptions = _Preemptions()
         self._working = platform.current().engine_context()
         self.llm: Any = self._start()
 
@@ -77,12 +78,13 @@ class Engine:
                 max_num_seqs=config.sampler.max_sequences,
                 seed=config.seed,
                 enable_prefix_caching=True,
-                disable_log_stats=False,  # `pre_emptions` are read off them
+                disable_log_stats=False,  # `preemptions` are counted from them
                 trust_remote_code=False,
                 **arguments,
             )
         # Its own shutdown, when it is collected, would destroy torch's process groups, which are Megatron's too.
         llm.llm_engine.engine_core._finalizer.detach()
+        llm.llm_engine.logger_manager.stat_loggers.append(self._preemptions)
         return llm
 
     def restart(self) -> None:
@@ -121,6 +123,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         return self.llm.llm_engine.has_unfinished_requests()
+
+    @property
+    def preemptions(self) -> int:
+        """Requests put back for want of KV cache so far."""
+        return self._preemptions.count
 
     def step(self) -> Iterator[tuple[str, Completion]]:
         """Advance every running request by a token; yields those that finished, by their task's name."""
@@ -163,10 +170,18 @@ class Engine:
         return len(same)
 
 
-def pre_emptions(engine: Engine) -> int:
-    """Requests put back for want of KV cache so far, in all engines of this process."""
-    found = {metric.name: metric for metric in engine.llm.get_metrics()}
-    return int(getattr(found.get("vllm:num_preemptions"), "value", 0))
+class _Preemptions:
+    """One of vLLM's stat loggers. Its own counter of a process is that of the engine made last."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        """Take in what a step of the engine did."""
+        self.count += iteration_stats.num_preempted_reqs if iteration_stats else 0
+
+    def record_sleep_state(self, *_: Any) -> None:
+        """Nothing to count."""
 
 
 def _parameters(settings: SamplerConfig, max_tokens: int, seed: int) -> Any:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem
-from megatron_trd.engines.engine import Completion, Engine, pre_emptions
+from megatron_trd.engines.engine import Completion, Engine
 from megatron_trd.engines.work import Capacity, Expectation, Load, Task, assign, at_once, name_of
 from megatron_trd.errors import UserError
 
@@ -136,19 +136,23 @@ class Sampler:
         """
         for engine in self.engines:
             engine.forget()
-        begin, before = time.perf_counter(), pre_emptions(self.student)
+        begin, before = time.perf_counter(), self._preemptions
         sampling = _Step(self, step, problems, prompts, refine_prompt, finished, to_teacher)
         group = sampling.run()
         seconds = max(time.perf_counter() - begin - group.changing, 1e-9)
         mine = {
             "sampler/idle": group.idle / seconds / self.groups,
             "sampler/idle_queued": group.idle_queued / seconds / self.groups,
-            "sampler/pre_emptions": pre_emptions(self.student) - before,
+            "sampler/preemptions": self._preemptions - before,
             "sampler/retried": len(group.retried),
         }
         everyone = self.tell(mine)
         self.stats = {key: sum(stats[key] for stats in everyone) for key in mine}
         return list(sampling.trajectories())
+
+    @property
+    def _preemptions(self) -> int:
+        return sum(engine.preemptions for engine in self.engines)
 
     def restart(self) -> None:
         """New engines, without weights, in place of all there are. Collective."""

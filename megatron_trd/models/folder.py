@@ -76,6 +76,23 @@ class ModelFolder:
             raise UserError(f"model folder '{self.path}': no usable tokenizer: {line_of(error)}") from None
 
     @functools.cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end a response, as vLLM has them: those of generation_config.json, or of config.json where there
+        is none, and the tokenizer's."""
+        from transformers import GenerationConfig
+
+        try:
+            if (self.path / "generation_config.json").is_file():
+                settings = GenerationConfig.from_pretrained(self.path, local_files_only=True)
+            else:
+                settings = GenerationConfig.from_model_config(self.config)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"model folder '{self.path}': generation_config.json: {line_of(error)}") from None
+        listed = settings.eos_token_id
+        ends = listed if isinstance(listed, list) else [listed]
+        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
+
+    @functools.cached_property
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> safetensors file name."""
         index = self.path / INDEX

@@ -85,6 +85,12 @@ def _check_tokenizers(student: Model, teacher: Model) -> None:
             f"teacher.model '{teacher.path}': token {index} is {others[index]!r}, for the student {token!r}: "
             "full-vocabulary distillation needs one tokenizer for both"
         )
+    if unknown := teacher.folder.stop_tokens - student.folder.stop_tokens:
+        token = min(unknown)
+        raise UserError(
+            f"teacher.model '{teacher.path}' ends its responses with {others.get(token)!r}, which the student would "
+            f"learn and not stop at: add {token} to eos_token_id in '{student.path}/generation_config.json'"
+        )
 
 
 def _check_method(config: TrainConfig) -> None:

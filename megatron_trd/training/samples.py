@@ -111,21 +111,33 @@ class SampleBuilder:
         return [trajectory for trajectory, keep in zip(trajectories, kept[0], strict=True) if keep]
 
     def _raw_teacher_prompt(self, problem: Problem) -> tuple[list[int] | None, bool]:
+        """Of a raw trajectory; of a refined one, which has none yet, no tokens, or None if it will not have one."""
         method = METHODS[self.config.method]
-        return ([], False) if method.refines else self._fit(method.teacher_context, problem)
+        if not method.refines:
+            return self._fit(method.teacher_context, problem)
+        _, over = self._reference(method.teacher_context, problem)
+        return (None if over and self.config.data.overlong == "drop" else []), over
+
+    def _reference(self, context: Context, problem: Problem) -> tuple[str | None, bool]:
+        """The reference that a teacher is shown, cut to its own limit, and whether it had to be."""
+        reference = problem.reference if "reference" in context else None
+        over = self.teacher_prompts.count(reference) - self.config.data.max_reference_tokens if reference else 0
+        return (self.teacher_prompts.cut(reference, over), True) if reference and over > 0 else (reference, False)
 
     def _fit(
         self, context: Context, problem: Problem, rollout: Sequence[int] | None = None
     ) -> tuple[list[int] | None, bool]:
         """A teacher's prompt within its limit, None if it is to be dropped; and whether it was too long."""
         limit = prompt_limit(self.config, context)
-        reference = problem.reference if "reference" in context else None
-        prompts = self.teacher_prompts
+        prompts, drop = self.teacher_prompts, self.config.data.overlong == "drop"
+        reference, cut = self._reference(context, problem)
+        if cut and drop:
+            return None, True
         ids = prompts.ids(context, problem.problem, reference, rollout)
         over = len(ids) - limit
         if over <= 0:
-            return ids, False
-        if self.config.data.overlong == "drop":
+            return ids, cut
+        if drop:
             return None, True
         if rollout is not None:
             rollout = prompts.without_eos(rollout)

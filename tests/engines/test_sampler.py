@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -133,3 +134,34 @@ def test_greedy_refit_and_seeds(
     assert found["other seed"] != again, "and of the run's"
     greedy, nucleus = ([one.rollout.tokens for one in found[how]] for how in ("after", "nucleus"))
     assert greedy == nucleus, "of the smallest nucleus, the most probable token is left"
+
+
+def sample_under_pressure(rank: int, world: int, model: str) -> list[tuple[int, int]]:
+    """Rank function: requests put back so far in each of two engines, of which the first works, and then the second."""
+    from megatron_trd import platform
+    from megatron_trd.engines.engine import Engine
+    from megatron_trd.engines.work import Task
+    from megatron_trd.models.model import open_model
+
+    current, opened = platform.current(), open_model(model)
+    current.set_up()
+    config = make_config(model, {}, sampler_tp=1, temperature=1.0)
+    arguments, few = current.sampler_arguments, {"num_gpu_blocks_override": 6}
+    with mock.patch.object(current, "sampler_arguments", lambda *a, **k: arguments(*a, **k) | few):
+        engines = [Engine(opened, config, 320, alone=False) for _ in range(2)]
+    found = []
+    for engine in engines:
+        for index in range(6):
+            engine.add(Task("rollout", index, 0, tuple(range(5, 80)), 200), index, config.sampler)
+        while engine.busy:
+            list(engine.step())
+        found.append((engines[0].preemptions, engines[1].preemptions))
+    return found
+
+
+def test_each_engine_counts_the_requests_that_it_put_back(tmp_path: Path) -> None:
+    """vLLM's own counter is that of the engine made last."""
+    model = write_model(tmp_path / "model", max_position_embeddings=512)
+    [[(first, none), (before, second)]] = run_ranks(sample_under_pressure, 1, str(model))
+    assert first == before > 0
+    assert none == 0 < second

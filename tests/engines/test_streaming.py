@@ -143,5 +143,5 @@ def test_the_same_tokens_however_they_are_sampled(tmp_path: Path, ahead: bool) -
     assert ranks[0]["death"] == ranks[1]["death"]
     assert "twice" in found["overdue"]
     stats = found["few at once"][1]
-    assert stats["sampler/pre_emptions"] == 0
+    assert stats["sampler/preemptions"] == 0
     assert 0 <= stats["sampler/idle_queued"] <= stats["sampler/idle"] < 1

@@ -174,6 +174,21 @@ def test_a_larger_teacher_of_the_same_vocabulary_passes(run: Run, models: Path) 
     assert (found.student.arch.hidden_size, found.teacher.arch.hidden_size) == (32, 64)
 
 
+def test_a_teacher_must_end_its_responses_as_the_student_does(run: Run, models: Path, copy: Path) -> None:
+    """Or the student learns an end at which its own sampler goes on, to the limit."""
+    teacher = Path(shutil.copytree(models / "larger", copy.parent / "teacher"))
+    end = ModelFolder(copy).tokenizer.eos_token_id
+    other = end + 1
+    for folder, ends in ((teacher, [end, other]), (copy, end)):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    config = run(model=str(copy), method="trd-opd", teacher={"model": str(teacher)})
+    says(config, f"teacher.model '{teacher}'", f"add {other} to eos_token_id in '{copy}/generation_config.json'")
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, other, 7]}))
+    assert check(config).student.folder.stop_tokens == {end, other, 7}
+    (copy / "generation_config.json").write_text("{")
+    says(config, str(copy), "generation_config.json")
+
+
 # Data
 
 

@@ -189,8 +189,9 @@ def test_a_reference_too_long_is_cut_to_fit_and_is_counted_once() -> None:
     samples = made.samples(trajectories)
     assert len(samples) == 2
     cut = list(samples[0].teacher_prompt)
-    limit = prompt_limit(made.config, "reference")
-    assert limit - 3 <= len(cut) <= limit, "cut, and no more than needed"
+    shown = made.prompts.cut(VERBOSE.reference, made.prompts.count(VERBOSE.reference) - 60)
+    assert 57 <= made.prompts.count(shown) <= 60, "cut, and no more than needed"
+    assert cut == made.prompts.ids("reference", VERBOSE.problem, shown)
     text = tokenizer().decode(cut)
     assert VERBOSE.problem in text
     assert "It is 46, indeed. It is 46" in text
@@ -226,8 +227,21 @@ def test_a_rollout_too_long_drops_the_refinement_where_the_configuration_says_so
     assert made.metrics([dropped], [])["overflow/refinement_prompt"] == 1
 
 
-def test_a_reference_is_cut_after_the_rollout_is_used_up() -> None:
-    made = builder("trd-opsd", **limits(ROOM + 20, 10, 10, "cut"))
+def test_a_reference_has_a_limit_of_its_own_whatever_room_a_short_rollout_leaves() -> None:
+    """Or which problems are trained on would depend on the length of their rollouts, and references eat those up."""
+    dropping, cutting = (builder("trd-opsd", **limits(200, 60, 500, overlong)) for overlong in ("drop", "cut"))
+    problems, prompts, too_long = dropping.begin([VERBOSE, PROBLEM])
+    assert (problems, len(prompts), too_long) == ([PROBLEM], 1, 1), "not sampled for nothing"
+    rollout = completion(answer(45))
+    assert dropping.refine_prompt(VERBOSE, rollout) is None
+    assert cutting.begin([VERBOSE, PROBLEM])[::2] == ([VERBOSE, PROBLEM], 1)
+    prompt = cutting.refine_prompt(VERBOSE, rollout)
+    shown = cutting.prompts.cut(VERBOSE.reference, cutting.prompts.count(VERBOSE.reference) - 60)
+    assert prompt == cutting.prompts.ids("refine_reference", VERBOSE.problem, shown, rollout.tokens)
+
+
+def test_a_reference_is_cut_further_after_the_rollout_is_used_up() -> None:
+    made = builder("trd-opsd", **limits(ROOM - 30, len(encode(VERBOSE.reference)), 10, "cut"))
     rollout = completion(answer(45))
     prompt = made.refine_prompt(VERBOSE, rollout)
     assert prompt is not None
