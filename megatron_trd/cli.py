@@ -9,6 +9,8 @@ import typer
 
 from megatron_trd.errors import in_one_line
 
+_STOPPED = 130  # exit code of a command that was interrupted, by a shell's convention
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -31,8 +33,11 @@ def train(
     extra += [f"log.max_drift={verify_logprobs}"] if verify_logprobs is not None else []
     config = apply_overrides(find_recipe(recipe), [*(overrides or []), *extra])
     done = run_training(config, resume=resume)
-    stopped = "" if done == config.steps else f"; stopped before step {config.steps}, add --resume to go on"
-    print(f"{done} steps done, run folder {config.run_dir}{stopped}")
+    print(f"{done} steps done, run folder {config.run_dir}", end="")
+    if done < config.steps:
+        print(f"; stopped before step {config.steps}, add --resume to go on")
+        raise typer.Exit(_STOPPED)
+    print()
 
 
 @app.command()

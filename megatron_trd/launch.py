@@ -73,6 +73,8 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
         with contextlib.suppress(OSError):  # a full disk must not keep the rank from ending
             handler.record_exception(error)
         with contextlib.suppress(OSError):
+            _remove_broken(Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull)))
+        with contextlib.suppress(OSError):
             if not isinstance(error, UserError):
                 traceback.print_exc()
             elif not isinstance(error, RefusedElsewhere):
@@ -81,6 +83,15 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)  # no exit handlers: they would wait for ranks that this one has failed; vLLM and gloo have threads
+
+
+def _remove_broken(record: Path) -> None:
+    """Remove the record of an error for which there was no room: torch raises where it finds one that is no JSON."""
+    if record.is_file():
+        try:
+            json.loads(record.read_text())
+        except ValueError:
+            record.unlink()
 
 
 @contextlib.contextmanager

@@ -36,8 +36,10 @@ def find_recipe(name: str) -> TrainConfig:
     stem = path.stem
     elsewhere = path.parent != Path() and path.parent.resolve() != _FOLDER.resolve()
     if stem not in recipe_names() or elsewhere:
+        written = path / "config.yaml"
+        hint = f"{written}, " if written.is_file() else ""
         raise UserError(
-            f"recipe '{name}' does not exist; give a YAML file, or one of recipes/: {', '.join(recipe_names())}"
+            f"recipe '{name}' does not exist; give {hint}a YAML file, or one of recipes/: {', '.join(recipe_names())}"
         )
     config = importlib.import_module(f"recipes.{stem}").recipe()
     assert isinstance(config, TrainConfig)

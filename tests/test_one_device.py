@@ -79,7 +79,7 @@ def test_what_moves_memory_changes_nothing_and_a_resumed_run_has_the_same_bits(j
     process = jobs.start("train", job, *settings)
     jobs.wait_for(lambda: len(jobs.metrics(moved)) >= 1 or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    jobs.finish(process)
+    jobs.finish(process, code=130)
     assert len(jobs.metrics(moved)) < jobs.STEPS, "stopped too late to test anything"
     jobs.finish(jobs.start("train", job, *settings, "--resume"))
     for row, other in zip(metrics(moved), metrics(plain), strict=True):

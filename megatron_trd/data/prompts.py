@@ -8,6 +8,7 @@ holds the text `<|im_end|>` gets its characters, not the token that would end th
 
 from __future__ import annotations
 
+import datetime
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ TEMPLATES: dict[str, dict[Context, str]] = {
 
 # What tokens that begin with a space begin with: SentencePiece's, and a byte-level tokenizer's.
 _SPACES = ("\u2581", "\u0120")
+
+# Llama 3's chat templates write today's date, unless told another: a run that is resumed tomorrow, or whose ranks start
+# around midnight, is to have the prompts it had. This is the date that they fall back to themselves.
+_DATE = datetime.date(2024, 7, 26)
 
 # Stands for the user message while the chat template is applied.
 _MARK = "\ue000message\ue000"
@@ -140,7 +145,8 @@ class PromptBuilder:
         """What the chat template writes before and after the user message."""
         if not self.tokenizer.chat_template:
             return "", ""
-        messages, options = [{"role": "user", "content": _MARK}], self.chat_template_kwargs or {}
+        messages = [{"role": "user", "content": _MARK}]
+        options = {"strftime_now": _DATE.strftime} | (self.chat_template_kwargs or {})
         whose = f"the chat template of '{self.tokenizer.name_or_path}'"
         try:
             rendered = self.tokenizer.apply_chat_template(

@@ -220,7 +220,9 @@ class StudentEngine:
                 grad_norm = self.optimizer.get_grad_norm()
             self.scheduler.step(increment=1)
         if not math.isfinite(grad_norm):
-            raise UserError("the gradient is not finite; the newest checkpoint is of a step before: lower optimizer.lr")
+            raise UserError(
+                "the gradient is not finite: lower optimizer.lr, and --resume from the newest checkpoint if any"
+            )
         return sums.result(grad_norm=float(grad_norm), lr=lr)
 
     def backward(

@@ -43,7 +43,7 @@ class ModelFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise UserError(f"model folder '{path}': no such folder; give a local Hugging Face folder (model=DIR)")
+            raise UserError(f"model folder '{path}': no such folder; give a local Hugging Face folder")
         if not (self.path / "config.json").is_file():
             raise UserError(f"model folder '{path}': no config.json; this is not a Hugging Face model folder")
         check_small_sums(self.path)

@@ -145,8 +145,8 @@ def check_tokenizer(folder: ModelFolder, arch: Architecture) -> None:
     largest = max(folder.tokenizer.get_vocab().values(), default=-1)
     if largest >= arch.vocab_size:
         raise UserError(
-            f"model folder '{folder.path}': the tokenizer has token {largest}, config.json a vocabulary of "
-            f"{arch.vocab_size}: take the tokenizer that belongs to the model"
+            f"model folder '{folder.path}': the tokenizer has a token {largest}, the last of config.json's "
+            f"vocabulary is {arch.vocab_size - 1}: take the tokenizer that belongs to the model"
         )
 
 

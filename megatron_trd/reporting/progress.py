@@ -91,7 +91,9 @@ class _Display:
 def plain_line(done: int, total: int, metrics: dict[str, Any]) -> str:
     """`step 3/40  loss 0.1234  …  1.9 s (sample 0.8, teacher 0.2, train 0.8)`, without what `metrics` lacks."""
     texts = _texts(metrics, arrow="->")
-    parts = [f"{label} {texts[label]}" for label in ("loss", "grad", "right", "len", "drift") if label in texts]
+    parts = [
+        f"{label} {texts[label]}" for label in ("loss", "grad", "right", "len", "cut off", "drift") if label in texts
+    ]
     if "time" in texts:
         parts.append(texts["time"] + (f" ({texts['parts']})" if "parts" in texts else ""))
     return "  ".join([f"step {done}/{total}", *parts])
@@ -105,7 +107,7 @@ def _table(metrics: dict[str, Any]) -> Table:
         return Text.assemble((f"{label} ", "dim"), texts[label])
 
     numbers = Table.grid(padding=(0, 3))
-    for labels in ("right", "len", "drift"), ("loss", "grad", "lr"):
+    for labels in ("right", "len", "cut off", "drift"), ("loss", "grad", "lr"):
         numbers.add_row(*(cell(label) for label in labels if label in texts))
     table = Table.grid()
     table.add_row(numbers)
@@ -114,6 +116,11 @@ def _table(metrics: dict[str, Any]) -> Table:
     if "tokens/s" in texts:
         table.add_row(cell("tokens/s"))
     return table
+
+
+def _cut_off(metrics: dict[str, Any]) -> bool:
+    """Whether any response ended at its limit."""
+    return any(metrics.get(f"overflow/{kind}") for kind in ("rollout", "refinement"))
 
 
 def _largest(*values: float | None) -> float | None:
@@ -130,6 +137,7 @@ def _texts(metrics: dict[str, Any], arrow: str) -> dict[str, str]:
         "lr": _scientific(metrics.get("lr"), 1),
         "right": _before_after(metrics, "right", ".2f", arrow),
         "len": _before_after(metrics, "length", ".0f", arrow),
+        "cut off": _before_after(metrics, "overflow", ".0f", arrow) if _cut_off(metrics) else "",
         "drift": _scientific(_largest(metrics.get("drift/mean"), metrics.get("drift/rollout")), 0),
         "time": f"{metrics['time/step']:.1f} s" if "time/step" in metrics else "",
         "parts": ", ".join(f"{name} {seconds:.1f}" for name, seconds in _phases(metrics) if seconds >= 0.05),

@@ -136,9 +136,11 @@ def _writing(target: Path) -> Iterator[None]:
         shutil.rmtree(_partial(target), ignore_errors=True)
         if not isinstance(error, OSError) and free > _FULL:
             raise
+        # megatron-core's report of what its writers met is long, and on a full disk beside the point.
+        reason, remedy = ("", "make room") if free < _FULL else (f" ({line_of(error)})", "mend that")
         raise JobFailed(
-            f"checkpoint '{target}' could not be written, {free / 2**20:,.0f} MiB are free there ({line_of(error)}): "
-            "mend that, or make room, and --resume"
+            f"checkpoint '{target}' could not be written, {free / 2**20:,.0f} MiB are free there{reason}: {remedy}, "
+            "and --resume"
         ) from error
 
 

@@ -38,6 +38,8 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> int:
     """
     inputs = check_start(config, resume=resume)
     print(describe(config, inputs.world_size), flush=True)
+    if resume and (done := max(checkpoints(config.run_dir), default=0)) >= config.steps:
+        return done
     logs = Path(config.run_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=logs, prefix="config-", suffix=".yaml") as file:

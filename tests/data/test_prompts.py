@@ -218,6 +218,18 @@ def test_without_a_chat_template_the_prompt_is_the_text_after_the_tokenizer_s_fi
     assert special(ids) == ids_of(END_OF_TEXT), "one at the beginning, none where pieces meet"
 
 
+def test_a_chat_template_s_date_is_the_same_every_day() -> None:
+    """As Llama 3's write it: today's, unless they are told one."""
+    dated = _with_template(
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
+        "{%- endif %}{%- endif %}Today Date: {{ date_string }}\n{{ messages[0].content }}\n"
+    )
+    assert tokenizer().decode(PromptBuilder(dated).ids("vanilla", PROBLEM)).startswith("Today Date: 26 Jul 2024\n")
+    told = PromptBuilder(dated, chat_template_kwargs={"date_string": "1 Jan 2025"})
+    assert tokenizer().decode(told.ids("vanilla", PROBLEM)).startswith("Today Date: 1 Jan 2025\n")
+
+
 def test_a_chat_template_that_hides_the_message_is_named() -> None:
     mute = PromptBuilder(_with_template("{% for m in messages %}{{ m['role'] }}{% endfor %}"))
     assert "chat template" in user_error(mute.ids, "vanilla", PROBLEM)

@@ -48,6 +48,12 @@ def test_a_plain_line_has_everything_in_the_order_of_a_step(capsys: pytest.Captu
     )
 
 
+def test_responses_cut_off_are_shown_where_there_are_some(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = {"overflow/rollout": 32, "overflow/refinement": 0}
+    assert "  len 61 -> 58  cut off 32 -> 0  drift" in plain(capsys, 0, METRICS | counts)
+    assert "cut off" not in plain(capsys, 0, METRICS | dict.fromkeys(counts, 0))
+
+
 def test_a_method_without_refinement_has_no_arrow(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {key: value for key, value in METRICS.items() if not key.endswith("refinement")}
     line = plain(capsys, 0, metrics)

@@ -165,7 +165,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     room = {"free": 5 * 2**20}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(**room))
-    with pytest.raises(JobFailed, match=r"step_3' could not be written, 5 MiB are free there \(unexpected pos 320\)"):
+    with pytest.raises(JobFailed, match=r"step_3' could not be written, 5 MiB are free there: make room, and"):
         fail(RuntimeError("unexpected pos 320"))
     with pytest.raises(JobFailed, match="5 MiB are free there"):
         fail(CheckpointException("write", {0: _wrap_exception(RuntimeError("unexpected pos 320"))}))

@@ -411,7 +411,7 @@ def test_a_stopped_job_saves_and_resume_gives_the_same_bits(unbroken: tuple[Path
     process = jobs.start("train", job, *settings)
     jobs.wait_for(lambda: len(jobs.metrics(run)) >= 1)
     process.send_signal(signal.SIGTERM)
-    output = jobs.finish(process)
+    output = jobs.finish(process, code=130)
     done = len(jobs.metrics(run))
     assert done < jobs.STEPS, "stopped too late to test anything"
     assert f"{done} steps done" in output
@@ -533,6 +533,21 @@ def test_a_rank_whose_reason_found_no_room_is_said_to_have_had_none(
     script = tmp_path / "worker.py"
     script.write_text("import os\nos._exit(1)\n")
     with pytest.raises(JobFailed, match=r"rank 0 failed: exit code 1; logs in .*, whose disk is full$"):
+        launch([str(script)], 1, tmp_path / "logs")
+
+
+def test_a_rank_whose_reason_was_cut_short_is_said_to_have_left_none(tmp_path: Path) -> None:
+    """As on a full disk: the file of the reason is made, and nothing goes into it."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import resource\n"
+        "from megatron_trd.launch import run_rank\n"
+        "def main():\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "    raise ValueError('a reason')\n"
+        "run_rank(main)\n"
+    )
+    with pytest.raises(JobFailed, match=r"rank 0 failed: exit code 1; logs in "):
         launch([str(script)], 1, tmp_path / "logs")
 
 
