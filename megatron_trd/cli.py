@@ -25,13 +25,12 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe on this machine."""
-    from megatron_trd.config import apply_overrides
     from megatron_trd.training.command import run_training
     from recipes.common import find_recipe
 
     extra = ["log.verify_refit=true"] if verify_refit else []
     extra += [f"log.max_drift={verify_logprobs}"] if verify_logprobs is not None else []
-    config = apply_overrides(find_recipe(recipe), [*(overrides or []), *extra])
+    config = find_recipe(recipe, [*(overrides or []), *extra])
     done = run_training(config, resume=resume)
     print(f"{done} steps done, run folder {config.run_dir}", end="")
     if done < config.steps:
@@ -48,11 +47,10 @@ def check(
     resume: Annotated[bool, typer.Option(help="the run folder may hold this run already")] = False,
 ) -> None:
     """Check that a recipe can start: its settings, model, data, layout and run folder."""
-    from megatron_trd.config import apply_overrides
     from megatron_trd.training.command import check_start, describe
     from recipes.common import find_recipe
 
-    config = apply_overrides(find_recipe(recipe), overrides or [])
+    config = find_recipe(recipe, overrides or [])
     inputs = check_start(config, ranks=ranks, resume=resume)
     print(f"ready: {describe(config, ranks or inputs.world_size)}")
 
@@ -97,11 +95,10 @@ def plan(
     mean_response: Annotated[int | None, typer.Option(help="tokens expected; left out: half of the limit")] = None,
 ) -> None:
     """Forecast a recipe's memory and time on GPUs, and which layouts fit; exit code 1 if its own does not."""
-    from megatron_trd.config import apply_overrides
     from megatron_trd.planning.command import run_plan
     from recipes.common import find_recipe
 
-    config = apply_overrides(find_recipe(recipe), overrides or [])
+    config = find_recipe(recipe, overrides or [])
     fits = run_plan(recipe, config, gpu=gpu, nodes=nodes, gpus_per_node=gpus_per_node, mean_response=mean_response)
     raise typer.Exit(0 if fits else 1)
 
@@ -125,14 +122,13 @@ def doctor(
     timeout: Annotated[int, typer.Option(min=1, help="seconds that a rank or a file system has to answer")] = 60,
 ) -> None:
     """Check this node before a job; under torchrun or srun, all nodes and the network between them."""
-    from megatron_trd.config import apply_overrides
     from megatron_trd.doctor import prepare
     from recipes.common import find_recipe
 
     prepare()
     from megatron_trd.doctor.command import run_doctor
 
-    config = apply_overrides(find_recipe(recipe), overrides or []) if recipe else None
+    config = find_recipe(recipe, overrides or []) if recipe else None
     raise typer.Exit(run_doctor(config, ranks=ranks, quick=quick, seconds=timeout))
 
 

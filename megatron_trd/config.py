@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -263,15 +263,9 @@ def known_keys(cls: type = TrainConfig, prefix: str = "") -> list[str]:
 
 
 _SECTIONS: dict[str, type] = {
-    "student": StudentConfig,
-    "teacher": TeacherConfig,
-    "sampler": SamplerConfig,
-    "data": DataConfig,
-    "held_out": HeldOutConfig,
-    "loss": LossConfig,
-    "optimizer": OptimizerConfig,
-    "checkpoint": CheckpointConfig,
-    "log": LogConfig,
+    name: kind
+    for name, kind in get_type_hints(TrainConfig).items()
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
 }
 
 
@@ -353,11 +347,11 @@ def _parse_value(key: str, text: str, override: str) -> Any:
 
 def _text_keys(cls: type = TrainConfig, prefix: str = "") -> set[str]:
     keys: set[str] = set()
-    for field in dataclasses.fields(cls):
-        if field.name in _SECTIONS and not prefix:
-            keys |= _text_keys(_SECTIONS[field.name], f"{field.name}.")
-        elif field.type in ("str", "str | None"):  # annotations are strings in this module
-            keys.add(prefix + field.name)
+    for name, kind in get_type_hints(cls).items():
+        if name in _SECTIONS and not prefix:
+            keys |= _text_keys(_SECTIONS[name], f"{name}.")
+        elif kind in (str, str | None):
+            keys.add(prefix + name)
     return keys
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_trd import config as configuration
@@ -28,8 +29,15 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem not in _NO_RECIPES)
 
 
-def find_recipe(name: str) -> TrainConfig:
-    """Configuration of a recipe: its name, its file in recipes/, or a YAML file. Raises `UserError`."""
+def find_recipe(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Configuration of a recipe, by its name, its file in recipes/, or a YAML file, with `key=value` overrides.
+
+    Raises `UserError`.
+    """
+    return configuration.apply_overrides(_find(name), overrides)
+
+
+def _find(name: str) -> TrainConfig:
     if name.endswith((".yaml", ".yml")):
         return configuration.load(Path(name))
     path = Path(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import shutil
 import time
@@ -14,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_trd.config import MethodName, TrainConfig, apply_overrides
+from megatron_trd.config import MethodName, TrainConfig
 from megatron_trd.demo import TEST_PROBLEMS
 from megatron_trd.demo.task import DemoProblem, first_wrong_step
 from megatron_trd.errors import UserError
@@ -23,11 +22,12 @@ from megatron_trd.reporting.report import write_report
 from megatron_trd.training.checkpoint import checkpoints
 from megatron_trd.training.checks import check
 from megatron_trd.training.command import run_training
+from recipes.common import find_recipe
 
 # The paper's first baseline: the same divergence on raw rollouts, with the teacher's context that has no rollout in it.
 METHODS: dict[str, tuple[str, MethodName, MethodName]] = {
-    "trd-opsd": ("recipes.opsd_demo", "trd-opsd", "opsd-forward-kl"),
-    "trd-opd": ("recipes.opd_demo", "trd-opd", "opd-forward-kl"),
+    "trd-opsd": ("opsd_demo", "trd-opsd", "opsd-forward-kl"),
+    "trd-opd": ("opd_demo", "trd-opd", "opd-forward-kl"),
 }
 _OPTIONS = ("method=", "run_dir=", "seed=")
 SAMPLES = 16  # responses a problem
@@ -46,7 +46,7 @@ def run_demo(method: str, out: Path, seed: int, overrides: Sequence[str] = (), p
         if override.startswith(_OPTIONS):
             raise UserError(f"override '{override}': the demo has options for it, see megatron-trd demo --help")
     recipe, *names = METHODS[method]
-    base = apply_overrides(importlib.import_module(recipe).recipe(), [*overrides, f"seed={seed}"])
+    base = find_recipe(recipe, [*overrides, f"seed={seed}"])
     base = dataclasses.replace(base, world_size=check(base).world_size)
     _clear(out)  # last: bad input must not cost an earlier demo
     begin = time.perf_counter()

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_trd.config import TrainConfig, apply_overrides
+from megatron_trd.config import TrainConfig
 from megatron_trd.errors import UserError, in_one_line
 from megatron_trd.files import replace_text
 from megatron_trd.launch import Failure, first_cause
@@ -68,7 +68,8 @@ def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
     if count > allowed:
         say(f"{why}; not started again: {count - 1} restarts brought no new checkpoint")
         return str(1 if failures else status or 1)  # srun's is of whichever node it heard from last
-    say(f"{why}; starting again, at most {allowed} times in a row without a new checkpoint, now {count}")
+    limit = f", at most {allowed} times in a row without a new checkpoint, now {count}" if failures or status else ""
+    say(f"{why}; starting again{limit}")
     return "requeue"
 
 
@@ -119,7 +120,7 @@ def main() -> None:
         command.add_argument("recipe")
         command.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_args()
-    config = apply_overrides(find_recipe(given.recipe), given.overrides)
+    config = find_recipe(given.recipe, given.overrides)
     if given.command == "begin":
         print(begin(config, given.ranks))
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_trd import platform
-from megatron_trd.config import TrainConfig, apply_overrides
+from megatron_trd.config import TrainConfig
 from megatron_trd.doctor.versions import check_sampler
 from megatron_trd.errors import UserError
 from megatron_trd.launch import RefusedElsewhere, run_rank, starting
@@ -48,7 +48,7 @@ def _begin(arguments: argparse.Namespace) -> TrainConfig:
     """The configuration, once rank 0 has checked it and owns the run folder; if it cannot, all end. Collective."""
 
     def configuration() -> TrainConfig:
-        return apply_overrides(find_recipe(arguments.recipe), arguments.overrides)
+        return find_recipe(arguments.recipe, arguments.overrides)
 
     if dist.get_rank() > 0:
         refusal: list[str | None] = [None]

@@ -50,7 +50,7 @@ class RecipeContext(RunContext):
             raise UserError("--direct, --repl and --load are not for recipes: torchrun starts the ranks")
         recipe = self.yaml or self.factory or name
         overrides = [argument for argument in args if not _NEMO_RUN.match(argument)]
-        config = apply_overrides(find_recipe(recipe), overrides)
+        config = find_recipe(recipe, overrides)
         self._choose_executor([argument for argument in args if _NEMO_RUN.match(argument)])
         ranks = executors.allocate(self.executor, config)
         if config.world_size != ranks:
