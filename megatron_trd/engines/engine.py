@@ -54,7 +54,6 @@ class Engine:
         self.model, self.config, self.max_length = model, config, max_length
         self.sleeps, self.alone = sleeps, alone
         self.empty = True  # no weights yet
-        self._preemptions = _Preemptions()
         self._working = platform.current().engine_context()
         self.llm: Any = self._start()
 
@@ -65,6 +64,8 @@ class Engine:
         os.environ.update(current.sampler_environment())
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
         from vllm import LLM
+
+        from megatron_trd.engines.preemptions import PreemptionCounter
 
         with current.starting_sampler(_job_name()), self._working():
             llm = LLM(
@@ -84,6 +85,7 @@ class Engine:
             )
         # Its own shutdown, when it is collected, would destroy torch's process groups, which are Megatron's too.
         llm.llm_engine.engine_core._finalizer.detach()
+        self._preemptions = PreemptionCounter()
         llm.llm_engine.logger_manager.stat_loggers.append(self._preemptions)
         return llm
 
@@ -168,20 +170,6 @@ class Engine:
                 f"refit check: {len(different)} tensors in the sampler differ from the trainer's, first {different[0]}"
             )
         return len(same)
-
-
-class _Preemptions:
-    """One of vLLM's stat loggers. Its own counter of a process is that of the engine made last."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
-        """Take in what a step of the engine did."""
-        self.count += iteration_stats.num_preempted_reqs if iteration_stats else 0
-
-    def record_sleep_state(self, *_: Any) -> None:
-        """Nothing to count."""
 
 
 def _parameters(settings: SamplerConfig, max_tokens: int, seed: int) -> Any:

@@ -155,6 +155,7 @@ def sample_under_pressure(rank: int, world: int, model: str) -> list[tuple[int, 
             engine.add(Task("rollout", index, 0, tuple(range(5, 80)), 200), index, config.sampler)
         while engine.busy:
             list(engine.step())
+        engine.llm.llm_engine.do_log_stats()  # as vLLM does every ten seconds, whatever its loggers are
         found.append((engines[0].preemptions, engines[1].preemptions))
     return found
 
