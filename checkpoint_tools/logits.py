@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 def compare_logits(folder: ModelFolder, checkpoint: MegatronFolder) -> tuple[bool, str]:
     """Whether the logits of both are the same but for rounding, and one line that says how far they differ."""
     ids = _ids(folder, checkpoint.arch.vocab_size)
-    expected = _transformers_logits(folder, ids)
-    found = _megatron_logits(checkpoint, ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of megatron-core's, which the reader can do nothing about
+        expected = _transformers_logits(folder, ids)
+        found = _megatron_logits(checkpoint, ids)
     dtype = platform.current().dtype
     largest = (found - expected).abs().max().item()
     chosen = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
@@ -47,7 +50,9 @@ def _ids(folder: ModelFolder, vocabulary: int) -> Tensor:
 @torch.no_grad()
 def _transformers_logits(folder: ModelFolder, ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     current = platform.current()
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder.path, dtype=current.dtype, local_files_only=True, trust_remote_code=False, attn_implementation="eager"

@@ -195,7 +195,8 @@ class SampleBuilder:
         """Share of lines that refinement changed: 0 for a copy, 1 for a text without a line of the rollout."""
         assert trajectory.refinement is not None
         before, after = self.text(trajectory.rollout).splitlines(), self.text(trajectory.refinement).splitlines()
-        return 1.0 - 2 * len(kept_lines(before, after)) / max(1, len(before) + len(after))
+        lines = len(before) + len(after)
+        return 1.0 - 2 * len(kept_lines(before, after)) / lines if lines else 0.0
 
     def pair(self, trajectory: Trajectory) -> dict[str, Any]:
         """A y_o / y_r pair as it is kept in the run folder."""

@@ -376,6 +376,7 @@ def test_problems_without_an_answer_are_not_graded() -> None:
         ("a\nb\nc\nd", "a\nB\nc\nd", 0.25),
         ("a", "b", 1.0),
         ("a\nb", "a\nb\nc\nd", 1 / 3),
+        ("", "", 0.0),
     ],
 )
 def test_edit_ratio_is_the_share_of_lines_that_changed(before: str, after: str, ratio: float) -> None:
