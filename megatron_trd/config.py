@@ -187,6 +187,7 @@ class LogConfig:
     """What a run writes besides its metrics."""
 
     tensorboard: bool = True
+    wandb: str | None = None  # project on Weights & Biases
     samples_per_step: NonNegative = 4  # y_o / y_r pairs kept in samples/
     verify_refit: bool = False  # compare checksums of every tensor after each refit
     # Nats of mean |sampler - trainer| log-probability of a step's sampled tokens above which the run stops, unless

@@ -22,13 +22,17 @@ _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 class MetricsWriter:
     """Appends one line a step to `metrics.jsonl`, and the step's numbers to `tensorboard/`.
 
+    With `wandb`, a `wandb.Run`, they go there too; it stays open.
+
     Of another `file`, the numbers go to a folder of its name there: TensorBoard reads one file of a folder at a time.
 
     `resume_from` is the first step (from 0) this process will write. Lines of that step and later ones are dropped: a
     run that was killed after its last checkpoint runs those steps again.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, resume_from: int, file: str = METRICS_FILE) -> None:
+    def __init__(
+        self, folder: Path, *, tensorboard: bool, resume_from: int, file: str = METRICS_FILE, wandb: Any = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / file
         kept = [row for row in _read_rows(path) if row["step"] < resume_from] if path.exists() else []
@@ -36,16 +40,19 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
         events = folder / TENSORBOARD_FOLDER / ("" if file == METRICS_FILE else path.stem)
         self._tensorboard = _tensorboard_writer(events, resume_from) if tensorboard else None
+        self._wandb = wandb
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append the metrics of a step (from 0). Values are JSON scalars; NaN and infinities are kept as strings."""
         self._file.write(_line({"step": step, **metrics}))
         self._file.flush()
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        if self._wandb is not None:
+            self._wandb.log({"step": step} | numbers)
         if self._tensorboard is None:
             return
-        for key, value in metrics.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(key, value, step)
+        for key, value in numbers.items():
+            self._tensorboard.add_scalar(key, value, step)
         self._tensorboard.flush()  # a step takes seconds; a killed run shows all it did
 
     def close(self) -> None:

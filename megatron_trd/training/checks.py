@@ -16,6 +16,7 @@ from megatron_trd.methods import METHODS, check_threads
 from megatron_trd.models.loading import check_tokenizer
 from megatron_trd.models.model import Model, open_model
 from megatron_trd.parallel.grid import Layout
+from megatron_trd.reporting.wandb_run import check_wandb
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def check(config: TrainConfig) -> Inputs:
             )
     _check_method(config)
     _check_order(config)
+    check_wandb(config)
     problems = _with_references(config, load_problems(config.data))
     for model in (student, teacher):  # whether there can be prompts
         PromptBuilder.of(model.folder, config.data).ids("vanilla", problems[0].problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_trd.methods import METHODS
 from megatron_trd.parallel.grid import student_grid
 from megatron_trd.reporting.metrics import HELD_OUT_FILE, MetricsWriter, SampleWriter, read_metrics
 from megatron_trd.reporting.progress import Progress
+from megatron_trd.reporting.wandb_run import open_wandb
 from megatron_trd.training import checkpoint
 from megatron_trd.training.checks import Inputs, check
 from megatron_trd.training.held_out import HeldOut
@@ -215,16 +217,16 @@ class _Writers:
     def __init__(self, config: TrainConfig, steps_done: int, *, asks: bool) -> None:
         """`asks`: whether the held-out problems are asked before the first step, again where a run goes on."""
         folder = Path(config.run_dir)
-        self.metrics = MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=steps_done)
+        self.wandb = open_wandb(config)
+        writer = functools.partial(MetricsWriter, folder, tensorboard=config.log.tensorboard, wandb=self.wandb)
+        self.metrics = writer(resume_from=steps_done)
         unasked = steps_done if asks else steps_done + 1
-        self.held_out = (
-            MetricsWriter(folder, tensorboard=config.log.tensorboard, resume_from=unasked, file=HELD_OUT_FILE)
-            if config.held_out.path
-            else None
-        )
+        self.held_out = writer(resume_from=unasked, file=HELD_OUT_FILE) if config.held_out.path else None
         self.samples = SampleWriter(folder)
         self.progress = Progress(config.steps, title=config.method, start=steps_done)
         self.progress.__enter__()
+        if self.wandb is not None and self.wandb.url:
+            self.progress.note(f"Weights & Biases: {self.wandb.url}")
 
     def write(self, step: int, metrics: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
         self.metrics.write(step, metrics)
@@ -236,3 +238,5 @@ class _Writers:
         self.progress.__exit__(None, None, None)
         for writer in filter(None, (self.metrics, self.held_out)):
             writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
