@@ -135,14 +135,15 @@ def share_gloo_device() -> None:
     gloo.__init__ = init
 
 
-def patch_distributed_optimizer() -> None:
-    """Let the distributed optimizer load a checkpoint with plain torch Adam under it (no transformer-engine or Apex).
+def patch_optimizers() -> None:
+    """Let the optimizers load a checkpoint with plain torch Adam under them (no transformer-engine or Apex).
 
-    torch Adam keeps `step` as a tensor in each parameter's state. megatron-core's load path (1) looks for it among the
-    saved sharded tensors, where it is not, and (2) puts one shared tensor into every state, which Adam then advances
-    once a parameter.
+    torch Adam keeps `step` as a tensor in each parameter's state. The distributed optimizer's load path (1) looks for
+    it among the saved sharded tensors, where it is not, and (2) puts one shared tensor into every state, which Adam
+    then advances once a parameter. The other one's saves the number they have in common, unless that is 0.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import FP32Optimizer
 
     if getattr(DistributedOptimizer, "_trd_patched", False):
         return
@@ -163,6 +164,13 @@ def patch_distributed_optimizer() -> None:
             if "step" in entry:
                 entry["step"] = entry["step"].detach().clone()
 
+    load_plain = FP32Optimizer.load_state_dict
+
+    def load_plain_state_dict(self: Any, state: Any) -> None:
+        state["state"].setdefault("common_step", torch.tensor(0.0))
+        load_plain(self, state)
+
     DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states
     DistributedOptimizer.load_state_dict = load_state_dict
+    FP32Optimizer.load_state_dict = load_plain_state_dict
     DistributedOptimizer._trd_patched = True

@@ -309,7 +309,7 @@ class CpuPlatform(Platform):
         torch.set_num_threads(self._threads)
         host_memory.keep_freed()
         megatron_on_cpu.share_gloo_device()
-        megatron_on_cpu.patch_distributed_optimizer()
+        megatron_on_cpu.patch_optimizers()
 
     def prepare_thread(self) -> None:
         _set_num_threads(self._threads)  # OpenMP's count is the calling thread's

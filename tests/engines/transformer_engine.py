@@ -230,7 +230,7 @@ class TransformerEngineOnCpu(platform.CpuPlatform):
     can_move = _ANY.can_move
 
     def set_up(self) -> None:
-        with mock.patch.object(megatron_on_cpu, "patch_distributed_optimizer"):  # which is for torch's Adam
+        with mock.patch.object(megatron_on_cpu, "patch_optimizers"):  # which is for torch's Adam
             super().set_up()
 
     @contextlib.contextmanager

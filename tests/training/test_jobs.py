@@ -397,9 +397,11 @@ def save_and_resume_untrained(rank: int, world: int, job: str, run_dir: str) -> 
     return all(full.equal(tensor) for (_, full), (_, tensor) in zip(found, expected, strict=True))
 
 
-def test_a_run_that_has_trained_on_nothing_is_saved_and_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_run_that_has_trained_on_nothing_is_saved_and_resumed(tmp_path: Path, *, distributed: bool) -> None:
     """Where every response was cut off and dropped, no optimizer step has made the state that a checkpoint is of."""
-    job, run = jobs.write_job(tmp_path), tmp_path / "run"
+    student = {"tp": 2, "micro_batch_size": 2, "distributed_optimizer": distributed}
+    job, run = jobs.write_job(tmp_path, student=student), tmp_path / "run"
     run.mkdir()
     assert run_ranks(save_and_resume_untrained, 2, str(job), str(run)) == [True, True]
 
