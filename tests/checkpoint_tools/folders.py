@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     """Every file and folder below a folder, hidden ones too: relative path -> content, None for a folder."""
     paths = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+class Malicious:
+    """Leaves a file where a pickle with this in it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
 
 
 def flip(path: Path, place: float = 0.5) -> None:

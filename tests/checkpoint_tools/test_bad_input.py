@@ -17,11 +17,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from checkpoint_tools import common, hf_to_megatron, megatron_to_hf
 from megatron_trd.files import SUMS
 from tests.checkpoint_tools.commands import Tool, last_line, process, says
 from tests.checkpoint_tools.folders import (
+    Malicious,
     assert_same_model,
     configure,
     cut,
@@ -352,6 +354,11 @@ def drop_chunk(content: Any) -> None:
     content.state_dict_metadata["decoder.final_layernorm.weight"].chunks.clear()
 
 
+def halve_chunk(content: Any) -> None:
+    [chunk] = (chunks := content.state_dict_metadata["decoder.final_layernorm.weight"].chunks)
+    chunks[0] = ChunkStorageMetadata(chunk.offsets, torch.Size([chunk.sizes[0] // 2]))
+
+
 def drop_place(content: Any) -> None:
     for index in [index for index in content.storage_data if index.fqn == "decoder.final_layernorm.weight"]:
         del content.storage_data[index]
@@ -384,6 +391,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, list[str]]] = {
     "metadata that leads to the root": (somewhere_else("/etc/passwd"), ["/etc/passwd", "outside"]),
     "metadata that leads upwards": (somewhere_else(".."), [".."]),
     "tensor without pieces": (metadata(drop_chunk), ["decoder.final_layernorm.weight", "not whole"]),
+    "piece of half the rows": (metadata(halve_chunk), ["decoder.final_layernorm.weight", "not whole"]),
     "piece without a place": (metadata(drop_place), ["decoder.final_layernorm.weight"]),
     "missing tensor": (metadata(drop_tensor), ["decoder.layers.mlp.linear_fc2.weight", "missing"]),
     "configuration of other sizes": (
@@ -457,20 +465,12 @@ def test_no_empty_folders_are_left(hf: Path, tmp_path: Path, tool: Tool, monkeyp
     assert not (tmp_path / "a").exists()
 
 
-class _Malicious:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.marker}",)
-
-
 @pytest.mark.parametrize("command", ["megatron-to-hf", "verify"])
 def test_a_pickle_with_a_program_in_it_is_not_run(
     hf: Path, megatron: Path, tmp_path: Path, refused: Refused, command: str
 ) -> None:
     marker = tmp_path / "ran"
-    (megatron / ".metadata").write_bytes(pickle.dumps(_Malicious(marker)))
+    (megatron / ".metadata").write_bytes(pickle.dumps(Malicious(marker)))
     (megatron / SUMS).unlink()
     other = ["--out", tmp_path / "out"] if command == "megatron-to-hf" else ["--hf", hf, "--logits"]
     refused(command, "--megatron", megatron, *other, parts=[str(megatron), "system", "no checkpoint needs"])
@@ -484,7 +484,7 @@ def test_a_state_with_a_program_in_it_is_not_run(hf: Path, megatron: Path, tmp_p
     marker = tmp_path / "ran"
     content = pickle.loads((megatron / ".metadata").read_bytes())
     state = next(index for index in content.storage_data if "_extra_state" in index.fqn)
-    torch.save([_Malicious(marker)], megatron / "__1_0.distcp")
+    torch.save([Malicious(marker)], megatron / "__1_0.distcp")
     content.storage_data[state] = _StorageInfo("__1_0.distcp", 0, (megatron / "__1_0.distcp").stat().st_size)
     (megatron / ".metadata").write_bytes(pickle.dumps(content))
     (megatron / SUMS).unlink()
@@ -496,7 +496,7 @@ def test_a_tensor_with_a_program_in_it_is_not_run(megatron: Path, tmp_path: Path
     marker = tmp_path / "ran"
     content = pickle.loads((megatron / ".metadata").read_bytes())
     (place,) = [value for index, value in content.storage_data.items() if index.fqn == "decoder.final_layernorm.weight"]
-    torch.save(_Malicious(marker), tmp_path / "malicious")
+    torch.save(Malicious(marker), tmp_path / "malicious")
     content.storage_data = {
         index: _StorageInfo("__1_0.distcp", 0, (tmp_path / "malicious").stat().st_size) if value is place else value
         for index, value in content.storage_data.items()

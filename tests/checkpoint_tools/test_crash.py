@@ -19,7 +19,7 @@ from blake3 import blake3
 import megatron_trd.files
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
 from megatron_trd.errors import UserError
-from megatron_trd.files import SUMS, HashedFile, whole_folder
+from megatron_trd.files import SUMS, HashedFile, replace_text, whole_folder
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.megatron_folder import MegatronFolder
 from tests.checkpoint_tools.commands import Tool, last_line, says
@@ -216,6 +216,16 @@ def test_a_folder_that_another_process_is_replacing_is_left_to_it(tmp_path: Path
         assert not target.exists()
         (tmp_path / ".model.replaced").rename(target)
     assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_whoever_reads_a_text_while_it_is_replaced_reads_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text("old")
+    with path.open() as reader:
+        replace_text(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_trd.config import TrainConfig, from_dict
 from megatron_trd.data.batching import Sample, deal, normalize
+from megatron_trd.errors import UserError
 from tests.distributed import run_ranks
 from tests.engines import reference
 from tests.models import VOCAB, write_model
@@ -400,3 +401,28 @@ def test_drift_is_of_so_many_tokens_of_the_first_micro_batch(models: dict[str, P
     [(none, _), (three, _), (all_there_are, first)] = run_ranks(compared_tokens, 1, str(models["tied"]), [0, 3, 999])[0]
     assert (none, three) == (0, 3)
     assert all_there_are == first
+
+
+def unclipped(rank: int, world: int, model: str, chunk_tokens: int) -> tuple[float, set[int], str]:
+    """Rank function: without clipping, the gradient's norm and the tokens that a chunk of the loss may have; and what a
+    step says whose gradient is not finite."""
+    from megatron_trd import platform
+    from megatron_trd.engines import student as module
+
+    platform.current().set_up()
+    settings = {"optimizer": {"lr": LR, "clip_grad": 0.0}, "loss": {"chunk_tokens": chunk_tokens}}
+    student, teacher, samples, share, hidden = prepare(model, None, layout(1, 1, 1, 1) | settings)
+    with mock.patch.object(module, "fused_linear_divergence", wraps=module.fused_linear_divergence) as loss:
+        norm = student.train_step(samples, share, hidden, teacher.head).grad_norm
+    chunks = {call.kwargs["chunk_tokens"] for call in loss.call_args_list}
+    broken = {index: torch.full_like(states, torch.nan) for index, states in hidden.items()}
+    with pytest.raises(UserError) as refused:
+        student.train_step(samples, share, broken, teacher.head)
+    return norm, chunks, str(refused.value)
+
+
+def test_a_gradient_is_measured_where_it_is_not_clipped_and_has_to_be_finite(models: dict[str, Path]) -> None:
+    [(norm, chunks, said)] = run_ranks(unclipped, 1, str(models["untied"]), 7)
+    assert norm == pytest.approx(expected(models["untied"], models["untied"])["norm"], rel=1e-5)
+    assert chunks == {7}, "as loss.chunk_tokens says"
+    assert "the gradient is not finite" in said

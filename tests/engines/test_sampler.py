@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_trd.config import TrainConfig, from_dict
 from megatron_trd.data.problems import Problem
+from megatron_trd.engines.sampler import _Step
+from megatron_trd.engines.work import Task
 from tests.distributed import run_ranks
 from tests.engines import reference
 from tests.models import write_model
@@ -126,7 +131,8 @@ def test_greedy_refit_and_seeds(
     check_greedy(found["before"], first)
     check_greedy(found["after"], second)
     assert list(found["stale"].values()).count(False) > 20, "the check must see weights that were not refit"
-    assert found["stale"].keys() == found["fresh"].keys()
+    stored = load_file(first / "model.safetensors").keys()
+    assert found["stale"].keys() == found["fresh"].keys() == stored | {"lm_head.weight"}, "also where it is tied"
     assert all(found["fresh"].values())
     again, repeat, other = found["random"]
     assert again == repeat, "a step's tokens are a function of its seeds"
@@ -166,3 +172,18 @@ def test_each_engine_counts_the_requests_that_it_put_back(tmp_path: Path) -> Non
     [[(first, none), (before, second)]] = run_ranks(sample_under_pressure, 1, str(model))
     assert first == before > 0
     assert none == 0 < second
+
+
+def test_every_request_has_a_seed_of_its_own() -> None:
+    """With one in common, two samples of a problem could be one text twice, or a step's those of another."""
+    engine: Any = mock.Mock()
+    for seed, step in itertools.product(range(2), range(2)):
+        config = from_dict({"seed": seed}, "test")
+        sampler: Any = SimpleNamespace(config=config, settings=config.sampler, student=engine, teacher=engine)
+        problems = [Problem(4, "", None, None)] * 2
+        begun = _Step(sampler, step, problems, [[5], [5]], None, None, None)
+        refinements = [Task("refinement", index, number, (5,), 9) for index in range(2) for number in range(2)]
+        for task in (*begun.waiting, *refinements):
+            begun._begin(task)
+    seeds = [call.args[1] for call in engine.add.call_args_list]
+    assert len(set(seeds)) == len(seeds) == 2 * 2 * (2 + 2 * 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def stream_ranks(rank: int, world: int, model: str, ahead: bool) -> dict[str, An
     """Rank function: the same step, sampled in every way."""
     from megatron_trd import platform
     from megatron_trd.engines.engine import Engine
-    from megatron_trd.engines.sampler import EngineDied, Sampler
+    from megatron_trd.engines.sampler import EngineDied, Sampler, _Group
     from megatron_trd.models.model import open_model
 
     platform.current().set_up()
@@ -70,6 +71,19 @@ def stream_ranks(rank: int, world: int, model: str, ahead: bool) -> dict[str, An
         "several": sample(refinements=3),
         "overdue": None,
     }
+    # Requests that run for too long, once: at the second meeting of the groups, all that run then.
+    report, meetings = _Group.report, []
+
+    def late(group: _Group, timeout: float | None) -> Any:
+        meetings.append(len(group.running))
+        if len(meetings) == 2:
+            group.running = {name: (task, -math.inf) for name, (task, _) in group.running.items()}
+        return report(group, timeout)
+
+    with mock.patch.object(_Group, "report", late):
+        found["begun anew"] = sample(request_timeout=1e6)
+    found["late"] = meetings[1]
+    assert not engine.busy, "what was begun anew does not run twice"
     # Weights that change amid the sampling do so once, when nothing runs, and only if there is something to refine.
     found["changes"], nothing = [], []
     changing, note = Sampler(config, engine, engine), found["changes"]
@@ -130,7 +144,7 @@ def test_the_same_tokens_however_they_are_sampled(tmp_path: Path, ahead: bool) -
     streamed = tokens(found["streamed"][0])
     assert [index for index, *_ in streamed] == list(range(PROBLEMS))
     assert len({len(rollout) for _, rollout, *_ in streamed}) > 1, "rollouts end at different times"
-    for way in ("two phases", "few at once", "few tokens", "changed", "slept", "restarted"):
+    for way in ("two phases", "few at once", "few tokens", "begun anew", "changed", "slept", "restarted"):
         assert tokens(found[way][0]) == streamed, way
     several = tokens(found["several"][0])
     assert len(several) == 3 * PROBLEMS - 2, "but for the one without a refinement prompt"
@@ -142,6 +156,7 @@ def test_the_same_tokens_however_they_are_sampled(tmp_path: Path, ahead: bool) -
     assert "killed" in found["death"]
     assert ranks[0]["death"] == ranks[1]["death"]
     assert "twice" in found["overdue"]
+    assert found["begun anew"][1]["sampler/retried"] == sum(rank["late"] for rank in ranks) > 0
     stats = found["few at once"][1]
     assert stats["sampler/preemptions"] == 0
     assert 0 <= stats["sampler/idle_queued"] <= stats["sampler/idle"] < 1

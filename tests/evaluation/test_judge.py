@@ -1,4 +1,4 @@
-"""The process that compares answers does not outlive whoever asks it."""
+"""The process that compares answers does not outlive whoever asks it, and a library in it can do no harm."""
 
 from __future__ import annotations
 
@@ -18,6 +18,20 @@ grading._SECONDS = 1e6
 assert grading.is_correct("\\\\boxed{0.5}", "1/2")
 print(grading._judge()._process.pid, flush=True)
 grading.is_correct("\\\\boxed{10^{10^{10}}}", "3")
+"""
+# A judge whose library prints, and takes as many GiB for a comparison as the answer that was found says.
+_WITHOUT_MATH_VERIFY = """
+import mmap, sys
+from types import SimpleNamespace
+from megatron_trd.evaluation import judge
+
+def verify(wanted, found, **_):
+    print("false")
+    return not found or bool(mmap.mmap(-1, found * 2**30))
+
+parse = lambda text, **_: int(text.strip("\\\\boxed{}"))
+sys.modules["math_verify"] = SimpleNamespace(parse=parse, verify=verify)
+judge.main()
 """
 
 
@@ -50,3 +64,9 @@ def test_a_judge_whose_asker_has_gone_already_ends() -> None:
     for asker, answer in ((os.getpid(), b"true\n"), (os.getpid() + 1, b"")):
         done = subprocess.run([*command, str(asker)], input=b'["1", "1.0"]\n', stdout=subprocess.PIPE, check=True)
         assert done.stdout == answer
+
+
+def test_what_a_library_prints_is_no_answer_and_memory_without_end_is_a_wrong_one() -> None:
+    asker = [sys.executable, "-c", _WITHOUT_MATH_VERIFY, str(os.getpid())]
+    done = subprocess.run(asker, input=b'["1", "0"]\n["1", "5"]\n', stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"true\nfalse\n"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_trd.losses import fused_linear_divergence
-from megatron_trd.losses.head import add_product
+from megatron_trd.losses.head import add_product, product_into
 from tests.distributed import run_ranks
 from tests.losses import cases, ranks, reference
 from tests.losses.reference import Case, Outcome, check, check_fused, check_gradient, check_loss
@@ -389,6 +389,15 @@ def test_under_megatron_s_ddp_the_head_s_gradient_goes_to_main_grad(tied: bool, 
     assert torch.allclose(weight.main_grad.float(), 0.5 + 3 * want, rtol=1e-6 if exact else 1e-2, atol=1e-6)
     assert weight.grad.shape == weight.shape, "a stand-in, for the hooks to run"
     assert not tied or weight.grad.eq(0).all(), "it is added to the embedding's gradient"
+
+
+@pytest.mark.parametrize(("inner", "columns"), [(40, 5), (5, 40)])
+def test_a_weight_of_16_bits_is_widened_block_by_block_along_its_longer_side(inner: int, columns: int) -> None:
+    """Where a shard of the vocabulary has fewer columns than the hidden states, the blocks are summed."""
+    left, right = (torch.randn(shape).bfloat16() for shape in ((3, inner), (inner, columns)))
+    with mock.patch("megatron_trd.losses.torch_kernels.HOST_BLOCK_BYTES", 256):
+        found = product_into(torch.full((3, columns), torch.nan), left, right)
+    assert torch.allclose(found, left.float() @ right.float(), atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 3])

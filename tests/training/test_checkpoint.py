@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_trd.config import CheckpointConfig
 from megatron_trd.data.batching import deal
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
-from megatron_trd.errors import JobFailed
+from megatron_trd.errors import JobFailed, UserError
+from megatron_trd.files import write_sums
+from tests.checkpoint_tools.folders import Malicious, flip
 from tests.distributed import run_ranks
 from tests.engines.test_numerics import LR, engines, expert_layout, full_tensors, layout, make_samples
 from tests.models import write_model
@@ -132,6 +138,53 @@ def test_a_checkpoint_goes_on_in_another_layout(family: str, cases: list[Any], t
     cases = [(distributed(first), distributed(second)) for first, second in cases]
     for error, case in zip(run_ranks(go_on, 2, str(model), str(tmp_path), cases)[0], cases, strict=True):
         assert error < 2e-3, case
+
+
+def refusals(rank: int, world: int, model: str, run_dir: str) -> list[str]:
+    """Rank function: what is said of a newest checkpoint that is damaged, of the only one that is left, and of one with
+    a program in it."""
+    from megatron_trd import platform
+    from megatron_trd.training import checkpoint
+
+    def said(change: Callable[[Path], object]) -> str:
+        newest = list(checkpoint.checkpoints(run_dir).values())[-1]
+        change(newest)
+        with pytest.raises(UserError) as refused:
+            checkpoint.resume(run_dir, student, teacher)
+        shutil.rmtree(newest)
+        return str(refused.value)
+
+    platform.current().set_up()
+    student, teacher = engines(model, None, layout(1, 1, 1, 1))
+    for step in (1, 2, 3):
+        checkpoint.save(run_dir, step, student, teacher, CheckpointConfig(keep=3))
+    return [said(put_program_into), said(damage), said(damage)]
+
+
+def damage(checkpoint: Path) -> None:
+    flip(checkpoint / "__0_0.distcp")
+
+
+def put_program_into(checkpoint: Path) -> None:
+    """A program in the state of a layer, which megatron-core unpickles whatever it is, and checksums that fit."""
+    content = pickle.loads((checkpoint / ".metadata").read_bytes())
+    state = next(index for index in content.storage_data if "_extra_state" in index.fqn)
+    program = checkpoint / "__1_0.distcp"
+    torch.save([Malicious(checkpoint.parents[1] / "ran")], program)
+    content.storage_data[state] = _StorageInfo(program.name, 0, program.stat().st_size)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(content))
+    write_sums(checkpoint)
+
+
+def test_a_checkpoint_that_is_damaged_or_has_a_program_in_it_is_refused(tmp_path: Path) -> None:
+    [said] = run_ranks(refusals, 1, str(write_model(tmp_path / "model")), str(tmp_path))
+    malicious, damaged, only = said
+    assert "__1_0.distcp' is damaged" in malicious
+    assert not (tmp_path / "ran").exists()
+    assert "__0_0.distcp' is damaged" in damaged
+    assert damaged.endswith(f"or remove '{tmp_path}/checkpoints/step_2', to go on from step_1")
+    assert "__0_0.distcp' is damaged" in only
+    assert "to go on from" not in only
 
 
 def save_where_nothing_can_be(rank: int, world: int, run_dir: str) -> str:

@@ -239,6 +239,12 @@ def test_feed_forward_that_does_not_divide(run: Run, tmp_path: Path) -> None:
     says(run(model=str(tmp_path / "odd"), student={"tp": 2}), "student.tp=2", "33 feed-forward units")
 
 
+def test_experts_are_cut_by_tensor_parallelism_with_sequence_parallelism_alone(run: Run, tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "experts", family="qwen3_moe", num_hidden_layers=1))
+    says(run(model=model, student={"tp": 2}), "experts", "student.sequence_parallel=true")
+    assert check(run(model=model, student={"tp": 2, "sequence_parallel": True})).world_size == 2
+
+
 def test_a_teacher_s_heads_are_the_teacher_s(run: Run, models: Path) -> None:
     layouts = {"teacher": {"tp": 8, "model": str(models / "larger")}, "student": {"tp": 2}}
     assert check(run(**layouts)).world_size == 8
@@ -571,6 +577,16 @@ def test_a_folder_without_a_tokenizer(run: Run, copy: Path) -> None:
 def test_a_broken_tokenizer(run: Run, copy: Path, content: str) -> None:
     (copy / "tokenizer.json").write_text(content)
     says(run(model=str(copy)), str(copy), "tokenizer")
+
+
+def test_a_tokenizer_may_fill_the_vocabulary_to_the_last_row(run: Run, models: Path, tmp_path: Path) -> None:
+    tokens = len(ModelFolder(models / "student").tokenizer.get_vocab())
+    full, short = (
+        str(write_model(tmp_path / str(size), hidden_size=32, num_hidden_layers=1, head_dim=16, vocab_size=size))
+        for size in (tokens, tokens - 1)
+    )
+    assert check(run(model=full)).student.arch.vocab_size == tokens
+    says(run(model=short), short, f"token {tokens - 1}", f"a vocabulary of {tokens - 1}")
 
 
 # Run folders

@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from megatron_trd.config import CheckpointConfig
 from megatron_trd.data.problems import step_indices
 from megatron_trd.errors import JobFailed, UserError
+from megatron_trd.files import write_sums
 from megatron_trd.launch import launch
-from tests.checkpoint_tools.folders import tensors
+from megatron_trd.training.run import _check_trained
+from tests.checkpoint_tools.folders import flip, tensors
 from tests.distributed import run_ranks
 from tests.models import write_model
 from tests.training import jobs
@@ -373,6 +375,33 @@ def test_a_run_that_never_trained_says_so_after_it_has_saved(unbroken: tuple[Pat
     assert "overflow/rollout 3" in output.splitlines()[-1]
     assert "data.overlong" in output.splitlines()[-1]
     assert (run / "checkpoints" / "step_1").is_dir()
+
+
+def test_a_run_that_was_stopped_is_not_told_that_it_never_trained() -> None:
+    untrained = {"samples/trained": 0, "overflow/rollout": 3}
+    _check_trained([untrained], steps=2)
+    _check_trained([untrained, untrained | {"samples/trained": 1}], steps=2)
+    with pytest.raises(UserError, match="overflow/rollout 3"):
+        _check_trained([untrained, untrained], steps=2)
+
+
+def begin(rank: int, world: int, job: str, run_dir: str) -> str:
+    """Rank function: why a run does not begin."""
+    from megatron_trd.config import apply_overrides, load
+    from megatron_trd.training.run import Run
+
+    with pytest.raises(UserError) as refused:
+        Run(apply_overrides(load(Path(job)), [f"run_dir={run_dir}"]))
+    return str(refused.value)
+
+
+def test_a_damaged_model_is_not_trained(tmp_path: Path) -> None:
+    """One bit of a weight, which nothing but the folder's checksums tells."""
+    job, model = jobs.write_job(tmp_path, student={"tp": 1}), tmp_path / "model"
+    write_sums(model)
+    flip(model / "model.safetensors")
+    [said] = run_ranks(begin, 1, str(job), str(tmp_path / "run"), timeout=300)
+    assert "model.safetensors' is damaged" in said
 
 
 def save_and_resume_untrained(rank: int, world: int, job: str, run_dir: str) -> bool:

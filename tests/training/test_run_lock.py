@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_trd.errors import UserError
+from megatron_trd.training import run_lock
 from megatron_trd.training.run_lock import Owner, check_lock, release_lock, take_lock
 
 # Takes the lock when a line comes, says whether it got it, and holds it until its input ends.
@@ -184,3 +187,36 @@ def test_what_is_not_a_lock_is_one_line(tmp_path: Path, text: str) -> None:
         with pytest.raises(UserError, match="is not the lock of a run"):
             attempt(tmp_path)
     assert (tmp_path / "lock").read_text() == text
+
+
+def test_a_lock_that_another_has_taken_over_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found its owner gone; the other was the first of them to come in."""
+    alone, other = run_lock._alone, Owner.me()
+
+    @contextlib.contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        with alone(folder):
+            nonlocal other
+            other = write_lock(folder, pid=os.getppid(), started=run_lock._started(os.getppid()))
+            yield
+
+    write_lock(tmp_path, started=1)
+    monkeypatch.setattr(run_lock, "_alone", late)
+    with pytest.raises(UserError, match=f"in use by process {os.getppid()} "):
+        take_lock(tmp_path)
+    assert json.loads((tmp_path / "lock").read_text()) == dataclasses.asdict(other)
+
+
+def test_an_owner_that_has_ended_is_gone_though_nobody_has_asked_how(tmp_path: Path) -> None:
+    """As in a container whose first process reaps none."""
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert owner.stdin is not None
+    write_lock(tmp_path, pid=owner.pid, started=run_lock._started(owner.pid))
+    with pytest.raises(UserError, match=f"in use by process {owner.pid} "):
+        check_lock(tmp_path)
+    owner.stdin.close()
+    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
+    check_lock(tmp_path)
+    owner.wait()

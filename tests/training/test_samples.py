@@ -7,6 +7,7 @@ import difflib
 import itertools
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -15,9 +16,11 @@ from megatron_trd.data.problems import Problem
 from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.engines.engine import Completion
 from megatron_trd.engines.sampler import Trajectory
+from megatron_trd.evaluation.grading import is_correct
 from megatron_trd.training.checks import prompt_limit
 from megatron_trd.training.samples import SampleBuilder
 from tests.data.tokenizers import END, END_OF_TEXT, ids_of, tokenizer
+from tests.distributed import run_ranks
 
 (EOS,) = ids_of(END)
 _INDICES = itertools.count(1000)
@@ -240,9 +243,10 @@ def test_a_reference_has_a_limit_of_its_own_whatever_room_a_short_rollout_leaves
     assert prompt == cutting.prompts.ids("refine_reference", VERBOSE.problem, shown, rollout.tokens)
 
 
-def test_a_reference_is_cut_further_after_the_rollout_is_used_up() -> None:
+@pytest.mark.parametrize("repeated", [1, 300])  # more is over than the rollout has, and less than twice that
+def test_a_reference_is_cut_further_after_the_rollout_is_used_up(repeated: int) -> None:
     made = builder("trd-opsd", **limits(ROOM - 30, len(encode(VERBOSE.reference)), 10, "cut"))
-    rollout = completion(answer(45))
+    rollout = completion(answer(45) * repeated)
     prompt = made.refine_prompt(VERBOSE, rollout)
     assert prompt is not None
     limit = prompt_limit(made.config, "refine_reference")
@@ -316,6 +320,21 @@ def test_a_corpus_keeps_the_samples_it_is_named_for(corpus: str, kept: list[tupl
     refinements = {corner: item.refinement for corner, item in zip(CORNERS, trajectories, strict=True)}
     responses = [sample.response for sample in made.samples(trajectories)]
     assert responses == [refinement.tokens for corner in kept if (refinement := refinements[corner])]
+
+
+def corpus_of(rank: int, world: int, corpus: str) -> list[int]:
+    """Rank function: which of `CORNERS` are kept, where no comparison of another rank than the first ends in time."""
+    made = builder("trd-opsd", corpus=corpus)
+    trajectories = [
+        trajectory(completion(answer(46 if before else 45)), completion(answer(46 if after else 44)), index=index)
+        for index, (before, after) in enumerate(CORNERS)
+    ]
+    with mock.patch("megatron_trd.training.samples.is_correct", is_correct if rank == 0 else lambda *_: False):
+        return [kept.index for kept in made._corpus(trajectories)]
+
+
+def test_a_corpus_is_the_same_on_every_rank() -> None:
+    assert run_ranks(corpus_of, 2, "corrected") == [[CORNERS.index((False, True))]] * 2
 
 
 # Metrics
