@@ -1,4 +1,4 @@
-"""Memory of the host: kept by a process, and seen by several ranks, which read each other's tensors where they lie."""
+"""Host memory: kept by a process when freed, and shared by ranks that read each other's tensors in place."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from torch import Tensor
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _MOST_BYTES = 2**31 - 1  # an int
-_YIELDS = 10  # of the processor to another rank before a waiting one sleeps
+_YIELDS = 10  # times that a waiting rank yields the processor before it sleeps
 _NAP_SECONDS = 1e-4
-_ORDERED = ("x86_64", "AMD64")  # processors that let nobody see a later write before an earlier one
+_ORDERED = ("x86_64", "AMD64")  # processors on which no later write is visible before an earlier one
 _LINE = 64  # bytes of a cache line
-_MARK = 32  # random bytes at the start by which a rank knows that it sees the same memory
-_FILES_SHARE = 2  # a storage is an open file of each rank that looks at it: half of those allowed are left for others
-_SHARED_FILES = Path("/dev/shm")  # where torch puts what it shares; containers may keep it small
+_MARK = 32  # random bytes at the start by which a rank recognises the same memory
+_FILES_SHARE = 2  # each rank that reads a storage opens it as a file: half of those allowed are left for others
+_SHARED_FILES = Path("/dev/shm")  # where torch puts shared memory; it may be small in containers
 
 
 def keep_freed() -> None:
-    """Let this process use again what it has freed, instead of giving it back to the system.
+    """Let this process reuse the memory that it frees instead of returning it to the system.
 
-    glibc does so with every block above 32 MiB, and the system then zeroes each page of the next one: a third of a
-    training step (a sum of 64 MiB took 55 ms, and 15 ms in kept memory). The price is that what comes and goes in many
-    sizes takes up to twice the memory that is in use at its peak, until `give_back`.
+    glibc returns every block above 32 MiB, and the system then zeroes each page of the next one: a third of a training
+    step (a sum of 64 MiB took 55 ms, and 15 ms in kept memory). The price is that allocations of many sizes take up to
+    twice the memory in use at their peak, until `give_back`.
     """
     libc = ctypes.CDLL(None)
     for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
@@ -44,7 +44,7 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Give all freed memory back after all: between phases, where it costs little."""
+    """Return all freed memory to the system: between phases, where it costs little."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -53,19 +53,19 @@ def give_back() -> None:
 class Barrier:
     """A barrier for the ranks of one machine.
 
-    Each rank counts where all see it and looks at the others' counts. That takes some ten microseconds, where a
-    message to each takes milliseconds for ranks that share cores. A rank that has died is waited for until someone
-    ends the job, which is the launcher's business.
+    Each rank increments a counter that all can see and reads the others' counters. That takes about ten microseconds,
+    whereas a message to each takes milliseconds for ranks that share cores. A rank that has died is waited for until
+    the job is ended, which is up to the launcher.
     """
 
     def __init__(self, memory: Tensor, group: Any) -> None:
-        """`memory`: zero bytes but for the mark, a cache line for it and one for each rank."""
+        """`memory`: zero bytes except for the mark; a cache line for the mark and one for each rank."""
         self._group = group
         self._counts = memory[_LINE:].numpy().view("int64")[:: _LINE // 8]
         self._mine = self._counts[group.rank() :]
 
     def __call__(self) -> None:
-        """Return when every rank has called this as often as this one has; what they wrote before is seen then."""
+        """Return when every rank has called this as often as this one; what they wrote before is then visible."""
         if machine() not in _ORDERED:
             dist.barrier(self._group)
             return
@@ -82,7 +82,7 @@ class Barrier:
 def barrier(group: Any) -> Barrier | None:
     """A barrier for the ranks of `group`; None if they do not run on one machine. Collective.
 
-    Its memory is anonymous: it is gone when the last rank is, however that ends.
+    Its memory is anonymous: it is released when the last rank ends, however that happens.
     """
     mark, descriptor = secrets.token_bytes(_MARK), -1
     if group.rank() == 0:
@@ -107,14 +107,14 @@ def _marked(path: str, mark: bytes) -> Tensor | None:
 
 
 def _told(what: Any, group: Any) -> list[Any]:
-    """What each rank of `group` gives here."""
+    """Gather `what` from each rank of `group`."""
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, what, group=group)
     return everyone
 
 
 class Peers:
-    """Tensors of all ranks of a group, each where its rank has it, and a barrier around looking at them."""
+    """Tensors of all ranks of a group, each where its rank has it, and a barrier for reading them."""
 
     _alive: ClassVar[weakref.WeakSet[Peers]] = weakref.WeakSet()
 
@@ -126,15 +126,15 @@ class Peers:
 
     @classmethod
     def foreign_bytes(cls) -> int:
-        """Bytes of other ranks' tensors that are counted as this process's memory too, as all that it sees is."""
+        """Bytes of other ranks' tensors that also count as this process's memory, since it maps them."""
         return sum(peers._foreign for peers in cls._alive)
 
 
 def show(named: Mapping[str, Tensor], group: Any) -> Peers | None:
-    """Move tensors to memory that every rank of `group` sees, and see the other ranks' there. Collective.
+    """Move tensors to memory visible to every rank of `group`, and map the other ranks' tensors. Collective.
 
-    It is their storages that move, and with them all views of these. None if the ranks do not run on one machine, a
-    rank has too many storages, or there is too little memory to share: then nothing has moved.
+    Their storages move, and with them all views. Returns None, with nothing moved, if the ranks do not run on one
+    machine, a rank has too many storages, or there is too little memory to share.
     """
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in named.values()}
     together = barrier(group)
@@ -146,7 +146,7 @@ def show(named: Mapping[str, Tensor], group: Any) -> Peers | None:
         name: (numbers[tensor.untyped_storage().data_ptr()], tensor.dtype, _place(tensor))
         for name, tensor in named.items()
     }
-    # torch's own way to share a storage, which swaps its memory; the descriptor stays open as long as it lives.
+    # torch's own way to share a storage, which swaps its memory; the descriptor stays open for the storage's lifetime.
     descriptors = [storage._share_fd_cpu_()[0] for storage in storages.values()]
     files = [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in descriptors]
     tensors: list[Mapping[str, Tensor]] = []
@@ -163,7 +163,7 @@ def show(named: Mapping[str, Tensor], group: Any) -> Peers | None:
                 for name, (number, dtype, place) in where_of_rank.items()
             }
         )
-    together()  # all have opened what they look at
+    together()  # all ranks have opened what they read
     return Peers(tensors, foreign, together)
 
 
@@ -185,6 +185,6 @@ def _place(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
 
 
 def _mapped(path: str) -> mmap.mmap:
-    """A file as memory, all of its pages from the beginning, so that they count at once and cost nothing later."""
+    """Map a file into memory with all of its pages at once, so that they count at once and cost nothing later."""
     with Path(path).open("r+b") as file:
         return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)

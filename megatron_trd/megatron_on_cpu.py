@@ -1,4 +1,4 @@
-"""What megatron-core takes a GPU for, and what it is on a CPU; `platform` alone uses this."""
+"""Replacements on a CPU for what megatron-core needs a GPU for; used only by `platform`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def patches() -> Iterator[None]:
 
 
 class _Stream:
-    """A CUDA stream where all work is done when it is asked for."""
+    """A CUDA stream on which all work is done immediately."""
 
     def wait_stream(self, *_: Any) -> None: ...
 
@@ -40,7 +40,7 @@ class _Stream:
 
 _STREAM = _Stream()
 
-# What megatron-core 0.16 asks of torch.cuda without looking whether a GPU is there, and the answer on a CPU.
+# What megatron-core 0.16 uses of torch.cuda without checking for a GPU, and its replacement on a CPU.
 _CUDA_ON_CPU: dict[str, Any] = {
     "current_device": lambda: torch.device("cpu"),  # device of gradient buffers, pipeline tensors, scalars
     "set_device": lambda *_: None,
@@ -49,14 +49,14 @@ _CUDA_ON_CPU: dict[str, Any] = {
     "get_rng_state": lambda *_: torch.get_rng_state(),
     "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)) and None,
     "manual_seed_all": lambda *_: None,
-    "Stream": lambda *_, **__: _STREAM,  # on which experts' token counts go to the host
+    "Stream": lambda *_, **__: _STREAM,  # on which experts' token counts are copied to the host
     "current_stream": lambda *_: _STREAM,
 }
 
 
 def _norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.Module:
-    """torch's RMSNorm for megatron-core's local layers, sequence parallelism included, which megatron-core refuses:
-    all there is to it is to mark the weight, so that its gradient is summed over the ranks that hold other tokens."""
+    """torch's RMSNorm for megatron-core's local layers, including sequence parallelism, which megatron-core refuses:
+    only the weight has to be marked, so that its gradient is summed over the ranks that hold other tokens."""
     norm = torch.nn.RMSNorm(hidden_size, eps=eps)
     norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined,assignment]
     return norm
@@ -66,21 +66,21 @@ def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-# Names in megatron-core and what they are on a CPU. By name: megatron-core is imported when it is first used, not by
-# everyone who asks for the platform.
+# Names in megatron-core and their replacements on a CPU. Given by name so that megatron-core is imported on first use,
+# not whenever the platform is requested.
 _MEGATRON_ON_CPU: dict[str, Any] = {
     # the tensor-parallel random tracker forks and restores CUDA generator states
     "tensor_parallel.random._get_cuda_rng_state": lambda *_, **__: torch.get_rng_state(),
     "tensor_parallel.random._set_cuda_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
     "transformer.torch_norm.WrappedTorchNorm.__new__": _norm,
-    # converts what it copies from a GPU; what is on the host already is left a tensor, which all-to-all does not take
+    # converts what it copies from a GPU but leaves host tensors as they are, which all-to-all does not accept
     "transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": _split_sizes,
-    "transformer.moe.moe_utils.te_general_gemm": None,  # never defined without transformer-engine, but looked at
+    "transformer.moe.moe_utils.te_general_gemm": None,  # never defined without transformer-engine, but accessed
 }
 
 
 def _recomputation_on_cpu() -> contextlib.AbstractContextManager[Any]:
-    """torch leaves function modes while its backward runs; layers that are computed again there need theirs back."""
+    """torch leaves function modes while its backward runs; layers recomputed there need theirs restored."""
     from megatron.core.tensor_parallel.random import CheckpointFunction
 
     original = CheckpointFunction.backward
@@ -93,7 +93,7 @@ def _recomputation_on_cpu() -> contextlib.AbstractContextManager[Any]:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Leads `device="cuda"`, `.cuda()` and `.type() == "torch.cuda.…"` in megatron-core to the CPU."""
+    """Redirects `device="cuda"`, `.cuda()` and `.type() == "torch.cuda.…"` in megatron-core to the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -115,10 +115,10 @@ def _to_cpu(device: Any) -> Any:
 
 
 def share_gloo_device() -> None:
-    """Let all process groups of this process have one thread that waits for their sockets.
+    """Let all process groups of this process share one thread that waits for their sockets.
 
-    torch gives each its own, and gloo's wakes a hundred times a second: the thirty groups of a student and a teacher
-    take 15 % of a core from a rank that does nothing (measured on two ranks; one thread: 1 %).
+    torch gives each its own, and gloo's wakes a hundred times per second: the thirty groups of a student and a teacher
+    take 15 % of a core from an idle rank (measured on two ranks; one thread: 1 %).
     """
     gloo: Any = dist.ProcessGroupGloo
     if hasattr(gloo.__init__, "trd_patched"):
@@ -138,9 +138,9 @@ def share_gloo_device() -> None:
 def patch_optimizers() -> None:
     """Let the optimizers load a checkpoint with plain torch Adam under them (no transformer-engine or Apex).
 
-    torch Adam keeps `step` as a tensor in each parameter's state. The distributed optimizer's load path (1) looks for
-    it among the saved sharded tensors, where it is not, and (2) puts one shared tensor into every state, which Adam
-    then advances once a parameter. The other one's saves the number they have in common, unless that is 0.
+    torch Adam keeps `step` as a tensor in each parameter's state. The distributed optimizer's load path (1) looks for it
+    among the saved sharded tensors, where it is not, and (2) puts one shared tensor into every state, which Adam then
+    advances once per parameter. `FP32Optimizer` saves the common step, except when it is 0.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import FP32Optimizer

@@ -1,4 +1,4 @@
-"""What vLLM 0.32 does on a CPU that a sampler in a training rank needs otherwise; `platform` alone uses this."""
+"""Changes to vLLM 0.32 on a CPU that a sampler in a training rank needs; used only by `platform`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-NORMS = {"rms_norm": ["cpp"], "fused_add_rms_norm": ["cpp"]}  # whose implementations come first; see `_register_norms`
-_VECTOR = 16  # numbers that the C++ normalisations take at a time
-_PRIMITIVES = 32  # compiled products that a layer keeps, one a number of tokens: vLLM's own number
+NORMS = {"rms_norm": ["cpp"], "fused_add_rms_norm": ["cpp"]}  # preferred implementations; see `_register_norms`
+_VECTOR = 16  # values that the C++ normalisations process at a time
+_PRIMITIVES = 32  # compiled products that a layer keeps, one per number of tokens: vLLM's own value
 
 
 @contextlib.contextmanager
 def starting(identifier: str) -> Iterator[None]:
-    """Context in which an engine is made; `identifier` names its job and machine.
+    """Context in which an engine is created; `identifier` names its job and machine.
 
-    vLLM's ranks of one machine talk through shared memory that it names after its `init_method`: the same name for
-    every job, and never removed when a process is killed, so that the next job cannot start. Here each job and machine
-    has a name (ranks whose names differ use gloo), and it is removed once all ranks have it mapped.
+    vLLM's ranks on one machine communicate through shared memory named after its `init_method`: the same name for every
+    job, never removed when a process is killed, so that the next job cannot start. Here each job and machine has its
+    own name (ranks whose names differ use gloo), removed once all ranks have mapped it.
     """
     from vllm import _custom_ops
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
@@ -34,7 +34,7 @@ def starting(identifier: str) -> Iterator[None]:
     def distributed_args(self: Any) -> tuple[str, int, int]:
         return f"file://{identifier}", *original(self)[1:]
 
-    _custom_ops._supports_onednn = False  # its packed copies would take the weights' place: see `pack_when_used`
+    _custom_ops._supports_onednn = False  # its packed copies would replace the weights: see `pack_when_used`
     try:
         with mock.patch.object(Launcher, "_distributed_args", distributed_args):
             yield
@@ -45,9 +45,9 @@ def starting(identifier: str) -> Iterator[None]:
 
 @functools.cache
 def _register_norms() -> None:
-    """vLLM's own C++ normalisations, of which a CPU build has kernels and uses none.
+    """Register vLLM's own C++ normalisations, whose kernels a CPU build has but does not use.
 
-    In their place it runs half a dozen operations on tensors, which are for a compiler to fuse.
+    Instead it runs half a dozen tensor operations, which are meant to be fused by a compiler.
     """
     from vllm import ir
 
@@ -80,8 +80,8 @@ def _register_norms() -> None:
 
 
 def drop_expert_kernels(model: torch.nn.Module) -> None:
-    """Before a reload: experts are packed for their kernel only when it is made, and weights that are reloaded later
-    would be taken for packed ones."""
+    """Before a reload: experts are packed for their kernel only when it is created, and weights reloaded later would be
+    mistaken for packed ones."""
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
@@ -98,10 +98,10 @@ def pack_when_used(model: torch.nn.Module) -> None:
 
 
 class _PackedLinear:
-    """A linear layer by oneDNN, from a packed copy of its weights.
+    """A linear layer computed by oneDNN from a packed copy of its weights.
 
-    For the few tokens of a decoding step that takes half to a third of the time of torch's product. The copy, which
-    takes as long as some ten such steps save, is made when the layer is first used after a refit.
+    For the few tokens of a decoding step this takes half to a third of the time of torch's product. The copy, which
+    takes as long as about ten such steps save, is made when the layer is first used after a refit.
     """
 
     def __init__(self, operations: Any) -> None:
@@ -116,10 +116,10 @@ class _PackedLinear:
 
 
 def expert_weights(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Platform.expert_weights`, of packed experts.
+    """Like `Platform.expert_weights`, for packed experts.
 
-    Packing moves the elements of each expert's matrix the same way: where to is seen on a matrix of indices, packed in
-    two halves that float32 holds exactly. Packed matrices are padded to what the kernel likes.
+    Packing moves the elements of each expert's matrix in the same way. Their destinations are read from a matrix of
+    indices, packed in two halves that float32 holds exactly. Packed matrices are padded as the kernel requires.
     """
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import cpu_prepack_moe_weight
 

@@ -1,4 +1,4 @@
-"""What a vLLM 0.32 engine on a GPU needs to share a process with others; `platform` alone uses this."""
+"""What a vLLM 0.32 engine on a GPU needs to share a process with others; used only by `platform`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _Place = tuple[Any, str]  # a module or class, and its attribute
 
 
 class EngineContext:
-    """The stream of one engine, and what vLLM has once for a process, but is an engine's.
+    """The stream of one engine, and what vLLM keeps once per process although it belongs to an engine.
 
-    vLLM keeps the stream that is current when it first asks, and hands results over there, whichever thread works
-    later: so it is started and used on one stream of its own, behind what the caller has queued, and the caller goes on
-    behind it.
+    vLLM keeps the stream that is current when it first asks, and passes results on it, whichever thread works later.
+    So the engine is started and used on its own stream, after the caller's queued work, and the caller continues after
+    it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,12 +39,12 @@ class EngineContext:
 
 
 def _before_any_engine() -> dict[_Place, Any]:
-    """What a process has once in vLLM, as it is when there is no engine.
+    """What vLLM keeps once per process, as it is without any engine.
 
-    The scratch memory of experts is the newest engine's, where captured graphs write to that of the engine they were
-    captured for. And an engine that starts forgets all graphs of the process, when it has measured what its own will
-    take; another would then capture its next batches, which computes nothing, and answer with what was in memory. The
-    pool of their memory is not for two streams, nor for the graphs of an engine that takes a dead one's place.
+    The scratch memory of experts is the newest engine's, whereas captured graphs write to that of the engine they were
+    captured for. A starting engine also drops all graphs of the process once it has measured how much its own will
+    take; another engine would then capture its next batches, which computes nothing, and return whatever was in memory.
+    The graphs' memory pool cannot serve two streams, nor the graphs of an engine that replaces a dead one.
     """
     from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
@@ -60,7 +60,7 @@ def _before_any_engine() -> dict[_Place, Any]:
 
 
 def _exchanged(values: dict[_Place, Any]) -> dict[_Place, Any]:
-    """What was in the places of `values`, which are there now."""
+    """Put `values` into their places; returns what was there before."""
     before = {place: getattr(*place) for place in values}
     for (owner, name), value in values.items():
         setattr(owner, name, value)
@@ -69,7 +69,7 @@ def _exchanged(values: dict[_Place, Any]) -> dict[_Place, Any]:
 
 @contextlib.contextmanager
 def keeping_threads() -> Iterator[None]:
-    """An engine that starts leaves its process one thread on the host; ours gathers and checks weights there."""
+    """Restore the host's threads: a starting engine leaves one, but weights are gathered and checked on the host."""
     threads = torch.get_num_threads()
     try:
         yield
@@ -81,9 +81,9 @@ _kept: list[Any] = []  # for the life of the process
 
 
 def keep_allocators() -> None:
-    """Before an engine that sleeps is shut down: keep what its tensors were allocated with.
+    """Before an engine that sleeps is shut down: keep the allocators of its tensors.
 
-    vLLM forgets it there, but some of the engine's tensors are freed later, by a call into it.
+    vLLM drops them at shutdown, but some of the engine's tensors are freed later, by calls into them.
     """
     allocator = _allocator()
     pools = allocator.allocator_and_pools.values() if allocator else ()
@@ -96,7 +96,7 @@ def _allocator() -> Any:
 
 
 def asleep_bytes() -> int:
-    """Bytes that sleeping engines of this process have given back; torch's statistics do not know it."""
+    """Bytes released by sleeping engines of this process, which torch's statistics do not reflect."""
     allocator = _allocator()
     found = allocator.pointer_to_data.values() if allocator else ()
     return sum(data.handle[1] for data in found if data.is_asleep)

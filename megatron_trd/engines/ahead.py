@@ -1,4 +1,4 @@
-"""Work beside the main thread: the teacher's hidden states while trajectories are still being sampled."""
+"""Background work: computes the teacher's hidden states while trajectories are still being sampled."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from megatron_trd.engines.teacher import TeacherEngine
 
 
 def background() -> ThreadPoolExecutor:
-    """One thread that computes on this rank's device; what it is given runs in that order."""
+    """One thread that computes on this rank's device, in the order in which work is submitted."""
     return ThreadPoolExecutor(1, initializer=platform.current().prepare_thread)
 
 
 class TeacherAhead:
     """Computes the teacher's hidden states of finished trajectories (`overlap=teacher`).
 
-    All ranks are told of the same trajectories in the same order, so that they put the same samples together and their
-    threads meet in the teacher's collectives. Its process groups are used by nothing else once there are some.
+    All ranks receive the same trajectories in the same order, so that they form the same waves and their threads meet
+    in the teacher's collectives. Nothing else uses the teacher's process groups once trajectories have been added.
     """
 
     def __init__(self, teacher: TeacherEngine, sample_of: Callable[[Trajectory], Sample | None]) -> None:
@@ -32,7 +32,7 @@ class TeacherAhead:
         self._begun: list[Future[None]] = []
 
     def add(self, finished: Sequence[Trajectory]) -> None:
-        """Trajectories that have just been finished anywhere. Raises what went wrong with earlier ones."""
+        """Add trajectories that have just finished on any rank. Raises the error of an earlier one, if any."""
         for earlier in self._begun:
             if earlier.done():
                 earlier.result()
@@ -43,7 +43,7 @@ class TeacherAhead:
             self._begun.append(self._thread.submit(self.teacher.compute, wave))
 
     def finish(self) -> None:
-        """Wait for what has been begun; a rest too small for a wave is left to `TeacherEngine.hidden`."""
+        """Wait for the waves in progress; a remainder too small for a wave is left to `TeacherEngine.hidden`."""
         begun, self._begun, self._waiting = self._begun, [], []
         for future in begun:
             future.result()

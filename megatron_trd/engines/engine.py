@@ -26,26 +26,26 @@ from megatron_trd.models.model import Model
 
 @dataclass(frozen=True)
 class Completion:
-    """What the sampler gave for one prompt."""
+    """The sampler's response to one prompt."""
 
-    tokens: tuple[int, ...]  # end-of-sequence included where it was sampled
+    tokens: tuple[int, ...]  # including end-of-sequence if it was sampled
     log_probs: tuple[float, ...]  # of each token at temperature 1
     truncated: bool  # hit the length limit
 
 
 @functools.cache
 def _job_name() -> str:
-    """A name for this job that all its ranks agree on and no other job has. Collective when first asked."""
+    """A unique name for this job, the same on all its ranks. Collective on the first call."""
     name = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, device=platform.current().device)
     return name[0]
 
 
 class Engine:
-    """One vLLM engine of this process. It begins without weights: `refit` brings them, from wherever they are.
+    """One vLLM engine in this process. It starts without weights; `refit` loads them from any source.
 
-    With `sleeps`, it gives its memory to training between samplings, its weights too; vLLM can do so with one engine of
-    a process (`alone`). The order is vLLM's: wake for weights, refit, wake for sampling, sample, sleep.
+    With `sleeps`, it releases its memory, weights included, to training between samplings; vLLM supports this for one
+    engine per process (`alone`). vLLM prescribes the order: wake for weights, refit, wake for sampling, sample, sleep.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Engine:
         arguments = current.sampler_arguments(config.sampler, self.max_length, sleeps=self.sleeps, alone=self.alone)
         overrides = {"vocab_size": self.model.arch.vocab_size} | arguments.pop("hf_overrides", {})
         os.environ.update(current.sampler_environment())
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # an error is raised too; its log dumps every request
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # errors are raised too; their log dumps every request
         from vllm import LLM
 
         from megatron_trd.engines.preemptions import PreemptionCounter
@@ -83,32 +83,32 @@ class Engine:
                 trust_remote_code=False,
                 **arguments,
             )
-        # Its own shutdown, when it is collected, would destroy torch's process groups, which are Megatron's too.
+        # Its shutdown on garbage collection would destroy torch's process groups, which Megatron uses too.
         llm.llm_engine.engine_core._finalizer.detach()
         self._preemptions = PreemptionCounter()
         llm.llm_engine.logger_manager.stat_loggers.append(self._preemptions)
         return llm
 
     def restart(self) -> None:
-        """A new engine, without weights, in place of one that died. Collective."""
+        """Replace an engine that died with a new one without weights. Collective."""
         platform.current().prepare_restart()
         with self._working():
             self.llm.llm_engine.model_executor.shutdown()
         self.llm, self.empty = None, True
-        self._working = platform.current().engine_context()  # what the old one holds is the old engine's
-        gc.unfreeze()  # vLLM froze what it made
+        self._working = platform.current().engine_context()  # the old context belongs to the old engine
+        gc.unfreeze()  # vLLM froze its objects
         gc.collect()
         self.llm = self._start()
 
     def sleep(self) -> None:
-        """Give up weights and KV cache."""
+        """Release weights and KV cache."""
         if self.sleeps:
             with self._working():
                 self.llm.sleep(level=2)
             self.empty = True
 
     def wake(self, memory: Literal["weights", "kv_cache"]) -> None:
-        """Take memory back."""
+        """Reclaim the memory."""
         if self.sleeps and self.llm.llm_engine.is_sleeping():
             with self._working():
                 self.llm.wake_up(tags=[memory])
@@ -119,7 +119,7 @@ class Engine:
         self.llm.llm_engine.add_request(task.name, prompt, _parameters(settings, task.limit, seed))
 
     def abort(self, names: Iterable[str]) -> None:
-        """Drop requests, wherever they are."""
+        """Drop requests, queued or running."""
         self.llm.llm_engine.abort_request(list(names))
 
     @property
@@ -128,11 +128,11 @@ class Engine:
 
     @property
     def preemptions(self) -> int:
-        """Requests put back for want of KV cache so far."""
+        """Number of requests preempted so far for lack of KV cache."""
         return self._preemptions.count
 
     def step(self) -> Iterator[tuple[str, Completion]]:
-        """Advance every running request by a token; yields those that finished, by their task's name."""
+        """Advance every running request by a token; yields those that finished, by task name."""
         with self._working():
             outputs = self.llm.llm_engine.step()
         for output in outputs:
@@ -143,26 +143,26 @@ class Engine:
                 yield output.request_id, Completion(tokens, log_probs, result.finish_reason == "length")
 
     def warm_up(self) -> None:
-        """Sample a token for nothing. The first steps compile, and change the bits of what is computed beside them."""
+        """Sample and discard one token. The first steps compile, which changes the bits of concurrent computations."""
         self.add(Task("rollout", 0, 0, (0,), 1), seed=0, settings=self.config.sampler)
         while self.busy:
             list(self.step())
 
     def forget(self) -> None:
-        """Drop cached prefixes: they are of earlier weights, and a step's tokens must not depend on earlier steps."""
+        """Drop cached prefixes, which stem from earlier weights: a step's tokens must not depend on earlier steps."""
         if not self.llm.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM keeps the prefixes of earlier weights: it holds some of their blocks for a request"
             )
 
     def refit(self, source: loading.Source) -> int:
-        """Take over the weights of `source`; returns their bytes. Collective."""
+        """Load the weights of `source`; returns their size in bytes. Collective."""
         self.empty = False
         with self._working():
             return refit.refit(self.llm, self.model.arch, source)
 
     def verify(self, source: loading.Source) -> int:
-        """Compare every tensor with that in `source`; returns how many. `UserError` if one differs. Collective."""
+        """Compare all tensors with `source`; returns their number. Raises `UserError` if one differs. Collective."""
         with self._working():
             same = refit.verify(self.llm, self.model.arch, source)
         if different := sorted(name for name, equal in same.items() if not equal):
@@ -181,7 +181,7 @@ def _parameters(settings: SamplerConfig, max_tokens: int, seed: int) -> Any:
         top_p=settings.top_p,
         max_tokens=max_tokens,
         seed=seed,
-        logprobs=0,  # of the sampled token alone
+        logprobs=0,  # of the sampled token only
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -1,4 +1,4 @@
-"""Where the teacher's hidden states wait until the student has been trained on them."""
+"""Stores the teacher's hidden states until the student has been trained on them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from megatron_trd import platform
 from megatron_trd.config import HiddenPlace
 from megatron_trd.data.batching import Sample
 
-WAVE = 8  # micro-batches of a replica whose hidden states are made before they go to host memory or a disk
+WAVE = 8  # micro-batches per replica whose hidden states are computed before they move to host memory or disk
 
 
 def name_of(sample: Sample, weights: int) -> str:
-    """A name for the hidden states of a sample under a teacher's weights: equal where they are."""
+    """Name of a sample's hidden states under a teacher's weights; names are equal where hidden states are."""
     digest = hashlib.blake2b(f"{weights}/{len(sample.teacher_prompt)}/".encode(), digest_size=20)
     digest.update(array("q", sample.teacher_prompt + sample.response).tobytes())
     return digest.hexdigest()
 
 
 class HiddenStore:
-    """Hidden states `[tokens, hidden_T]` by name, of one step: on the device, in pinned host memory or on a disk.
+    """Hidden states `[tokens, hidden_T]` of one step by name: on the device, in pinned host memory or on disk.
 
     Every rank calls `add` and `keep` with the same names, whether or not it holds the tensors, so that `name in store`
     is the same on all of them.
@@ -38,14 +38,14 @@ class HiddenStore:
         self._names: set[str] = set()
         self._held: dict[str, Tensor] = {}
         if place == "disk":
-            shutil.rmtree(folder, ignore_errors=True)  # what a process that was killed has left
+            shutil.rmtree(folder, ignore_errors=True)  # left over from a killed process
             folder.mkdir(parents=True)
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
     def add(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-        """Names that exist from now on, and those of their tensors that this rank needs."""
+        """Register `names` and store those of their tensors that this rank needs."""
         self._names.update(names)
         for name, tensor in tensors.items():
             if self.place == "disk":
@@ -54,7 +54,7 @@ class HiddenStore:
                 self._held[name] = tensor if self.place == "device" else platform.current().host_copy(tensor)
 
     def keep(self, names: Iterable[str]) -> None:
-        """Drop all others."""
+        """Drop all but `names`."""
         gone = self._names.difference(names)
         self._names -= gone
         for name in gone:
@@ -63,14 +63,14 @@ class HiddenStore:
                 self._file(name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Remove all files from disk."""
         if self.place == "disk":
             shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another rank's is still in it
+            with contextlib.suppress(OSError):  # it still contains another rank's folder
                 self.folder.parent.rmdir()
 
     def __getitem__(self, name: str) -> Tensor:
-        """On the device; `KeyError` if this rank does not need it."""
+        """The tensor, on the device. Raises `KeyError` if this rank does not need it."""
         device = platform.current().device
         if self.place == "disk":
             if not self._file(name).exists():
@@ -83,7 +83,7 @@ class HiddenStore:
 
 
 class HiddenStates(Mapping[int, Tensor]):
-    """Sample index -> hidden states `[response tokens, hidden_T]`, fetched when they are asked for."""
+    """Sample index -> hidden states `[response tokens, hidden_T]`, fetched on access."""
 
     def __init__(self, store: HiddenStore, names: Sequence[str], mine: Sequence[int]) -> None:
         self._store, self._names, self._mine = store, names, mine

@@ -1,4 +1,4 @@
-"""Memory of the device that is lent to others for a while, its contents in pinned host memory."""
+"""Frees device memory temporarily by moving its contents to pinned host memory."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 
 from megatron_trd import platform
 
-_LEAST, _MOST = 2**20, 2**30  # bytes of host memory at a time
+_LEAST, _MOST = 2**20, 2**30  # bytes of one host buffer
 
 
 class Offload:
-    """Moves tensors out of the device's memory and back, bit by bit the same.
+    """Moves tensors out of device memory and back, bitwise unchanged.
 
-    The tensors stay what they are, and views of them too: it is their storages that shrink to nothing and grow again.
-    Copies are queued behind the device's work and before what follows; the host does not wait for them.
+    The tensor objects and their views are kept: only their storages are resized to zero and back. Copies are queued
+    after the device's pending work and before later work; the host does not wait for them.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        self._tensors = tensors  # asked each time: an optimizer makes its state at the first step
+        self._tensors = tensors  # called each time: an optimizer creates its state at the first step
         self._away: list[tuple[torch.UntypedStorage, int]] = []  # and the bytes of each
-        self._host: list[Tensor] = []  # where they are, one behind the other
+        self._host: list[Tensor] = []  # their contents, one after another
 
     def away(self) -> None:
-        """Leave the device; until `back`, nobody may look at the tensors."""
+        """Move the tensors off the device; they must not be accessed until `back`."""
         if self._away:
             return
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors()}
@@ -39,7 +39,7 @@ class Offload:
             storage.resize_(0)
 
     def back(self) -> None:
-        """Return to the device."""
+        """Move the tensors back to the device."""
         for storage, size in self._away:
             storage.resize_(size)
         for device, host in _stretches([storage for storage, _ in self._away], self._host):
@@ -48,15 +48,15 @@ class Offload:
 
 
 def _sizes(total: int) -> Iterator[int]:
-    """Powers of two that together hold `total` bytes and little more: torch makes pinned memory of nothing else, and
-    rounds up what is asked for (c10 CachingHostAllocator)."""
+    """Powers of two that together hold `total` bytes and little more: torch allocates pinned memory only in powers of
+    two and rounds requests up (c10 CachingHostAllocator)."""
     while total > 0:
         yield (size := max(_LEAST, min(_MOST, 1 << (total.bit_length() - 1))))
         total -= size
 
 
 def _stretches(storages: Iterable[torch.UntypedStorage], host: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(device, host) bytes of the same length, which together are all of the storages."""
+    """Pairs (device, host) of byte ranges of equal length that together cover all of the storages."""
     rest = iter(host)
     there = torch.empty(0, dtype=torch.uint8)
     for storage in storages:
@@ -69,5 +69,5 @@ def _stretches(storages: Iterable[torch.UntypedStorage], host: Iterable[Tensor])
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    """`[bytes]` uint8 over a storage."""
+    """A `[bytes]` uint8 view of a storage."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,4 +1,4 @@
-"""Refit: the present Megatron weights into a running vLLM engine, and the proof that they arrived."""
+"""Refit: loads the current Megatron weights into a running vLLM engine and verifies that they arrived."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PROBE_ROWS = 1024  # one-hot rows at once when a layer's weight is read back
 
 
 def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
-    """Load the full Hugging Face tensors of `source` into this rank's vLLM engine. Collective. Returns their bytes.
+    """Load the full Hugging Face tensors of `source` into this rank's vLLM engine; returns their bytes. Collective.
 
-    A dense model's engine has its parts written where they belong, one copy each. Kernels for experts want them
-    repacked, which vLLM's loader does, at a fraction of the speed. Raises `RuntimeError` if the engine has other
-    parameters than the model.
+    For a dense model, each part is copied once, directly into the engine's parameter. Kernels for experts need repacked
+    weights, which vLLM's loader provides at a fraction of the speed. Raises `RuntimeError` if the engine has parameters
+    that the model lacks.
     """
     table = weights.exported_slots(arch)
     if arch.experts:
@@ -37,7 +37,7 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
         if missed := engine.parameters.keys() - {_engine_name(slot) for slot in table}:
             raise RuntimeError(f"the engine has parameters that no refit reaches: {', '.join(sorted(missed))}")
     how = {"weights_iterator": remaining, "is_checkpoint_format": arch.experts > 0}
-    with torch.no_grad():  # for the worker, which is in this thread: some of vLLM's parameters want gradients
+    with torch.no_grad():  # for the worker, which is in this thread: some of vLLM's parameters require gradients
         llm.collective_rpc("reload_weights", kwargs=how)
         for _ in remaining:  # vLLM may stop early; the other ranks of an exchange do not
             pass
@@ -47,7 +47,7 @@ def refit(llm: Any, arch: Architecture, source: loading.Source) -> int:
 
 @dataclass(frozen=True)
 class _Engine:
-    """What an engine's worker is: its parameters by name, and its tensor-parallel rank and size."""
+    """An engine's worker: its parameters by name, and its tensor-parallel rank and size."""
 
     parameters: dict[str, torch.nn.Parameter]
     rank: int
@@ -67,14 +67,14 @@ def _filled(
 ) -> tuple[str, Tensor]:
     """vLLM's name of a dense slot's parameter, and the parameter with its part of the slot's tensors in it.
 
-    vLLM then copies it onto itself, which is nothing. Were it handed the tensors, those that it fuses would have to be
-    put together first, and copied twice. Raises `RuntimeError` if the pieces do not fill it.
+    vLLM then copies the parameter onto itself, a no-op. Given the tensors, it would have to concatenate those that it
+    fuses first, copying them twice. Raises `RuntimeError` if the pieces do not fill the parameter.
     """
     name = _engine_name(slot)
     parameter = engine.parameters[name]
     filled: Tensor = parameter
     column = 0
-    rows = [(0, shape[0]) for shape in slot.shapes]  # of each tensor that are this rank's: the first, and how many
+    rows = [(0, shape[0]) for shape in slot.shapes]  # this rank's rows of each tensor: first and count
     match slot.kind:
         case "row":
             column = engine.rank * parameter.shape[1]
@@ -101,16 +101,16 @@ def _engine_name(slot: weights.Slot) -> str:
 
 def checksum(tensor: Tensor) -> str:
     """Digest of a tensor's values as float32 bytes (exact for fp32, bf16 and fp16)."""
-    data = tensor.detach().to("cpu", torch.float32).flatten() + 0.0  # -0.0 is 0.0: sums with it are
+    data = tensor.detach().to("cpu", torch.float32).flatten() + 0.0  # -0.0 counts as 0.0, as it does in sums
     return blake3(data.view(torch.uint8).numpy().data).hexdigest()
 
 
 @torch.no_grad()
 def verify(llm: Any, arch: Architecture, source: loading.Source) -> dict[str, bool]:
-    """Of every tensor, whether its checksum inside this rank's vLLM engine is Megatron's. Collective.
+    """For every tensor, whether its checksum inside this rank's vLLM engine equals Megatron's. Collective.
 
-    Weights are read back through the layers themselves (a linear layer of one-hot rows gives its weight), so the check
-    holds where vLLM has repacked them for its kernels.
+    Weights are read back through the layers themselves (a linear layer applied to one-hot rows gives its weight), so
+    the check also holds where vLLM has repacked them for its kernels.
     """
     [read] = llm.apply_model(_read_back)
     found, rank, tp = read
@@ -118,7 +118,7 @@ def verify(llm: Any, arch: Architecture, source: loading.Source) -> dict[str, bo
     same: dict[str, bool] = {}
     for name, full in loading.named_tensors(arch, source):
         names = [name, "lm_head.weight"] if arch.tied and name == weights.slots(arch)[0].hf[0] else [name]
-        # A teacher of its own may be in another dtype on disk than in the engine, where it is the platform's.
+        # A separate teacher may have another dtype on disk than in the engine, which uses the platform's.
         expected = checksum(_engine_shard(full, kinds[name], rank, tp).to(platform.current().dtype))
         same |= {copy: found.get(copy) == expected for copy in names}
     return same
@@ -159,7 +159,7 @@ def _read_back(model: torch.nn.Module) -> tuple[dict[str, str], int, int]:
         elif isinstance(module, RoutedExperts):
             found |= _read_experts(name.removesuffix(".routed_experts"), module)
         elif isinstance(module, LinearBase):
-            inputs: int = getattr(module, "input_size_per_partition", module.input_size)  # none if it is not cut
+            inputs: int = getattr(module, "input_size_per_partition", module.input_size)  # absent if it is not sharded
             read = {"weight": _read_linear(module, inputs), "bias": module.bias}
             sizes = [size // tp for size in getattr(module, "output_sizes", [])]
             for parameter, tensor in read.items():
@@ -181,8 +181,8 @@ def _read_experts(name: str, module: Any) -> dict[str, str]:
 
 
 def _read_linear(module: Any, size: int) -> Tensor:
-    """`[out, in]` shard of a layer of `size` inputs, from its outputs for one-hot inputs: each is one weight."""
-    weight = next(module.parameters())  # on a CPU an empty stand-in, whose device and dtype are right all the same
+    """`[out, in]` shard of a layer with `size` inputs, read from its outputs for one-hot inputs: each is one weight."""
+    weight = next(module.parameters())  # on a CPU an empty placeholder with the right device and dtype
     found = weight.new_empty(0, size)
     for start in range(0, size, _PROBE_ROWS):
         one_hot = torch.zeros(min(_PROBE_ROWS, size - start), size, dtype=weight.dtype, device=weight.device)
@@ -191,7 +191,7 @@ def _read_linear(module: Any, size: int) -> Tensor:
         if not len(found):
             found = columns.new_empty(len(columns), size)
         found[:, start : start + len(one_hot)] = columns
-    platform.current().finish_reload(module)  # it keeps nothing that it made to answer: as if it had not been asked
+    platform.current().finish_reload(module)  # drops what the layer built for this read, as if it had not been used
     return found
 
 

@@ -1,8 +1,8 @@
 """Rollouts and refinements of a step, streamed over all sampler groups.
 
-A refinement is queued the moment its rollout ends. Groups meet every few engine steps and share out what waits, the
-longest expected first, so that none idles while another has a queue. Each request has its own seed, drawn from
-(run seed, step, problem, rollout, kind), so its tokens do not depend on where and with what it runs.
+A refinement is queued as soon as its rollout ends. Groups meet every few engine steps and distribute waiting requests,
+longest expected first, so that none idles while another has a queue. Each request has its own seed, drawn from (run
+seed, step, problem, rollout, kind), so its tokens do not depend on where it runs or on what runs with it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Trajectory:
     """One rollout and, for TRD, one refinement of it."""
 
     problem: Problem
-    index: int  # of the rollout in the step's list; those that refine the same one have the same
+    index: int  # of the rollout in the step's list; all refinements of a rollout share it
     rollout: Completion
     refine_prompt: tuple[int, ...] | None = None
     refinement: Completion | None = None
 
 
-# Refinement prompt of a finished rollout; None where it is too long and the configuration drops it.
+# Refinement prompt of a finished rollout; None if it is too long and the configuration drops it.
 RefinePrompt = Callable[[Problem, Completion], list[int] | None]
 
 
-# Told of trajectories as they are finished.
+# Called with trajectories as they finish.
 Finished = Callable[[Sequence[Trajectory]], None]
 
 # Gives the engine the teacher's weights.
@@ -49,23 +49,23 @@ ToTeacher = Callable[[], None]
 
 
 class EngineDied(UserError):
-    """A vLLM engine of some rank failed; known to all ranks, none of which is in a collective."""
+    """A vLLM engine failed on some rank; all ranks know it, and none is in a collective."""
 
-    exit_code = 1  # not the user's doing: a job may begin again
+    exit_code = 1  # not the user's fault: a job may start again
 
 
 def request_seed(*parts: object) -> int:
-    """A 63-bit seed from whatever names a request."""
+    """A 63-bit seed from the parts that identify a request."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass(frozen=True)
 class _Report:
-    """What a group tells the others when they meet."""
+    """What a group reports to the others at a meeting."""
 
     load: Load
-    new: list[Task]  # refinements that it did not begin itself
+    new: list[Task]  # refinements that it did not start itself
     done: list[tuple[Task, Completion]]
     overdue: list[str]  # requests that have run for too long
     failure: str | None
@@ -75,21 +75,21 @@ class _Report:
 class _Group:
     """This group's part of a step."""
 
-    running: dict[str, tuple[Task, float]] = field(default_factory=dict)  # and when it was begun, seconds
+    running: dict[str, tuple[Task, float]] = field(default_factory=dict)  # and its start time, seconds
     new: list[Task] = field(default_factory=list)
     done: list[tuple[Task, Completion]] = field(default_factory=list)
     retried: set[str] = field(default_factory=set)
     failure: str | None = None
-    idle: float = 0.0  # seconds at meetings, waiting for the others
-    idle_queued: float = 0.0  # of them, while requests waited for room
-    changing: float = 0.0  # seconds in which the engine's weights became the teacher's
+    idle: float = 0.0  # seconds spent at meetings, waiting for the others
+    idle_queued: float = 0.0  # of these, while requests waited for room
+    changing: float = 0.0  # seconds spent loading the teacher's weights into the engine
 
     @property
     def load(self) -> Load:
         return Load(len(self.running), sum(task.tokens for task, _ in self.running.values()))
 
     def report(self, timeout: float | None) -> _Report:
-        """What has happened since the last meeting; what is told is not told again."""
+        """What has happened since the last meeting; nothing is reported twice."""
         now = time.monotonic()
         overdue = [name for name, (_, since) in self.running.items() if timeout and now - since > timeout]
         again = next((name for name in overdue if name in self.retried), None)
@@ -107,7 +107,7 @@ class Sampler:
         self.student, self.teacher = student, teacher
         self.group = dist.get_rank() // self.settings.tp
         self.groups = self.settings.groups(dist.get_world_size())
-        # what groups tell each other is on the host
+        # groups exchange their reports on the host
         self._meeting = dist.new_group(backend="gloo", timeout=platform.PATIENCE)
         self.stats: dict[str, float] = {}  # of the newest step, over all groups
 
@@ -128,11 +128,11 @@ class Sampler:
         """The trajectories of each problem in order, the same list on every rank. Collective.
 
         With `refine_prompt`, each rollout is refined as soon as it ends (without `sampler.stream`: when all have
-        ended), `refinements_per_rollout` times; without it, trajectories are raw. `finished` is told of trajectories
-        while others are still sampled, with the same ones in the same order on every rank. `to_teacher`, where one
-        engine serves both, is called on every rank between the last rollout and the first refinement. Raises
-        `EngineDied` on every rank if an engine failed: after `restart` and a refit, another call gives the tokens that
-        this one would have given.
+        ended), `refinements_per_rollout` times; without it, trajectories are raw. `finished` is called with finished
+        trajectories while others are still being sampled, the same ones in the same order on every rank. `to_teacher`,
+        where one engine serves both, is called on every rank between the last rollout and the first refinement. Raises
+        `EngineDied` on every rank if an engine failed: after `restart` and a refit, repeating the call gives the tokens
+        that this one would have given.
         """
         for engine in self.engines:
             engine.forget()
@@ -155,12 +155,12 @@ class Sampler:
         return sum(engine.preemptions for engine in self.engines)
 
     def restart(self) -> None:
-        """New engines, without weights, in place of all there are. Collective."""
+        """Replace all engines with new ones without weights. Collective."""
         for engine in self.engines:
             engine.restart()
 
     def tell(self, what: Any) -> list[Any]:
-        """What each group's first rank gives here, by group. Collective."""
+        """Gather `what` from each group's first rank, by group. Collective."""
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, what, group=self._meeting)
         return everyone[:: self.settings.tp]
@@ -190,10 +190,10 @@ class _Step:
         most = self.settings.max_sequences
         self.capacity = Capacity(most + most // _SPARE, self.settings.max_running_tokens)
         self.group = _Group()
-        self.done: dict[str, tuple[Task, Completion]] = {}  # in all groups, by their task's name
+        self.done: dict[str, tuple[Task, Completion]] = {}  # in all groups, by task name
 
     def run(self) -> _Group:
-        """Work and meet until all groups have done their share."""
+        """Alternate engine steps and meetings until all groups are done."""
         while share := self._meet():
             for _ in range(_ROUND):
                 for name, completion in self._advance():
@@ -201,7 +201,7 @@ class _Step:
         return self.group
 
     def _meet(self) -> int:
-        """Tell the others, and begin what falls to this group; returns the requests a group has on average, 0: done."""
+        """Report to the others and start this group's tasks; returns the mean requests per group, 0: done."""
         group, begin = self.group, time.perf_counter()
         reports: list[_Report] = self.sampler.tell(group.report(self.settings.request_timeout))
         seconds = time.perf_counter() - begin
@@ -230,7 +230,7 @@ class _Step:
         return -(-total // len(loads))
 
     def _note(self, done: Sequence[tuple[Task, Completion]]) -> None:
-        """Take in what has ended anywhere."""
+        """Record what has finished in any group."""
         self.done |= {task.name: (task, completion) for task, completion in done}
         rollouts = [(task, completion) for task, completion in done if task.kind == "rollout"]
         self.expected.lengths += [len(completion.tokens) for _, completion in rollouts]
@@ -245,7 +245,7 @@ class _Step:
         return Trajectory(problem, task.index, self.done[name_of("rollout", task.index)][1], task.prompt, completion)
 
     def trajectories(self) -> Iterator[Trajectory]:
-        """All that there are in the end, in the problems' order; a rollout that could not be refined is one too."""
+        """All finished trajectories in the problems' order; a rollout that could not be refined is one too."""
         for index in range(len(self.problems)):
             names = [name_of("refinement", index, number) for number in range(self.refinements)]
             refined = [name for name in names if name in self.done]
@@ -257,19 +257,19 @@ class _Step:
         return len(self.expected.lengths) == len(self.problems)
 
     def _ready(self) -> list[Task]:
-        """Waiting tasks that may begin: without streaming, refinements wait for the last rollout."""
+        """Waiting tasks that may start: without streaming, refinements wait for the last rollout."""
         if self.stream or self.rollouts_done:
             return self.waiting
         return [task for task in self.waiting if task.kind == "rollout"]
 
     def _advance(self) -> list[tuple[str, Completion]]:
-        """One step of this rank's engines: what finished. Nothing more once one has failed."""
+        """Run one step of this rank's engines; returns what finished. Does nothing once one has failed."""
         if self.group.failure:
             return []
         try:
             return [found for engine in self.sampler.engines if engine.busy for found in engine.step()]
         except Exception as error:
-            # Ranks of one engine may be waiting for each other inside it. Then the job ends, to be resumed.
+            # The ranks of one engine may be waiting for each other inside it. The job then ends, to be resumed.
             if self.settings.tp > 1:
                 raise
             self.group.failure = f"{type(error).__name__}: {error}"

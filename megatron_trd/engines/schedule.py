@@ -20,10 +20,10 @@ KeepFunction = Callable[[MicroBatch, Tensor], Tensor]
 
 
 def _batch_count(samples: int, size: int, grid: Grid) -> int:
-    """Micro-batches of `samples` samples, at least one, and as many as on the ranks with which this one shares experts:
-    those exchange tokens in every layer of every micro-batch. Collective where experts are shared.
+    """Number of micro-batches for `samples` samples: at least one, and the same on all ranks that share experts, since
+    they exchange tokens in every layer of every micro-batch. Collective where experts are shared.
 
-    The ranks of a copy are all these, and those that share tensors with them.
+    A copy consists of these ranks and those that share tensors with them.
     """
     count = max(1, -(-samples // size))
     if grid.layout.ep == 1:
@@ -36,7 +36,7 @@ def _batch_count(samples: int, size: int, grid: Grid) -> int:
 def batches_of(
     samples: Sequence[Sample], mine: Sequence[int], side: Side, *, size: int, grid: Grid, split: bool
 ) -> list[MicroBatch]:
-    """Micro-batches of at most `size` of a replica's samples; `split`: tensor-parallel ranks have a part of each
+    """Micro-batches of at most `size` of a replica's samples; `split`: each tensor-parallel rank has a part of each
     sequence (sequence parallelism). Collective where experts are shared."""
     current = platform.current()
     multiple = math.lcm(grid.layout.tp if split else 1, current.length_multiple)
@@ -51,10 +51,10 @@ def run_schedule(
     loss: LossFunction | None = None,
     keep: KeepFunction = lambda _, hidden: hidden,
 ) -> list[Tensor]:
-    """Run all micro-batches through the pipeline, with backward if there is a `loss`.
+    """Run all micro-batches through the pipeline, with backward if a `loss` is given.
 
-    Without `loss` returns what `keep` makes of the hidden states of each micro-batch on the last stage, an empty list
-    elsewhere. The loss of a micro-batch is summed as it is: nothing is divided by the number of micro-batches or
+    Without `loss`, returns the result of `keep` for the hidden states of each micro-batch on the last stage, an empty
+    list elsewhere. Losses of micro-batches are summed as they are: nothing is divided by the number of micro-batches or
     replicas.
     """
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -72,7 +72,7 @@ def run_schedule(
             if loss is None:
                 return keep(batch, hidden.detach())
             value = loss(batch, hidden)
-            # The count is there for megatron-core to leave the loss undivided; token weights hold the normalisation.
+            # The count makes megatron-core leave the loss undivided; token weights hold the normalisation.
             return value, torch.ones([], dtype=torch.int, device=value.device), value.detach()
 
         return output, finish

@@ -33,13 +33,13 @@ class StepResult:
     loss: float  # weighted sum of the divergence over all response tokens
     divergence: float  # mean over response tokens
     grad_norm: float  # before clipping
-    lr: float  # the step was taken with
+    lr: float  # learning rate of this step
     drift_mean: float  # mean and largest |log p| difference between sampler and trainer, nats
     drift_max: float
 
 
 class _Sums:
-    """What the last stages add up over a step's micro-batches."""
+    """Sums that the last stages accumulate over a step's micro-batches."""
 
     def __init__(self, device: torch.device) -> None:
         self.batches = 0
@@ -48,7 +48,7 @@ class _Sums:
         self.largest = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, fused: FusedDivergence, drift: Tensor | None, *, counted: bool) -> None:
-        """A micro-batch; tensor-parallel ranks hold the same numbers, so only one of them is `counted`."""
+        """Add a micro-batch; tensor-parallel ranks hold the same numbers, so only one of them is `counted`."""
         self.batches += 1
         if not counted:
             return
@@ -100,15 +100,15 @@ class StudentEngine:
         platform.current().sum_gradients_in_fp32(model)
         self._named = loading.local_parameters(model, self.arch, self.grid)
         loading.load(self._named, self.arch, self.grid, source)
-        # megatron-core (0.16) says of experts that they are reduced over their own replicas for ep > 1 only; and of
-        # transformer-engine's it does not say that each rank has its own, so that the gradient's norm would leave out
-        # those of all tensor-parallel ranks but the first.
+        # megatron-core (0.16) marks experts as reduced over their own replicas only for ep > 1. It does not mark
+        # transformer-engine's experts as different on each rank, so the gradient norm would leave out those of all
+        # tensor-parallel ranks but the first.
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         groups = self.grid.groups
-        # The token count that the schedule hands over is left out: gradients are sums, weights are in the loss.
+        # The token count passed by the schedule is ignored: gradients are sums, weights are in the loss.
         mcore_config.finalize_model_grads_func = lambda models, _tokens=None, **_: finalize(
             models, pg_collection=groups
         )
@@ -150,13 +150,13 @@ class StudentEngine:
             max_lr=settings.lr,
             min_lr=self._min_lr,
             lr_warmup_steps=min(steps - 1, round(settings.warmup_fraction * steps)),
-            lr_decay_steps=steps + 1,  # the last step is taken with a rate, not with what comes after it
+            lr_decay_steps=steps + 1,  # the last step gets the schedule's last rate, not what follows it
             lr_decay_style=settings.schedule,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
-            # A checkpoint says how far the schedule has got. What it is made of is the configuration's.
+            # A checkpoint restores how far the schedule has got; its parameters come from the configuration.
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
@@ -164,7 +164,7 @@ class StudentEngine:
         return scheduler
 
     def offload(self) -> None:
-        """Leave optimizer state and gradients to host memory until the next step, if the configuration asks."""
+        """Move optimizer state and gradients to host memory until the next step, if so configured."""
         if self.config.student.offload:
             self._memory.away()
             with platform.current().megatron():
@@ -178,7 +178,7 @@ class StudentEngine:
                 self.model.restore_grad_buffers()
 
     def _optimizer_tensors(self) -> Iterator[Tensor]:
-        """Master weights and moments; where a master weight is the model's own, it is not the optimizer's."""
+        """Master weights and moments, except master weights that are the model's own tensors."""
         model = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
         for part in platform.optimizer_parts(self.optimizer):
             masters = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
@@ -196,7 +196,7 @@ class StudentEngine:
         return network.shared_embedding_or_output_weight() if self.arch.tied else network.output_layer.weight
 
     def source(self) -> loading.Source:
-        """Full Hugging Face tensors of the present weights. Collective; see `GatheredSource` for how long they last."""
+        """Full Hugging Face tensors of the current weights. Collective; see `GatheredSource` for their validity."""
         return self._weights.source()
 
     def train_step(
@@ -216,7 +216,7 @@ class StudentEngine:
         self._weights.settle()
         with platform.current().megatron():
             _, grad_norm, _ = self.optimizer.step()
-            if grad_norm is None:  # megatron-core computes it for clipping alone
+            if grad_norm is None:  # megatron-core computes it only for clipping
                 grad_norm = self.optimizer.get_grad_norm()
             self.scheduler.step(increment=1)
         if not math.isfinite(grad_norm):
@@ -232,14 +232,14 @@ class StudentEngine:
         teacher_hidden: Mapping[int, Tensor],
         teacher_head: Tensor | None,
     ) -> _Sums:
-        """Fill the gradients of a step, reduced over all replicas; arguments as in `train_step`."""
+        """Compute the gradients of a step, reduced over all replicas; arguments as in `train_step`."""
         self.restore()
         sums = _Sums(platform.current().device)
 
         def loss(batch: MicroBatch, hidden: Tensor) -> Tensor:
             assert teacher_head is not None
             student = batch.select(self.whole_sequence(hidden))
-            if not batch.samples:  # a replica without samples: weights are zero, any teacher will do
+            if not batch.samples:  # a replica without samples: weights are zero, any teacher serves
                 teacher = student.new_zeros(len(batch.weights), teacher_head.shape[1])
                 return self._divergence(batch, student, teacher, teacher_head).loss
             teacher = torch.cat([teacher_hidden[sample] for sample in batch.samples])
@@ -276,9 +276,9 @@ class StudentEngine:
         )
 
     def rollout_drift(self, rollouts: Sequence[Sample]) -> float:
-        """Mean |sampler - trainer| log-probability of the rollouts' tokens by the present weights, nats.
+        """Mean |sampler - trainer| log-probability of the rollouts' tokens under the current weights, nats.
 
-        Of one rollout a replica: whoever has it kept as short as will do. Collective.
+        Uses one rollout per replica, which the caller keeps as short as possible. Collective.
         """
         totals = torch.zeros(2, dtype=torch.float64, device=platform.current().device)  # nats, tokens
         replica, settings = self.grid.dp_rank, self.config.student
@@ -316,14 +316,14 @@ class StudentEngine:
         return whole
 
     def _drift(self, batch: MicroBatch, student: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        """The same of trained tokens, under the model that sampled the trajectory."""
+        """The same for trained tokens, under the model that sampled the trajectory."""
         hidden, head = (teacher, teacher_head) if self.method.refines else (student, self.head)
         assert head is not None
         return self._difference(batch, hidden, head)
 
     def _difference(self, batch: MicroBatch, hidden: Tensor, head: Tensor) -> Tensor:
-        """|sampler - trainer| log-probability of `log.drift_tokens` tokens, evenly over the batch: a fault may be in
-        positions far from the first alone (rotary embeddings, blocks of attention)."""
+        """|sampler - trainer| log-probability of `log.drift_tokens` tokens, evenly spaced over the batch: a fault may
+        affect only positions far from the first (rotary embeddings, blocks of attention)."""
         last = len(batch.response) - 1
         count = min(self.config.log.drift_tokens, last + 1)
         rows = torch.linspace(0, last, count, dtype=torch.float64, device=hidden.device).long()

@@ -39,7 +39,7 @@ class TeacherEngine:
         self._head_average: Tensor | None = None
         self._updates = 0  # of the weights
         self.store = HiddenStore(config.teacher.hidden_in, Path(config.run_dir, "hidden", str(dist.get_rank())))
-        # Hidden states that are not with the student yet: on which replica, and those of them that this rank has.
+        # Hidden states not yet sent to the student: the replica that has each, and those that this rank has.
         self._makers: dict[str, int] = {}
         self._made: dict[str, Tensor] = {}
         self._memory = Offload(self._own_tensors)
@@ -62,19 +62,19 @@ class TeacherEngine:
         size = self.config.sampler.refit_bucket_bytes
         self._weights = self._averages = SpreadWeights(named, self.arch, self.grid, size)
         if self.averaged and platform.current().dtype != torch.float32:
-            # An update of an average is a small part of the value, and 16 bits would lose it.
+            # An update changes an average by a small fraction of its value, which 16 bits would lose.
             self._average = {name: parameter.float() for name, parameter in named.items()}
             self._averages = SpreadWeights(self._average, self.arch, self.grid, size, dtype=torch.float32)
 
     def load(self, source: loading.Source) -> None:
-        """Take the weights of a model of this teacher's architecture."""
+        """Load the weights of a model of this teacher's architecture."""
         loading.load(self._average, self.arch, self.grid, source)
         self._head_average = self._head_shard(source)
         self._head = None if self._head_average is None else self._head_average.to(platform.current().dtype)
         self._round()
 
     def _head_shard(self, source: loading.Source) -> Tensor | None:
-        """The teacher's output head, cut over the vocabulary the way the student's is; None off its last stage."""
+        """The teacher's output head, sharded like the student's; None off the student's last stage."""
         grid = self.student.grid
         if not grid.is_last_stage:
             return None
@@ -85,7 +85,7 @@ class TeacherEngine:
 
     @torch.no_grad()
     def _round(self) -> None:
-        """Bring the weights to their averages, where those are kept apart."""
+        """Copy the averages into the weights, where they are kept separately."""
         if self._average is not self._named:
             for name, parameter in self._named.items():
                 parameter.copy_(self._average[name])
@@ -93,14 +93,14 @@ class TeacherEngine:
             self._head.copy_(self._head_average)
 
     def offload(self) -> None:
-        """Leave the weights to host memory until they are needed, if the configuration asks."""
+        """Move the weights to host memory until they are needed, if so configured."""
         if self.config.teacher.offload:
             self._memory.away()
 
     def _own_tensors(self) -> Iterator[Tensor]:
         if not self.live:
             yield from self._named.values()
-            yield from self._average.values()  # where they are the weights, their storages are not moved twice
+            yield from self._average.values()  # if they are the weights themselves, storages are not moved twice
             yield from (head for head in (self._head, self._head_average) if head is not None)
 
     @property
@@ -123,13 +123,13 @@ class TeacherEngine:
         self._round()
 
     def source(self) -> loading.Source:
-        """Full Hugging Face tensors of the present weights of a teacher whose weights go to an engine again and again,
-        as `StudentEngine.source`; the head is the loss's own."""
+        """Full Hugging Face tensors of the current weights, like `StudentEngine.source`, for a teacher whose weights
+        are loaded into an engine repeatedly; the head is the loss's own."""
         self._memory.back()
         return self.student.source() if self.live else self._source(self._weights, self._head)
 
     def averages(self) -> loading.Source:
-        """The same of the averages, float32."""
+        """The same for the averages, float32."""
         self._memory.back()
         return self._source(self._averages, self._head_average)
 
@@ -152,8 +152,8 @@ class TeacherEngine:
     def hidden(self, samples: Sequence[Sample], student_shares: Sequence[Sequence[int]]) -> HiddenStates:
         """Hidden states after the final norm at response positions, `[tokens, hidden_T]` by sample index.
 
-        Each student replica's last stage gets the samples of its share; other ranks get an empty one. What is there of
-        an earlier call with the same weights, or was computed ahead, is not computed again. Collective.
+        Each student replica's last stage gets the samples of its share; other ranks get an empty one. Hidden states
+        left from an earlier call with the same weights, or computed ahead, are not recomputed. Collective.
         """
         self._memory.back()
         student_of = {index: dp for dp, share in enumerate(student_shares) for index in share}
@@ -171,7 +171,7 @@ class TeacherEngine:
             for index in wave:
                 self._makers.pop(names[index], None)
                 self._made.pop(names[index], None)
-        self._made.clear()  # computed ahead for nothing
+        self._made.clear()  # computed ahead but not needed
         self._makers.clear()
         grid = self.student.grid
         return HiddenStates(self.store, places, student_shares[grid.dp_rank] if grid.is_last_stage else [])
@@ -180,7 +180,7 @@ class TeacherEngine:
         return name_of(sample, self._updates)
 
     def _waves(self, samples: Sequence[Sample], indices: Sequence[int]) -> list[Sequence[int]]:
-        """Samples whose hidden states are on the device at once, the longest first: all, if they are to stay there."""
+        """Groups of samples whose hidden states are on the device at once, longest first; all, if they stay there."""
         if not indices or self.store.place == "device":
             return [indices] if indices else []
         size = WAVE * self.grid.layout.dp * self.config.teacher.micro_batch_size
@@ -188,7 +188,7 @@ class TeacherEngine:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def compute(self, samples: Sequence[Sample]) -> None:
-        """Make the hidden states of those samples that have none, for the next call of `hidden`. Collective."""
+        """Compute hidden states for those samples that have none, for the next call of `hidden`. Collective."""
         named = {self._name(sample): sample for sample in samples}
         names = [name for name in named if name not in self._makers]
         if not names:
@@ -211,7 +211,7 @@ class TeacherEngine:
         self._makers |= {names[index]: dp for dp, share in enumerate(shares) for index in share}
 
     def _exchange(self, routes: Sequence[Route], names: Sequence[str]) -> dict[int, Tensor]:
-        """What this rank's student needs of the routes' samples, by sample index."""
+        """Hidden states of the routes' samples that this rank's student needs, by sample index."""
         current = platform.current()
         local = {route.sample: self._made[names[route.sample]] for route in routes if names[route.sample] in self._made}
         layouts = self.grid.layout, self.student.grid.layout
@@ -219,7 +219,7 @@ class TeacherEngine:
 
 
 class _WithHead:
-    """Body and output head of a model, each from where it is; a `PiecewiseSource`."""
+    """Body and output head of a model, each from its own source; a `PiecewiseSource`."""
 
     def __init__(self, body: GatheredSource, head: GatheredSource, slot: weights.Slot) -> None:
         self._body, self._head, self._slot = body, head, slot

@@ -1,7 +1,7 @@
-"""Which sampler group runs which request: the same decision on every rank, from what all of them know.
+"""Decides which sampler group runs which request, identically on every rank from shared information.
 
-Groups meet after a fixed number of engine steps, not after a time. So which requests share a batch, and with it every
-bit of what is sampled, is a function of the run's seed and weights alone.
+Groups meet after a fixed number of engine steps, not after a fixed time. Which requests share a batch, and with it
+every bit of what is sampled, therefore depends only on the run's seed and weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Task:
     number: int  # which refinement of it
     prompt: tuple[int, ...]
     limit: int  # tokens that may be sampled
-    length: int | None = None  # tokens expected, where something is known about them
+    length: int | None = None  # expected tokens, if anything is known about them
 
     @property
     def name(self) -> str:
@@ -36,31 +36,31 @@ class Task:
 
     @property
     def tokens(self) -> int:
-        """Most tokens that it can hold in the KV cache."""
+        """Maximum number of tokens that it can hold in the KV cache."""
         return len(self.prompt) + self.limit
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a group has taken and not finished."""
+    """What a group has accepted and not finished."""
 
     requests: int = 0
-    tokens: int = 0  # that they can come to hold
+    tokens: int = 0  # maximum that they can hold
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a group may take at most."""
+    """Limits on what a group may accept."""
 
     requests: int
     tokens: int | None
 
     def with_share(self, share: int) -> Capacity:
-        """This, and no more than `share` requests."""
+        """This capacity, limited to `share` requests."""
         return replace(self, requests=min(self.requests, share))
 
     def admits(self, load: Load, task: Task) -> bool:
-        """Whether a group so loaded may take one more; a task too large for any group is taken by an empty one."""
+        """Whether a group with this load may accept `task`; an empty group accepts even one too large for any."""
         if load.requests == 0:
             return True
         return load.requests < self.requests and (self.tokens is None or load.tokens + task.tokens <= self.tokens)
@@ -68,13 +68,13 @@ class Capacity:
 
 @dataclass
 class Expectation:
-    """How long a task will keep a group busy, from the rollouts that have ended in this step."""
+    """How long a task will keep a group busy, estimated from the rollouts finished in this step."""
 
     refinements: int  # of each rollout
     lengths: list[int] = field(default_factory=list)
 
     def __call__(self, task: Task) -> float:
-        """Tokens expected of a task and of what comes of it: a refinement is about as long as its rollout."""
+        """Expected tokens of a task and what follows from it: a refinement is about as long as its rollout."""
         length = task.length or (fmean(self.lengths) if self.lengths else task.limit)
         return length * (2 if task.kind == "rollout" and self.refinements else 1)
 
@@ -82,9 +82,9 @@ class Expectation:
 def assign(
     waiting: Sequence[Task], loads: Sequence[Load], capacity: Capacity, expected: Expectation
 ) -> list[list[Task]]:
-    """Which of the waiting tasks each group is to begin.
+    """The waiting tasks that each group is to start.
 
-    The longest first, each to the group with the fewest requests that has room for it.
+    Longest first, each goes to the group with the fewest requests that has room for it.
     """
     given: list[list[Task]] = [[] for _ in loads]
     now = list(loads)
@@ -98,9 +98,9 @@ def assign(
 
 
 def at_once(task: Task, load: Load, room: Capacity, waiting: Sequence[Task], expected: Expectation) -> bool:
-    """Whether a group begins the refinement of a rollout that it has finished before the groups meet again.
+    """Whether a group starts the refinement of a rollout it has finished before the groups meet again.
 
-    Not if it has no `room` for it, which ends at its share of the requests, so that others have more; nor if a longer
-    task has waited for room.
+    It does not if it has no `room`, which is limited to its share of the requests so that others get more, or if a
+    longer task has been waiting for room.
     """
     return room.admits(load, task) and expected(task) >= max(map(expected, waiting), default=0.0)

@@ -1,7 +1,7 @@
 """Divergences between a teacher's and a student's next-token distributions, sharded by vocabulary.
 
-Imports torch alone. `fused_linear_divergence` is what training uses; `vocab_parallel_divergence` is the same
-mathematics on logits that already exist; `dense_divergence` is the plain reference both are tested against.
+Imports only torch. Training uses `fused_linear_divergence`; `vocab_parallel_divergence` is the same mathematics on
+existing logits; `dense_divergence` is the plain reference that both are tested against.
 """
 
 from megatron_trd.losses.dense import dense_divergence

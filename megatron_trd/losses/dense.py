@@ -1,4 +1,4 @@
-"""The reference: whole logits, ordinary autograd, nothing clever. Shares no code with the engine it checks."""
+"""The reference implementation: whole logits and ordinary autograd. It shares no code with the engine it checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def dense_divergence(
         clip: upper bound of one token's divergence.
         top_k: keep only the teacher's `top_k` most probable tokens (the lower index first among equals) and
             renormalise both sides on them.
-        tail: with `top_k`, do not renormalise: the other tokens together are one more outcome.
+        tail: with `top_k`, do not renormalise: the other tokens together form one more outcome.
 
     Returns:
         `[tokens]`, differentiable in `student_logits`.
@@ -55,7 +55,7 @@ def dense_divergence(
 
 
 def _together(logits: Tensor, wanted: bool) -> list[Tensor]:
-    """The logit, `[tokens, 1]`, of an outcome with the probability of all of these; none if there is none of these."""
+    """As a list, the logit `[tokens, 1]` of all these outcomes together; empty if there are none."""
     return [logits.logsumexp(dim=-1, keepdim=True)] if wanted and logits.shape[-1] else []
 
 

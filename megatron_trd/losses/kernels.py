@@ -1,4 +1,4 @@
-"""What is computed over the columns of a chunk of rows, and who computes it: torch on a CPU, Triton on a GPU."""
+"""The passes over the columns of a chunk of rows, and the choice of backend: torch on a CPU, Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_trd.losses.objective import Objective
 
 
 class Kernels(ABC):
-    """The three passes over one chunk of logits, `[rows, columns]` of student and teacher, whose memory is theirs.
+    """The three passes over one chunk of logits, `[rows, columns]` of student and teacher, which they may overwrite.
 
-    In a rank's shifted logits, written x and y (each row less its maximum over this rank's columns).
+    x and y denote a rank's shifted logits (each row minus its maximum over this rank's columns).
     """
 
     def __init__(self, student: Tensor, teacher: Tensor, objective: Objective) -> None:
@@ -30,13 +30,13 @@ class Kernels(ABC):
 
     @abstractmethod
     def gradient(self, factor: Tensor, other: Tensor, out: Tensor) -> None:
-        """Gradient of the student's logits into `out`, `[rows, columns]`, which may be those logits: `forward_kl`
-        factor e^x - other e^y; `reverse_kl` factor e^x (x - y + other); `jsd`, after `mixture`, factor
-        s (log s - log m + other)."""
+        """Write the gradient of the student's logits into `out`, `[rows, columns]`, which may be those logits:
+        `forward_kl` factor e^x - other e^y; `reverse_kl` factor e^x (x - y + other); `jsd`, after `mixture`, factor s
+        (log s - log m + other)."""
 
 
 def kernels_for(student: Tensor, teacher: Tensor, objective: Objective) -> Kernels:
-    """Triton's for float32 logits on a GPU with columns to read, torch's otherwise."""
+    """Triton kernels for float32 logits on a GPU with at least one column, torch kernels otherwise."""
     from megatron_trd.losses.torch_kernels import TorchKernels
 
     if student.is_cuda and student.dtype == torch.float32 and student.shape[1] > 0:

@@ -45,7 +45,7 @@ def vocab_parallel_log_prob(
         sums = shard.start_gather(_local_sums_(logits.div_(temperature), token_ids[here] - shard.start)).wait()
         maximum, total, chosen = sums.unbind(dim=1)  # [ranks, rows] each
         result[here] = (chosen + log_scales(maximum, total)).amax(dim=0)
-        del logits  # or they would still be there while the next chunk's are made
+        del logits  # otherwise they would still be allocated when the next chunk's are made
     return result
 
 

@@ -1,4 +1,4 @@
-"""What is measured between the two distributions: the loss's numbers, checked once."""
+"""What is measured between the two distributions: the parameters of the loss, validated once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Literal, get_args
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
-# Of each side in the mixture of `jsd`, which is zero where the mixture is one of the sides.
+# Minimum share of a side in the mixture of `jsd`, which is zero if the mixture is one of the sides.
 LEAST_SHARE = 0.001
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A divergence and its numbers; the public functions document each."""
+    """A divergence and its parameters, which the public functions document."""
 
     divergence: Divergence = "forward_kl"
     beta: float = 0.5

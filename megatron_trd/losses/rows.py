@@ -1,16 +1,17 @@
 """The divergence and its gradient for some rows of logits, in the buffers that hold them.
 
-What ranks tell each other and what follows from it; the passes over a rank's columns are `kernels.py`. Derived by hand
-in docs/method.md. With x and y the student's and the teacher's logits over the temperature, s and t their softmaxes:
+What the ranks exchange and what is computed from it; the passes over a rank's columns are in `kernels.py`. See
+docs/method.md for the derivation. With x and y the student's and the teacher's logits over the temperature, s and t
+their softmaxes:
 
     forward_kl   D = sum t (log t - log s)                       dD/dx = s - t
     reverse_kl   D = sum s (log s - log t)                       dD/dx = s (log s - log t - D)
     jsd          D = b KL(t || m) + (1 - b) KL(s || m)           dD/dx = (1 - b) s (log s - log m - KL(s || m))
                  m = b t + (1 - b) s
 
-A rank sees its columns only. It shifts them by its own maximum, sums, and sends (maximum, sum) of both sides and, for
-the two KLs, its share of D in ONE all-gather; every rank then combines the shares to the same bits. Only `jsd`, whose
-mixture needs both normalisers first, has a second collective.
+A rank sees only its own columns. It shifts them by its own maximum, sums, and sends (maximum, sum) of both sides and,
+for the two KLs, its share of D in ONE all-gather; every rank then combines the shares into bitwise equal results. Only
+`jsd`, whose mixture needs both normalisers first, has a second collective.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from megatron_trd.losses.shard import Gathering, VocabShard
 
 
 class _Sums(NamedTuple):
-    """What is known of each row once the ranks have spoken; all `[rows]`."""
+    """What is known of each row after the exchange between ranks; all `[rows]`."""
 
-    log_s: Tensor  # add to this rank's shifted student logits: log-probabilities
+    log_s: Tensor  # added to this rank's shifted student logits, gives log-probabilities
     log_t: Tensor
     divergence: Tensor | None  # of the two KLs
 
 
 class PendingRows(NamedTuple):
-    """Rows whose sums are on their way between the ranks."""
+    """Rows whose sums are being exchanged between the ranks."""
 
     kernels: Kernels
     shard: VocabShard
@@ -42,7 +43,7 @@ class PendingRows(NamedTuple):
     sums: Gathering
 
     def finish(self, scale: Tensor, out: Tensor | None) -> Tensor:
-        """The divergence of each row after `objective.clip`, `[rows]`, the same bits on every rank.
+        """The divergence of each row after `objective.clip`, `[rows]`, bitwise equal on every rank.
 
         `scale * dD/dlogits` of the student goes into `out`, `[rows, columns]`, if it is given: a tensor of any
         floating dtype, or the student's logits themselves. `scale`, `[rows]`, is the factor of each row.
@@ -58,36 +59,36 @@ class PendingRows(NamedTuple):
             kept = scale if objective.clip is None else torch.where(divergence <= objective.clip, scale, 0)
             terms = _gradient_terms(sums, expectation, kept / objective.temperature, objective)
             self.kernels.gradient(*terms, out)
-        # Rounding leaves some -1e-8 where the truth is 0: a divergence is never negative.
+        # Rounding can leave about -1e-8 where the exact value is 0: a divergence is never negative.
         return divergence.clamp(min=0, max=objective.clip)
 
 
 def start_rows_(student: Tensor, teacher: Tensor, shard: VocabShard, objective: Objective) -> PendingRows:
-    """Begin the divergence of each row; **overwrites** both logits.
+    """Start the divergence of each row; **overwrites** both logits.
 
     Args:
         student: `[rows, shard.columns]` logits, float32 or float64, rows > 0.
         teacher: likewise.
-        shard: the columns held here; its group takes part in one all-gather, which this starts (`jsd`: and one
-            all-reduce, when it is finished).
-        objective: what to compute on all of these columns. `top_k` is the business of `top_k.py`.
+        shard: the columns held here; its group takes part in one all-gather, which this starts (`jsd`: also in one
+            all-reduce, in `finish`).
+        objective: what to compute on all of these columns. `top_k` is handled in `top_k.py`.
     """
     kernels = kernels_for(student, teacher, objective)
     return PendingRows(kernels, shard, objective, shard.start_gather(kernels.statistics()))
 
 
 def log_scales(maximum: Tensor, total: Tensor) -> Tensor:
-    """What makes each rank's shifted logits log-probabilities when added, `[ranks, rows]`.
+    """Offsets `[ranks, rows]` that, added to each rank's shifted logits, give log-probabilities.
 
     `maximum` and `total`, `[ranks, rows]`, are each rank's maximum and sum of shifted exponentials. Only differences of
-    maxima enter: log sum exp itself is as large as the logits, and so would be its rounding error.
+    maxima are used: log-sum-exp itself is as large as the logits, and so would be its rounding error.
     """
     below = maximum - maximum.amax(dim=0)
     return below - (total * below.exp()).sum(dim=0).log()
 
 
 def _combine(gathered: Tensor, rank: int, objective: Objective) -> _Sums:
-    """Every rank's `[ranks, 5, rows]` to the sums of whole rows."""
+    """Combine all ranks' `[ranks, 5, rows]` into the sums of whole rows."""
     x_max, x_sum, y_max, y_sum, share = gathered.unbind(dim=1)
     log_s, log_t = log_scales(x_max, x_sum), log_scales(y_max, y_sum)  # [ranks, rows]
     if objective.divergence == "forward_kl":

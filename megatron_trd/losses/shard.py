@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Gathering(NamedTuple):
-    """An all-gather under way."""
+    """An all-gather in progress."""
 
     tensor: Tensor  # [ranks, ...], to be read after `wait`
     work: dist.Work | None
@@ -49,10 +49,10 @@ class VocabShard:
         return cls(None, 0, 1, 0, columns, columns)
 
     def start_gather(self, packed: Tensor) -> Gathering:
-        """Start to bring `[...]` of every rank together as `[ranks, ...]`, in rank order; one collective."""
+        """Start gathering `[...]` of every rank into `[ranks, ...]`, in rank order; one collective."""
         if self.size == 1:
             return Gathering(packed.unsqueeze(0), None)
-        gathered = packed.new_empty(self.size * packed.shape[0], *packed.shape[1:])  # the layout gloo asks for
+        gathered = packed.new_empty(self.size * packed.shape[0], *packed.shape[1:])  # the layout that gloo requires
         work = dist.all_gather_into_tensor(gathered, packed.contiguous(), group=self.group, async_op=True)
         return Gathering(gathered.view(self.size, *packed.shape), work)
 
@@ -63,7 +63,7 @@ class VocabShard:
         return tensor
 
     def start_sum_(self, tensor: Tensor) -> list[dist.Work]:
-        """Start the sum over the ranks, in place; the caller waits on what is returned before it reads `tensor`."""
+        """Start the sum over the ranks, in place; the caller waits on the returned work before reading `tensor`."""
         if self.size == 1:
             return []
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
@@ -71,5 +71,5 @@ class VocabShard:
 
 
 def statistics_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any input is (so that gradients can be checked numerically), float32 otherwise."""
+    """float64 if any input is (so that gradients can be checked numerically), float32 otherwise."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,11 +1,11 @@
 """The divergence on the teacher's k most probable tokens of the whole vocabulary, wherever their columns are.
 
-Each rank sends the logits of its own k best columns once; every rank then ranks the same candidates, and what is left
-is the ordinary divergence on k columns that all ranks hold. Equal logits go by the lower index, so every sharding of
-the same logits picks the same tokens.
+Each rank sends the logits of its own k best columns once; every rank then ranks the same candidates, and what remains
+is the ordinary divergence on k columns that all ranks hold. Ties go to the lower index, so every sharding of the same
+logits picks the same tokens.
 
-With a tail there is one column more, whose logit is the log-sum-exp of all that are not kept: candidates that lost, and
-the rest, of which each rank sends its maximum and its sum along with the candidates.
+With a tail there is one more column, whose logit is the log-sum-exp of all columns that are not kept: the candidates
+that lost, and the rest, whose maximum and sum each rank sends along with its candidates.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _WORTH_CUTTING = 4  # times the columns in k segments
 
 
 class _Tail(NamedTuple):
-    """The columns of one side that are not kept, of all ranks; logits over the temperature."""
+    """The columns of one side, over all ranks, that are not kept; logits divided by the temperature."""
 
-    lost: Tensor  # [rows, ranks * k] logits of candidates; NO_LOGIT of those that are kept
+    lost: Tensor  # [rows, ranks * k] logits of candidates; NO_LOGIT for the kept ones
     maxima: Tensor  # [rows, ranks] of the rest
     maximum: Tensor  # [rows] of all these
     total: Tensor  # [rows] sum of all exp(logit - maximum)
@@ -45,27 +45,27 @@ class _Tail(NamedTuple):
 class _Kept(NamedTuple):
     student: Tensor  # [rows, k] logits over the temperature, the same on every rank; with a tail [rows, k + 1]
     teacher: Tensor
-    column: Tensor  # [rows, k] where each is here; 0 where it is another rank's
-    here: Tensor  # [rows, k] whether it is here
+    column: Tensor  # [rows, k] index of each on this rank; 0 if another rank holds it
+    here: Tensor  # [rows, k] whether this rank holds it
     tail: _Tail | None  # of the student
 
 
 class PendingRestrictedRows(NamedTuple):
-    """Rows whose candidates are on their way between the ranks."""
+    """Rows whose candidates are being exchanged between the ranks."""
 
-    student: Tensor  # with a tail: exp(logit - maximum) of this rank's rest, 0 where a candidate was
+    student: Tensor  # with a tail: exp(logit - maximum) of this rank's rest, 0 for candidates
     columns: Tensor  # [rows, k] of this rank's candidates
     shard: VocabShard
     objective: Objective
-    candidates: Gathering  # [ranks, 2, rows, k] logits of student and teacher; with a tail + 2, of the rest
+    candidates: Gathering  # [ranks, 2, rows, k] logits of student and teacher; with a tail + 2, for the rest
 
     def finish(self, scale: Tensor, out: Tensor | None) -> Tensor:
-        """As `PendingRows.finish`, on the kept columns; the gradient is 0 elsewhere, or the tail's."""
+        """Like `PendingRows.finish`, on the kept columns; elsewhere the gradient is 0, or the tail's."""
         kept, k = self._keep(), self.columns.shape[1]
         on_kept = replace(self.objective, temperature=1.0, top_k=None, tail=False)
         rows = start_rows_(kept.student, kept.teacher, VocabShard.whole(kept.student.shape[1]), on_kept)
         kept_scale = scale / self.objective.temperature
-        gradient = kept.student  # where it is put
+        gradient = kept.student  # where it is written
         divergence = rows.finish(kept_scale, None if out is None else gradient)
         if out is None or self.shard.columns == 0:
             return divergence
@@ -78,7 +78,7 @@ class PendingRestrictedRows(NamedTuple):
     def _keep(self) -> _Kept:
         k, temperature = self.columns.shape[1], self.objective.temperature
         gathered = self.candidates.wait().permute(1, 2, 0, 3)  # [2, rows, ranks, ...]
-        # [rows, ranks * k]: by rank, then by each rank's order, hence by index among equals; the sort keeps that.
+        # [rows, ranks * k], ordered by rank, then as on each rank, hence by index among ties; the sort preserves that.
         student_all, teacher_all = gathered[..., :k].flatten(start_dim=2)
         place = torch.sort(teacher_all, dim=1, descending=True, stable=True).indices[:, :k]
         here = place // k == self.shard.rank
@@ -95,7 +95,7 @@ class PendingRestrictedRows(NamedTuple):
         return _Kept(student, teacher, column, here, student_tail)
 
     def _spread_(self, tail: _Tail, gradient: Tensor) -> Tensor:
-        """The gradient of the tail's logit, `[rows]`, on this rank's columns, by their shares of the tail."""
+        """Spread the gradient of the tail's logit, `[rows]`, over this rank's columns by their shares of the tail."""
         k = self.columns.shape[1]
         rank, held = self.shard.rank, min(k, self.shard.columns)
         gradient = gradient / tail.total
@@ -105,7 +105,7 @@ class PendingRestrictedRows(NamedTuple):
 
 
 def _with_tail(kept: Tensor, tail: _Tail) -> Tensor:
-    """`[rows, k + 1]` logits, less a maximum of the row first: a log-sum-exp would be as coarse as large logits are."""
+    """`[rows, k + 1]` logits minus the row's maximum: a log-sum-exp would be as coarse as large logits are."""
     maximum = torch.maximum(kept.amax(dim=1), tail.maximum)
     together = tail.maximum - maximum + tail.total.log()
     return torch.cat([kept - maximum[:, None], together[:, None]], dim=1)
@@ -114,7 +114,7 @@ def _with_tail(kept: Tensor, tail: _Tail) -> Tensor:
 def start_divergence_(
     student: Tensor, teacher: Tensor, shard: VocabShard, objective: Objective
 ) -> PendingRows | PendingRestrictedRows:
-    """`start_rows_`, on the teacher's `objective.top_k` best columns where that is set; same arguments."""
+    """`start_rows_` on the teacher's `objective.top_k` best columns, if that is set; same arguments."""
     if objective.top_k is None or objective.top_k >= shard.vocabulary:
         return start_rows_(student, teacher, shard, replace(objective, top_k=None, tail=False))
     rows, k = student.shape[0], objective.top_k
@@ -138,17 +138,18 @@ def start_divergence_(
 
 
 def _best_columns(logits: Tensor, k: int) -> Tensor:
-    """Columns of the k largest of each row, `[rows, k]`, largest first and lower index first among equals.
+    """Columns of the k largest logits of each row, `[rows, k]`, largest first, ties by lower index.
 
-    Of many columns only those in k segments are ranked, the segments with the largest maxima, lower ones first among
-    equals, and the few behind the last segment. All others come after the largest of each of these, so after k.
+    If there are many columns, only those in the k segments with the largest maxima (ties by lower index) and the few
+    after the last segment are ranked. All others rank after the largest of each of these segments, hence after k
+    columns.
     """
     columns = logits.shape[1]
     if columns <= _WORTH_CUTTING * k * _SEGMENT:
         return torch.cat([_ranked(logits[block], k) for block in row_blocks(logits)])
     whole = columns // _SEGMENT
     cut, rest = logits[:, : whole * _SEGMENT].unflatten(1, (whole, _SEGMENT)), logits[:, whole * _SEGMENT :]
-    segments = _best_columns(cut.amax(dim=2), k).sort(dim=1).values  # in order, for their columns to be
+    segments = _best_columns(cut.amax(dim=2), k).sort(dim=1).values  # in order, so that their columns are
     among = cut.gather(1, segments[:, :, None].expand(-1, -1, _SEGMENT)).flatten(start_dim=1)
     place = _best_columns(torch.cat([among, rest], dim=1), k)
     column = segments.gather(1, (place // _SEGMENT).clamp(max=k - 1)) * _SEGMENT + place % _SEGMENT
@@ -156,17 +157,17 @@ def _best_columns(logits: Tensor, k: int) -> Tensor:
 
 
 def _ranked(logits: Tensor, k: int) -> Tensor:
-    """`_best_columns` by ranking them all.
+    """`_best_columns` by ranking all columns.
 
-    `topk` breaks ties as it likes, and bf16 logits tie often. Those strictly above the k-th value are right whatever it
-    did; the rest are the first columns that equal the k-th value, found by a second `topk` on their indices.
+    `topk` breaks ties arbitrarily, and bf16 logits tie often. Columns strictly above the k-th value are correct in any
+    case; the rest are the first columns that equal the k-th value, found by a second `topk` on their indices.
     """
     columns = logits.shape[1]
     values, indices = logits.topk(k, dim=1)
     threshold = values[:, -1:]
     position = torch.arange(columns, dtype=torch.int32, device=logits.device)
     tied = torch.where(logits == threshold, -position, -columns).topk(k, dim=1).values.neg().long()
-    above = (~(values <= threshold)).sum(dim=1, keepdim=True)  # so written, NaN is above: it must come out as NaN
+    above = (~(values <= threshold)).sum(dim=1, keepdim=True)  # written so that NaN is above: it must come out as NaN
     slot = torch.arange(k, device=logits.device)
     chosen = torch.where(slot < above, indices, tied.gather(1, (slot - above).clamp(min=0)))
     chosen = chosen.sort(dim=1).values

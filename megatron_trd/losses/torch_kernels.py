@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_trd.losses.kernels import Kernels
 
-# A logit no real one reaches, for a masked column or the maximum of a shard that has none. Finite, because it meets
-# factors that are exactly 0 and 0 * inf is NaN; below float32's largest by enough to be added, doubled and scaled.
+# A logit below any real one, for a masked column or the maximum of a shard without columns. Finite, because it meets
+# factors that are exactly 0 and 0 * inf is NaN; small enough for float32 to be added, doubled and scaled.
 NO_LOGIT = -1e30
 
 HOST_BLOCK_BYTES = 2 * 2**20
-ACCELERATOR_BLOCK_BYTES = 64 * 2**20  # of what has no kernel of its own: fewer, longer operations
+ACCELERATOR_BLOCK_BYTES = 64 * 2**20  # where there is no dedicated kernel: fewer, longer operations
 
 
 def shift_(logits: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _blocks_of(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor
 
 
 class TorchKernels(Kernels):
-    """In place: each pass leaves in the logits what the next one needs."""
+    """Works in place: each pass leaves in the logits what the next one needs."""
 
     def statistics(self) -> Tensor:
         # Leaves in (student, teacher): `forward_kl` (e^x, e^y); `reverse_kl` (e^x, x - y); `jsd` (x, y).
@@ -87,7 +87,7 @@ class TorchKernels(Kernels):
             y.add_(log_t[rows, None])
             difference = y - x
             # With d = log t - log s, the larger side's log-ratio to the mixture is -log(1 + c (e^-|d| - 1)), c the
-            # weight of the smaller one, and the smaller side's is |d| less. Nothing cancels, whatever d.
+            # weight of the smaller one, and the smaller side's is |d| less. Nothing cancels for any d.
             larger = difference.abs().neg_().expm1_()
             larger.mul_(
                 weights[0] if beta == 0.5 else torch.where(difference >= 0, weights[0], weights[1])

@@ -1,7 +1,7 @@
 """The passes over a chunk of logits on a GPU: one reads both sides for the statistics, one for the gradient.
 
-A program has one row. Nothing is written but a few numbers a row and, in the last pass, the gradient, in the dtype that
-the products after it take. `jsd` has a pass in between, for the mixture.
+Each program works on one row. It writes only a few numbers per row and, in the last pass, the gradient, in the dtype
+that the next products take. `jsd` has another pass in between for the mixture.
 
 Without a GPU these run in Triton's interpreter (`TRITON_INTERPRET=1`), which the tests use.
 """
@@ -19,7 +19,7 @@ from megatron_trd.losses.kernels import Kernels
 from megatron_trd.losses.objective import Objective
 from megatron_trd.losses.torch_kernels import NO_LOGIT
 
-_BLOCK = 8192  # columns of a row that are in registers at once
+_BLOCK = 8192  # columns of a row held in registers at once
 _WARPS = 16
 _NONE = tl.constexpr(NO_LOGIT)
 
@@ -27,7 +27,7 @@ _NONE = tl.constexpr(NO_LOGIT)
 @triton.jit
 def _load(row, offsets, columns, inverse_temperature):
     logits = tl.load(row + offsets, mask=offsets < columns, other=_NONE)
-    # A column that is not there, or masked, has a logit that no real one reaches and that stays finite.
+    # A masked or out-of-range column gets a finite logit below any real one.
     return tl.maximum(logits * inverse_temperature, _NONE, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -45,8 +45,8 @@ def _statistics(
         y = _load(y_row, offsets, columns, inverse_temperature)
         new_x, new_y = tl.maximum(x_max, tl.max(x, 0)), tl.maximum(y_max, tl.max(y, 0))
         x_drop, y_drop = x_max - new_x, y_max - new_y
-        # Sums so far are moved to the new maxima. All differences are between numbers of a row's own size: logits far
-        # from zero lose nothing.
+        # Rescale the sums to the new maxima. All differences are between numbers of a row's own size: logits far from
+        # zero lose no precision.
         if KIND == 0:
             share = tl.exp(y_drop) * (share + y_sum * (y_drop - x_drop))
         if KIND == 1:
@@ -70,7 +70,7 @@ def _statistics(
 
 @triton.jit
 def _shifts(row, rows):
-    # Two numbers a side, the maximum first: their sum would have the maximum's rounding error.
+    # Two numbers per side, the maximum first: their sum would have the maximum's rounding error.
     return tl.load(row), tl.load(row + rows), tl.load(row + 2 * rows), tl.load(row + 3 * rows)
 
 
@@ -142,7 +142,7 @@ def _gradient(
 
 
 class TritonKernels(Kernels):
-    """Every pass reads the logits as they came; the gradient goes where the student's were."""
+    """Every pass reads the original logits; the gradient may overwrite the student's."""
 
     def __init__(self, student: Tensor, teacher: Tensor, objective: Objective) -> None:
         super().__init__(student, teacher, objective)
@@ -175,7 +175,7 @@ class TritonKernels(Kernels):
 
     def gradient(self, factor: Tensor, other: Tensor, out: Tensor) -> None:
         rows, columns = self.student.shape
-        # A block is read before it is written, and by its own program alone: the student's memory can take it.
+        # A block is read before it is written, and only by its own program: `out` may be the student's memory.
         _gradient[(rows, triton.cdiv(columns, _BLOCK))](
             self.student, self.teacher, out, self._shifts, factor.contiguous(), other.contiguous(), rows, columns,
             self.student.stride(0), out.stride(0), self._inverse, *self._logs, KIND=self._kind, BLOCK=_BLOCK,

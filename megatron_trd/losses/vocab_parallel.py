@@ -1,4 +1,4 @@
-"""The divergence of logits that exist: each rank holds its columns of both sides."""
+"""The divergence of existing logits: each rank holds its columns of both sides."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def vocab_parallel_divergence(
 
     Args:
         student_logits: `[tokens, V / p]`, this rank's columns in rank order; any floating dtype. -inf is a masked
-            column. Every rank of the group holds as many tokens and as many columns.
+            column. Every rank of the group holds the same number of tokens and of columns.
         teacher_logits: `[tokens, V / p]`, the same columns; never receives a gradient.
         group: the tensor-parallel group of size p; None: the vocabulary is not sharded. All its ranks must call.
         divergence: `forward_kl` = KL(teacher || student), `reverse_kl` = KL(student || teacher), or `jsd` =
@@ -43,9 +43,9 @@ def vocab_parallel_divergence(
         temperature: divides the logits of both sides; the result is not multiplied by its square.
         vocab_size: the true vocabulary; columns of global index >= vocab_size have probability 0 on both sides.
         clip: D_t becomes min(D_t, clip), with no gradient where D_t is larger.
-        top_k: the divergence on the teacher's top_k tokens of the whole vocabulary, both sides renormalised on
-            them; the lower index first among equal logits.
-        tail: not renormalised: all tokens but the top_k count together, as one more outcome.
+        top_k: restrict the divergence to the teacher's top_k tokens of the whole vocabulary, both sides renormalised on
+            them; ties go to the lower index.
+        tail: with `top_k`, do not renormalise: all other tokens together count as one more outcome.
 
     Returns:
         `[tokens]`, float32 (float64 if an input is), the same on every rank. Its gradient reaches
@@ -76,7 +76,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
     ) -> Tensor:
         dtype = statistics_dtype(student_logits, teacher_logits)
         student, teacher = (
-            # a row's columns side by side, whatever the caller's logits are a view of
+            # contiguous rows, whatever the caller's logits are a view of
             logits[:, : shard.columns].to(dtype, copy=True, memory_format=torch.contiguous_format).clamp_(min=NO_LOGIT)
             for logits in (student_logits, teacher_logits)
         )

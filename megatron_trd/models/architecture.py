@@ -17,15 +17,15 @@ from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.weights import FAMILIES, Dim
 from megatron_trd.parallel.grid import EXPERT_TP, Grid
 
-# Vocabulary shards are padded to a multiple of this many rows: the width that GPU matrix products like.
+# Vocabulary shards are padded to a multiple of this many rows, a width that suits GPU matrix products.
 VOCAB_MULTIPLE = 128
 
-EXTENSIONS = ("linear", "llama3", "yarn")  # of the context, by `rope_type` in config.json
+EXTENSIONS = ("linear", "llama3", "yarn")  # context extensions, by `rope_type` in config.json
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a decoder needs to be built, whatever its family."""
+    """What is needed to build a decoder of any family."""
 
     family: str  # Hugging Face architecture, a key of weights.FAMILIES
     layers: int
@@ -38,19 +38,19 @@ class Architecture:
     max_positions: int
     tied: bool  # input embedding and output head are one tensor
     norm_eps: float
-    rope_frequencies: tuple[float, ...]  # radians a position, one for each pair of a head's dimensions
-    rope_scale: float = 1.0  # of rotated queries and of rotated keys, where a context extension changes their length
-    experts: int = 0  # a layer; 0: dense
+    rope_frequencies: tuple[float, ...]  # radians per position, one for each pair of a head's dimensions
+    rope_scale: float = 1.0  # factor on rotated queries and keys, where a context extension changes their length
+    experts: int = 0  # per layer; 0: dense
     experts_per_token: int = 0
     expert_ffn_size: int = 0
     normalised_routing: bool = False  # the chosen experts' weights sum to 1
 
     def has(self, parameter: str) -> bool:
-        """Whether its layers have a parameter of this Megatron name."""
+        """Whether its layers have a parameter with this Megatron name."""
         return FAMILIES[self.family].has(parameter)
 
     def sizes(self) -> dict[Dim, int]:
-        """Values of the sizes that the tables of `weights` name."""
+        """Values of the sizes named in the tables of `weights`."""
         return {
             "hidden": self.hidden_size,
             "queries": self.heads * self.head_dim,
@@ -120,7 +120,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
 
 def _check_features(folder: ModelFolder, family: str) -> None:
     hf, where = folder.config, f"model folder '{folder.path}'"
-    # another family's configuration may have settings, such as multipliers, that nothing here looks at
+    # another family's configuration may have settings, such as multipliers, that are ignored here
     if type(hf).__name__ != family.replace("ForCausalLM", "Config"):
         raise UserError(
             f"{where}: config.json has the architecture {family} and the model_type {hf.model_type} of another: "
@@ -139,11 +139,11 @@ def _check_features(folder: ModelFolder, family: str) -> None:
         "dual chunk attention": getattr(hf, "dual_chunk_attention_config", None) is not None,
         "attention that is not causal": not getattr(hf, "is_causal", True),
         f"activation {hf.hidden_act}": hf.hidden_act != "silu",
-        # names and shapes are those of plain weights, the scales are apart
+        # names and shapes are those of plain weights; the scales are separate
         "quantized weights": getattr(hf, "quantization_config", None) is not None,
         "dense layers between its experts": getattr(hf, "decoder_sparse_step", 1) != 1
         or bool(getattr(hf, "mlp_only_layers", None)),
-        # which makes its weight 1 whatever the router says; megatron-core refuses that
+        # its weight is then 1 whatever the router says; megatron-core refuses that
         "one expert a token, its weight normalised": getattr(hf, "num_experts_per_tok", None) == 1
         and getattr(hf, "norm_topk_prob", False),
     }
@@ -169,8 +169,8 @@ def _rotary(hf: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
 
 
 def _max_positions(hf: Any) -> int:
-    """Tokens of context. yarn's are those it was trained on times its factor, as in vLLM: what config.json has for
-    the model's own may be either's."""
+    """Tokens of context. For yarn, the length it was trained on times its factor, as in vLLM: the model's own value in
+    config.json may be either length."""
     rope = _rope(hf)
     if rope["rope_type"] == "yarn":
         return int(rope["original_max_position_embeddings"] * rope["factor"])
@@ -205,13 +205,13 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
         attention_backend=attention_backend(),
-        # Queries and keys are rotated whole: to scale both is to scale their products.
+        # Queries and keys are rotated whole, so scaling both scales their products.
         softmax_scale=arch.rope_scale**2 / math.sqrt(arch.head_dim),
         tensor_model_parallel_size=grid.layout.tp,
         pipeline_model_parallel_size=grid.layout.pp,
         sequence_parallel=sequence_parallel,
         variable_seq_lengths=True,  # micro-batches are as long as their longest sample, no longer
-        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, dense models too
+        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, for dense models too
         expert_model_parallel_size=grid.layout.ep,
         expert_tensor_parallel_size=EXPERT_TP,
         calculate_per_token_loss=True,  # gradients are sums; token weights carry every normalisation
@@ -222,10 +222,10 @@ def transformer_config(
 
 
 def attention_backend() -> Any:
-    """What transformer-engine's own variables (`NVTE_FLASH_ATTN=0`, …) leave of its kinds of attention.
+    """The kinds of attention that transformer-engine's own variables (`NVTE_FLASH_ATTN=0`, …) leave enabled.
 
-    megatron-core's `AttnBackend` has each of them, and all of them; it refuses variables that are not as it would set
-    them. Raises `UserError` where two are left.
+    megatron-core's `AttnBackend` covers one kind or all of them; it refuses variables that differ from what it would
+    set. Raises `UserError` if two are left.
     """
     from megatron.core.transformer.enums import AttnBackend
 
@@ -243,7 +243,7 @@ def attention_backend() -> Any:
 
 def _expert_fields(arch: Architecture) -> dict[str, Any]:
     """Routing as in `transformers` modeling_qwen3_moe.py: softmax over all experts, the best chosen, then normalised
-    or not. To normalise is the same as a softmax over the chosen ones alone, which is what megatron-core calls not
+    or not. Normalising is the same as a softmax over the chosen experts alone, which megatron-core does without
     "pre-softmax". There is no balancing loss: the divergence is the whole objective."""
     return {
         "num_moe_experts": arch.experts,
@@ -282,7 +282,7 @@ def build_model(arch: Architecture, grid: Grid, config: Any, *, with_head: bool)
         position_embedding_type="rope",
         pg_collection=grid.groups,
     )
-    # megatron-core computes frequencies for a whole-number base and one kind of context extension only
+    # megatron-core computes frequencies only for an integer base and one kind of context extension
     model.rotary_pos_emb.inv_freq = torch.tensor(arch.rope_frequencies, device=platform.current().device)
     if grid.is_last_stage and not with_head:
         del model.output_layer

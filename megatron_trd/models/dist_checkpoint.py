@@ -1,8 +1,8 @@
 """megatron-core distributed checkpoints (`torch_dist`), written and read one tensor at a time by a single process.
 
-megatron-core itself saves and loads whole models. Here a checkpoint is written piece by piece in the form in which
-megatron-core's own save leaves it (the sharded tensors of a model at TP1 PP1 EP1, layers and experts stacked on leading
-axes), so any TP x PP x EP layout loads it; and one saved at any layout is read piece by piece. On the disk: `.metadata`
+megatron-core itself saves and loads whole models. Here a checkpoint is written piece by piece in the format of
+megatron-core's own save (the sharded tensors of a model at TP1 PP1 EP1, layers and experts stacked on leading axes), so
+any TP x PP x EP layout can load it; a checkpoint saved at any layout is read piece by piece. On disk: `.metadata`
 (pickled torch.distributed.checkpoint `Metadata`: where each piece of each tensor is), `__K_0.distcp` (the pieces, each
 as `torch.save` writes it), `common.pt` (what is not sharded) and `metadata.json`.
 """
@@ -36,11 +36,11 @@ from megatron_trd.errors import UserError, line_of
 from megatron_trd.files import HashedFile
 from megatron_trd.models.architecture import Architecture
 
-# Of a tensor that are written and read at once, unless one row is larger. The C library gives larger ones memory fresh
-# from the system each time, which costs more than to copy them.
+# Bytes of a tensor written or read at once, unless one row is larger. For larger pieces the C library gets new memory
+# from the system each time, which costs more than copying them.
 PIECE_BYTES = 2**24
-_FILE_BYTES = 2**32  # of one file, after which the next is begun
-# What megatron-core writes beside the tensors, and looks for when it loads.
+_FILE_BYTES = 2**32  # of one file, after which the next is started
+# What megatron-core writes beside the tensors and checks when loading.
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -63,12 +63,12 @@ class CheckpointWriter:
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._file: HashedFile | None = None
         self._name = ""
-        self.digests: dict[str, str] = {}  # file name -> BLAKE3 hash, of the files that are done
+        self.digests: dict[str, str] = {}  # file name -> BLAKE3 hash, of the finished files
 
     def add(self, key: str, size: Sequence[int], index: tuple[int, ...], tensor: Tensor, row: int = 0) -> None:
         """Write `tensor`: `[*index, row:row + len(tensor)]` of the stacked tensor `key` of shape `size`.
 
-        It owns its memory: `torch.save` writes all that a tensor is a view of.
+        It must own its memory: `torch.save` writes the whole storage of a view.
         """
         properties = TensorProperties(dtype=tensor.dtype)
         known = self._tensors.setdefault(key, TensorStorageMetadata(properties, torch.Size(size), []))
@@ -89,10 +89,10 @@ class CheckpointWriter:
             self._name = f"__{len(self.digests)}_0.distcp"
             self._file = HashedFile(self._path / self._name)
         begin = self._file.tell()
-        torch.serialization.set_crc32_options(False)  # the file's own checksum is stronger, and beside the way
+        torch.serialization.set_crc32_options(False)  # the file's own checksum is stronger, in another thread
         try:
-            torch.save(value, self._file)  # type: ignore[arg-type]  # write and flush are all it asks for
-        except RuntimeError:  # what torch makes of a write that failed
+            torch.save(value, self._file)  # type: ignore[arg-type]  # it only needs write and flush
+        except RuntimeError:  # what torch raises when a write fails
             raise self._file.error or RuntimeError(f"{index} cannot be saved") from None
         finally:
             torch.serialization.set_crc32_options(True)
@@ -106,7 +106,7 @@ class CheckpointWriter:
             self._file = None
 
     def close(self) -> None:
-        """Write what makes the files a checkpoint: until then nothing loads them."""
+        """Write the metadata that makes the files a checkpoint: until then nothing loads them."""
         self._end_file()
         torch.save({}, self._path / "common.pt")
         metadata = Metadata(self._tensors, storage_data=self._places, version="1.0.0")
@@ -115,10 +115,10 @@ class CheckpointWriter:
 
 
 def write_states(writer: CheckpointWriter, arch: Architecture) -> None:
-    """Write the empty states of a model's layers (scales of FP8, which nobody has yet).
+    """Write the empty states of a model's layers (FP8 scales, which do not exist yet).
 
-    megatron-core asks for them when it loads: those of the local layers, and those of transformer-engine's, whose norms
-    have one where they are not part of a linear layer.
+    megatron-core expects them when loading: those of the local layers, and those of transformer-engine's, whose norms
+    have one if they are not part of a linear layer.
     """
     modules = ["self_attention.linear_proj", "self_attention.linear_qkv", "self_attention.core_attention"]
     modules += ["pre_mlp_layernorm"] if arch.experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
@@ -173,7 +173,7 @@ class CheckpointReader:
     def check_objects(self) -> None:
         """Raise `UserError` if one of megatron-core's sharded objects holds more than plain values.
 
-        To be called before megatron-core loads a checkpoint: it unpickles them, whatever they are.
+        To be called before megatron-core loads a checkpoint, since it unpickles them unconditionally.
         """
         for key, value in self._metadata.state_dict_metadata.items():
             if isinstance(value, BytesStorageMetadata):
@@ -218,7 +218,7 @@ class CheckpointReader:
         return target.view(size[len(index) :])
 
     def pieces(self, key: str, index: tuple[int, ...]) -> Iterator[Tensor]:
-        """`key[index]` in consecutive pieces of rows: as it was saved, where it was cut by rows only."""
+        """`key[index]` in consecutive pieces of rows: as saved if it was cut by rows only, else whole."""
         depth = len(index)
         size = self._tensor(key).size
         chunks = sorted(self._chunks(key, depth).get(index, []), key=lambda chunk: chunk.offsets[depth])
@@ -261,7 +261,7 @@ def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Ten
     return tensor
 
 
-# Classes that a checkpoint's `.metadata` is made of; all else in its pickle is refused.
+# Classes that a checkpoint's `.metadata` consists of; anything else in its pickle is refused.
 _SAFE = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},

@@ -32,11 +32,11 @@ _COMPANIONS = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-MAX_SHARD_BYTES = 5 * 10**9  # of one safetensors file: what the hub's own tools default to
+MAX_SHARD_BYTES = 5 * 10**9  # of one safetensors file: the default of the hub's own tools
 
 
 def copy_companions(like: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Copy configuration and tokenizer of a folder; `dtype`: what the configuration is to say of the weights."""
+    """Copy configuration and tokenizer of a folder; `dtype`: the weights' dtype to record in the configuration."""
     for file in (path for pattern in _COMPANIONS for path in like.path.glob(pattern) if path.is_file()):
         copy = target / file.relative_to(like.path)
         copy.parent.mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ def exported_tensors(arch: Architecture, dtype: Callable[[Slot], torch.dtype]) -
 
 
 def main_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
-    """The dtype of most of a model's values: what its configuration names."""
+    """The dtype of most of a model's values, which its configuration names."""
     values: Counter[torch.dtype] = Counter()
     for info in tensors:
         values[info.dtype] += info.nbytes // info.dtype.itemsize
@@ -72,12 +72,12 @@ class FolderWriter:
         self._target = target
         self._shards = _cut(tensors, max_shard_bytes)
         self._next = [(shard, info) for shard, infos in enumerate(self._shards) for info in infos]
-        self._missing = 0  # bytes of the tensor that is being written
+        self._missing = 0  # bytes still to come of the tensor being written
         self._file: HashedFile | None = None
-        self.digests: dict[str, str] = {}  # file name -> BLAKE3 hash, of the files that are done
+        self.digests: dict[str, str] = {}  # file name -> BLAKE3 hash, of the finished files
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor, or its next rows. Tensors come in the order in which they were announced."""
+        """Append a tensor, or its next rows. Tensors must come in the announced order."""
         shard, info = self._next[0]
         if not self._missing:
             self._missing = info.nbytes
@@ -130,7 +130,7 @@ def write_folder(
 
 
 def _cut(tensors: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
-    """Tensors by file: as many as fit, and each at an offset that its dtype divides, as readers ask."""
+    """Tensors by file: as many as fit, each at an offset that is a multiple of its dtype's size, as readers require."""
     shards: list[list[TensorInfo]] = []
     size = max_bytes
     for info in tensors:
@@ -143,7 +143,7 @@ def _cut(tensors: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorInfo]
 
 
 def _header(tensors: Sequence[TensorInfo]) -> bytes:
-    """A safetensors header: its length, then what is where, padded so that the data begins at a multiple of 8."""
+    """A safetensors header: its length, then where each tensor is, padded so that data begins at a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for info in tensors:

@@ -22,7 +22,7 @@ WEIGHT_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors file says of a tensor."""
+    """What a safetensors file states about a tensor."""
 
     name: str
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class TensorInfo:
 
 
 class ModelFolder:
-    """Reads `config.json`, the tokenizer and the safetensors of a local folder, each when it is asked for.
+    """Reads `config.json`, the tokenizer and the safetensors of a local folder, each on demand.
 
     Raises `UserError` for a folder, configuration, index or shard that is missing or broken.
     """
@@ -77,8 +77,8 @@ class ModelFolder:
 
     @functools.cached_property
     def stop_tokens(self) -> frozenset[int]:
-        """Tokens that end a response, as vLLM has them: those of generation_config.json, or of config.json where there
-        is none, and the tokenizer's."""
+        """Tokens that end a response, as in vLLM: those of generation_config.json, or of config.json where there is
+        none, and the tokenizer's."""
         from transformers import GenerationConfig
 
         try:
@@ -119,7 +119,7 @@ class ModelFolder:
         raise UserError(f"model folder '{self.path}': {index.name} has no usable weight_map: {reason}")
 
     def names(self) -> set[str]:
-        """Names of all tensors, those too that a file holds and the index does not name."""
+        """Names of all tensors, including those that a file holds but the index does not name."""
         return set(self.weight_map).union(*(self._header(file) for file in set(self.weight_map.values())))
 
     def info(self, name: str) -> TensorInfo | None:
@@ -134,15 +134,16 @@ class ModelFolder:
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in the dtype it is stored in.
 
-        The file is opened anew: what was read of a mapped file counts as this process's memory until it is closed.
+        The file is reopened each time: what was read from a mapped file counts as this process's memory until it is
+        closed.
         """
         with self._open(self.weight_map[name]) as file:
             found: Tensor = file.get_tensor(name)
             return found
 
     def read_rows(self, name: str, start: int, target: Tensor) -> None:
-        """Read rows of a tensor, from row `start` on, into `target` (contiguous, of the tensor's dtype): no more of
-        the file is in memory than that."""
+        """Read rows of a tensor, from row `start` on, into `target` (contiguous, of the tensor's dtype), with no more
+        of the file in memory than that."""
         info = self.info(name)
         assert info is not None, name
         assert (target.dtype, target.shape[1:]) == (info.dtype, info.shape[1:]), (

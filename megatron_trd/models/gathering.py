@@ -1,8 +1,8 @@
-"""Full tensors of a model that is spread over a grid.
+"""Full tensors of a model that is sharded over a grid.
 
-The ranks that hold a whole model between them (`Layout.copies`) work together. Where they share a machine's memory,
-each looks at the others' shards where they lie. Where they do not, shards are exchanged in flat buckets: the ranks that
-have shards of a bucket send them to all, and nobody else sends.
+The ranks that together hold a whole model (`Layout.copies`) cooperate. If they share a machine's memory, each reads the
+others' shards in place. Otherwise shards are exchanged in flat buckets: only the ranks that have shards of a bucket
+send, to all others.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def buckets(table: Sequence[Slot], limit: int) -> list[Bucket]:
 
 
 class GatheredSource:
-    """A `loading.Source` of a running model's weights. Collective: every rank asks for every slot in order.
+    """A `loading.Source` of a running model's weights. Collective: every rank requests every slot in order.
 
-    What it gives is valid until a slot of another bucket is asked for, or the weights change: copy what is kept.
+    Its tensors are valid until a slot of another bucket is requested or the weights change: copy what is kept.
     """
 
     def __init__(self, weights: SpreadWeights, table: Sequence[Slot] | None = None) -> None:
         """`table`: the slots of `weights`, if not the whole model's."""
         self.named, self.arch, self.grid, peers = weights.named, weights.arch, weights.grid, weights.peers
-        # Parameters of each rank of the copy, where this one sees them all.
+        # Parameters of each rank of the copy, if this one can see them all.
         self._seen = peers.tensors if peers else [self.named] if len(self.grid.copy) == 1 else None
         self._embedding = slots(self.arch)[0]
         self._dtype = weights.dtype
@@ -71,7 +71,7 @@ class GatheredSource:
         self._present: Bucket | None = None
         self._full: dict[Slot, Callable[[], list[Tensor]]] = {}
         if peers:
-            peers.barrier()  # everyone's weights are as they are to be
+            peers.barrier()  # all ranks' weights are up to date
 
     def __call__(self, slot: Slot) -> list[Tensor]:
         slot = self._exported(slot)
@@ -79,7 +79,7 @@ class GatheredSource:
             return merge(slot, self._shards(slot, self._seen), self.arch)
         bucket = self._bucket_of[slot]
         if bucket is not self._present:
-            self._full = {}  # before the next: one bucket at a time
+            self._full = {}  # freed before the next: one bucket at a time
             self._full = self._exchange(bucket)
             self._present = bucket
         return self._full[slot]()
@@ -90,7 +90,7 @@ class GatheredSource:
         return {slot: bucket for bucket in filled for slot in bucket.slots}
 
     def pieces(self, slot: Slot) -> list[Piece]:
-        """What `self(slot)` gives, in pieces: where its ranks have them, if this one sees them there."""
+        """The tensors of `self(slot)` in pieces: in place on the ranks that hold them, if this one can see them."""
         if not self._seen:
             return uncut(self(slot))
         slot = self._exported(slot)
@@ -104,9 +104,9 @@ class GatheredSource:
         return [self._of(slot, seen[self.grid.copy.index(rank)]) for rank in self._holders(slot)]
 
     def _exchange(self, bucket: Bucket) -> dict[Slot, Callable[[], list[Tensor]]]:
-        """Every rank's shards on all ranks; full tensors are put together when they are asked for.
+        """Send every rank's shards to all ranks; full tensors are assembled on request.
 
-        A bucket's slots are mostly of one pipeline stage. An all-gather, to which each rank brings as much as any,
+        A bucket's slots mostly belong to one pipeline stage. An all-gather, to which all ranks contribute equally,
         would move it as often as there are stages.
         """
         current, copy = platform.current(), self.grid.copy
@@ -132,7 +132,7 @@ class GatheredSource:
         return {slot: functools.partial(merge, slot, shards, self.arch) for slot, shards in found.items()}
 
     def _holders(self, slot: Slot) -> list[int]:
-        """Ranks of this copy whose shards make the slot's tensors, in order."""
+        """Ranks of this copy whose shards make up the slot's tensors, in order."""
         layout = self.grid.layout
         stage = len(self.grid.copy) // layout.pp
         first = stage_of(slot, self.arch, layout.pp) * stage
@@ -149,7 +149,7 @@ class GatheredSource:
 
 
 class SpreadWeights:
-    """The weights of a running model, for all who want full tensors of them."""
+    """The weights of a running model, as a source of full tensors."""
 
     def __init__(
         self,
@@ -161,19 +161,19 @@ class SpreadWeights:
         dtype: torch.dtype | None = None,
         shown: bool = True,
     ) -> None:
-        """`named`: this rank's tensors by global Megatron name, of `dtype` (the platform's); `shown`: moved to where
-        the other ranks of `grid.copy` can look at them, if there is such a place. Collective then."""
+        """`named`: this rank's tensors by global Megatron name, of `dtype` (None: the platform's); `shown`: move them
+        to where the other ranks of `grid.copy` can read them, if there is such a place. Collective then."""
         current = platform.current()
         self.named, self.arch, self.grid, self.bucket_bytes = named, arch, grid, bucket_bytes
         self.dtype = dtype or current.dtype
-        # At once: to move tensors takes memory for the largest storage, later in short supply.
+        # Done now: moving tensors takes memory for the largest storage, which is scarce later.
         self.peers: Peers | None = current.peers(named, grid.copy_group) if shown else None
 
     def source(self, table: Sequence[Slot] | None = None) -> GatheredSource:
-        """The present weights, of the slots in `table` or of all. Collective."""
+        """The current weights of the slots in `table`, or of all. Collective."""
         return GatheredSource(self, table)
 
     def settle(self) -> None:
-        """Return when no rank looks at these weights any more: before they change. Collective."""
+        """Wait until no rank reads these weights any more, before they change. Collective."""
         if self.peers:
             self.peers.barrier()

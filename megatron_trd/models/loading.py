@@ -1,7 +1,7 @@
 """Weights in and out of running models: shards from a source, and full tensors gathered from shards.
 
-A `Source` gives the full Hugging Face tensors of a slot, wherever they are: a folder, a distributed checkpoint, or a
-model spread over a grid.
+A `Source` gives the full Hugging Face tensors of a slot, from a folder, a distributed checkpoint, or a model sharded
+over a grid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Source = Callable[[Slot], list[Tensor]]
 
 @runtime_checkable
 class PiecewiseSource(Protocol):
-    """A `Source` that can also give them in pieces, without putting them together."""
+    """A `Source` that can also give the tensors in pieces, without assembling them."""
 
     def __call__(self, slot: Slot) -> list[Tensor]: ...
 
@@ -35,7 +35,7 @@ class PiecewiseSource(Protocol):
 
 
 def piecewise(source: Source) -> Callable[[Slot], list[Piece]]:
-    """Gives the full tensors of a slot, in pieces if that is how `source` has them."""
+    """Gives the full tensors of a slot, in pieces if `source` has them in pieces."""
     return source.pieces if isinstance(source, PiecewiseSource) else lambda slot: uncut(source(slot))
 
 
@@ -72,7 +72,7 @@ def folder_pieces(folder: ModelFolder, slot: Slot, arch: Architecture, dtype: to
 
 
 def _overlap(segments: list[tuple[int, int, int]], begin: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
-    """What of `parts` lies in rows `[begin, begin + rows)`: (tensor, its row, row after `begin`, number of rows)."""
+    """The ranges of `parts` in rows `[begin, begin + rows)`: (tensor, its row, row after `begin`, number of rows)."""
     row = 0
     for part, start, count in segments:
         first, last = max(row, begin), min(row + count, begin + rows)
@@ -84,7 +84,7 @@ def _overlap(segments: list[tuple[int, int, int]], begin: int, rows: int) -> Ite
 def exported_pieces(pieces: Iterable[Tensor], slot: Slot, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Consecutive pieces of rows of a slot's parameter at TP1 -> (Hugging Face name, next rows), without padding.
 
-    What comes of one tensor is passed on at once; q, k and v or gate and up are kept until the slot is whole.
+    Rows of a slot with one tensor are passed on at once; q, k and v or gate and up are kept until the slot is complete.
     """
     if len(slot.hf) == 1:
         row = 0
@@ -103,14 +103,14 @@ def exported_pieces(pieces: Iterable[Tensor], slot: Slot, arch: Architecture) ->
         yield from ((name, tensor) for tensor in rows)
 
 
-# Buffers of old checkpoints: `transformers` computes them anew.
+# Buffers in old checkpoints, which `transformers` recomputes.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
 def check_folder(folder: ModelFolder, arch: Architecture) -> None:
     """Raise `UserError` naming the first tensor that is missing, unknown, or of a wrong shape. Reads file headers only.
 
-    The head of a tied model may be stored as well, if it is the embedding.
+    The head of a tied model may be stored as well, if it equals the embedding.
     """
     table = slots(arch)
     where = f"model folder '{folder.path}'"
@@ -171,7 +171,7 @@ def load(
 ) -> None:
     """Fill this rank's tensors, named as by `local_parameters`: `tensor <- decay * tensor + (1 - decay) * source`.
 
-    `all_slots`: ask `source` for every slot in order, needed where it is collective; otherwise for local ones only.
+    `all_slots`: request every slot from `source` in order, required if it is collective; otherwise only local ones.
     """
     for slot in slots(arch):
         tensor = find(slot, named)
@@ -203,7 +203,7 @@ def local_parameters(model: torch.nn.Module, arch: Architecture, grid: Grid) -> 
 
 
 def find(slot: Slot, named: Mapping[str, Tensor]) -> Tensor | None:
-    """The parameter of a slot on this rank, under whichever layer spec it was built."""
+    """The parameter of a slot on this rank, whichever layer spec it was built with."""
     return next((named[name] for name in slot.megatron if name in named), None)
 
 

@@ -23,14 +23,14 @@ _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # other tensors are
 
 
 class MegatronFolder:
-    """Opens a checkpoint of any layout. Raises `UserError` if it is not whole or not of the architecture it says.
+    """Opens a checkpoint of any layout. Raises `UserError` if it is incomplete or not of the architecture it declares.
 
-    `like`: a Hugging Face folder with configuration and tokenizer, for a checkpoint that has none with it.
+    `like`: a Hugging Face folder with configuration and tokenizer, for a checkpoint without its own.
     """
 
     def __init__(self, path: str | Path, like: Path | None = None) -> None:
         self.path = Path(path)
-        # before they are parsed; the weights are compared by whoever reads them all
+        # before they are parsed; the weights are compared when all of them are read
         check_small_sums(self.path)
         self.reader = CheckpointReader(self.path)
         if like is None and not (self.path / COMPANIONS / "config.json").is_file():
@@ -62,8 +62,8 @@ class MegatronFolder:
             )
 
     def _check_padding(self, key: str, rows: int) -> None:
-        """Rows beyond the vocabulary are left out: refuse them where they can be tokens."""
-        # Whoever saved it padded for its own TP, which divides the heads.
+        """Rows beyond the vocabulary are left out: refuse them if they may be tokens."""
+        # The checkpoint was padded for the TP it was saved with, which divides the heads.
         sizes = (self.arch.padded_vocab(tp) for tp in range(1, self.arch.heads + 1) if self.arch.heads % tp == 0)
         if rows not in sizes:
             raise UserError(
@@ -83,7 +83,7 @@ class MegatronFolder:
 
 
 def load_model(path: Path, model: Any) -> None:
-    """Load a checkpoint by megatron-core itself, into a model of any layout that has its head. Collective.
+    """Load a checkpoint with megatron-core itself, into a model of any layout that has its head. Collective.
 
     Raises `UserError` for a checkpoint that is broken, or holds more than tensors and plain values.
     """

@@ -1,4 +1,4 @@
-"""A model on disk, in either form that a run can begin from."""
+"""A model on disk, in either form that a run can start from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Model:
             check_folder(self.folder, self.arch)
 
     def with_vocabulary(self, size: int) -> Model:
-        """This model without the rows of embedding and head beyond the first `size`, which are no tokens'."""
+        """This model without the rows of embedding and head beyond the first `size`, which belong to no token."""
         if size == self.arch.vocab_size:
             return self
 

@@ -147,9 +147,9 @@ class Slot:
     shapes: tuple[tuple[int, ...], ...]  # of the Hugging Face tensors
     kind: Kind
     place: Place
-    key: str  # of the stacked tensor in distributed checkpoints that it is one layer or expert of
+    key: str  # of the stacked tensor in distributed checkpoints, of which it is one layer or expert
     stack: tuple[int, ...] = ()  # sizes of the stacked axes: layers, experts
-    index: tuple[int, ...] = ()  # its place on them
+    index: tuple[int, ...] = ()  # its position on them
     exported: bool = True  # False: a second copy of a tensor that another slot exports (tied head)
 
     @property
@@ -169,11 +169,11 @@ class Slot:
 
     @property
     def size(self) -> int:
-        """Values in it, and in its Hugging Face tensors together."""
+        """Number of values in it, and in its Hugging Face tensors together."""
         return math.prod(self.whole)
 
 
-@functools.lru_cache(maxsize=8)  # a refit asks for it twice
+@functools.lru_cache(maxsize=8)  # a refit calls it twice
 def slots(arch: Architecture) -> tuple[Slot, ...]:
     """Every parameter of the model, in Hugging Face order (embedding, layers, final norm, head)."""
     hidden, vocab = arch.hidden_size, (arch.vocab_size, arch.hidden_size)
@@ -262,12 +262,12 @@ class Piece:
     index: int  # of the tensor
     row: int  # where it begins in the tensor
     column: int
-    values: Tensor  # with one dimension more than the tensor has: its rows by groups, which lie apart
+    values: Tensor  # one dimension more than the tensor has means rows by group, the groups not adjacent
 
     def copy_to(self, window: Tensor, row: int = 0, column: int = 0) -> int:
-        """Copy what lies in a window of the tensor that begins at (row, column); returns the number of values.
+        """Copy the values within a window of the tensor that begins at (row, column); returns their number.
 
-        Of a piece by groups a window has whole groups.
+        The window of a piece with groups must contain whole groups.
         """
         values, begins, ats = self.values, [self.row, self.column], [row, column]
         if values.dim() > window.dim():
@@ -288,11 +288,11 @@ class Piece:
 
 
 def pieces(slot: Slot, part: Tensor, arch: Architecture, rank: int, tp: int) -> Iterator[Piece]:
-    """Of a slot's Hugging Face tensors, what the Megatron shard of tensor-parallel rank `rank` of `tp` holds; views."""
+    """Pieces of a slot's Hugging Face tensors in the Megatron shard of tensor-parallel rank `rank` of `tp`; views."""
     match slot.kind:
         case "row":
             yield Piece(0, 0, rank * part.shape[1], part)
-        case "qkv":  # a group's rows of all three are one behind the other; one copy each takes those of all groups
+        case "qkv":  # a group's q, k and v rows are consecutive; one copy of each covers all groups
             sizes, groups = _group_rows(slot, arch), arch.kv_heads // tp
             by_group = part.unflatten(0, (groups, sum(sizes))).split(sizes, 1)
             for index, (size, values) in enumerate(zip(sizes, by_group, strict=True)):
@@ -310,7 +310,7 @@ def _group_rows(slot: Slot, arch: Architecture) -> list[int]:
 
 
 def uncut(full: Sequence[Tensor]) -> list[Piece]:
-    """A slot's Hugging Face tensors, each a piece."""
+    """A slot's Hugging Face tensors, each as one piece."""
     return [Piece(index, 0, 0, values) for index, values in enumerate(full)]
 
 

@@ -1,1 +1,1 @@
-"""Process groups of student and teacher, and what travels between them."""
+"""Process groups of student and teacher, and the data exchanged between them."""

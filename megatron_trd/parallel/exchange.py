@@ -1,6 +1,6 @@
-"""Teacher hidden states travel from the teacher's last stage to the student's last stage.
+"""Sends teacher hidden states from the teacher's last stage to the student's last stage.
 
-`[response tokens, hidden_T]` of one sample is 8-10 KB a token; its logits over a 151,936-token vocabulary would be
+`[response tokens, hidden_T]` of one sample takes 8-10 KB per token; its logits over a 151,936-token vocabulary would be
 304 KB in bf16.
 """
 
@@ -18,7 +18,7 @@ from megatron_trd.parallel.grid import Layout
 
 @dataclass(frozen=True)
 class Route:
-    """Where one sample's hidden states are made and where they are needed."""
+    """Where one sample's hidden states are computed and where they are needed."""
 
     sample: int
     tokens: int  # response tokens

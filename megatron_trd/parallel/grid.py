@@ -58,9 +58,9 @@ class Layout:
 
     @property
     def copies(self) -> list[list[int]]:
-        """The ranks that hold a whole model between them, for each copy: stage by stage, in rank order.
+        """For each copy of the model, the ranks that together hold it: stage by stage, in rank order.
 
-        A copy is as many neighbouring ranks of every stage as tensor or expert parallelism spreads a tensor over.
+        A copy takes as many neighbouring ranks of every stage as tensor or expert parallelism spreads a tensor over.
         """
         block, stage = math.lcm(self.tp, self.ep), self.tp * self.dp
         return [
@@ -114,12 +114,12 @@ def student_grid(tp: int, pp: int, ep: int = 1, *, seed: int) -> Grid:
         distributed_timeout_minutes=int(platform.PATIENCE.total_seconds()) // 60,
     )
     with platform.current().megatron():
-        model_parallel_cuda_manual_seed(seed)  # layers ask for their random states when built, dropout or not
+        model_parallel_cuda_manual_seed(seed)  # layers request random states when built, with or without dropout
     return _grid(layout, ProcessGroupCollection.use_mpu_process_groups())
 
 
 def teacher_grid(tp: int, pp: int, ep: int = 1) -> Grid:
-    """A second grid over the same ranks, apart from the global one. Every rank must call it."""
+    """A second grid over the same ranks, separate from the global one. Every rank must call this."""
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.process_groups_config import ProcessGroupCollection
 
