@@ -138,9 +138,9 @@ def share_gloo_device() -> None:
 def patch_optimizers() -> None:
     """Let the optimizers load a checkpoint with plain torch Adam under them (no transformer-engine or Apex).
 
-    torch Adam keeps `step` as a tensor in each parameter's state. The distributed optimizer's load path (1) looks for it
-    among the saved sharded tensors, where it is not, and (2) puts one shared tensor into every state, which Adam then
-    advances once per parameter. `FP32Optimizer` saves the common step, except when it is 0.
+    torch Adam keeps `step` as a tensor in each parameter's state. The distributed optimizer's load path (1) looks for
+    it among the saved sharded tensors, where it is not, and (2) puts one shared tensor into every state, which Adam
+    then advances once per parameter. `FP32Optimizer` saves the common step, except when it is 0.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import FP32Optimizer
