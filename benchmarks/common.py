@@ -1,4 +1,4 @@
-"""What several benchmarks use."""
+"""Code shared by several benchmarks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 
 
 def kernel_bytes(name: str, path: str = "/proc/self/status") -> int:
-    """Bytes by this name in a file of /proc: this process's `VmRSS` and `VmHWM`, or `MemAvailable` of /proc/meminfo.
+    """Bytes under this name in a file of /proc: this process's `VmRSS` and `VmHWM`, or `MemAvailable` of /proc/meminfo.
 
-    `VmHWM`, not `ru_maxrss`, is a process's peak: the latter begins with that of its parent.
+    `VmHWM`, not `ru_maxrss`, is a process's peak: the latter starts from that of its parent.
     """
     [line] = [line for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
 
 
 def held_bytes(device: str) -> int:
-    """Bytes held now: resident ones on a CPU, allocated ones on a GPU. The point from which `peak_bytes` looks."""
+    """Bytes held now: resident ones on a CPU, allocated ones on a GPU. `peak_bytes` measures from this call on."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with contextlib.suppress(OSError):  # where it is forbidden, a peak is one of the process's whole life
+    with contextlib.suppress(OSError):  # if not permitted, the peak is that of the process's whole life
         Path("/proc/self/clear_refs").write_text("5")
     return kernel_bytes("VmRSS")
 
@@ -43,12 +43,12 @@ def cores() -> int:
 
 
 def machine(device: str = "cpu") -> str:
-    """What computes, for a table's head."""
+    """The machine's hardware, for a table's head."""
     return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {cores()} cores"
 
 
 def on_a(device: str) -> str:
-    """For a table's title."""
+    """The device as part of a table's title."""
     return {"cpu": "on a CPU", "cuda": "on a GPU"}[device]
 
 
@@ -58,7 +58,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def publish(title: str, text: str, path: Path | None) -> None:
-    """Print a benchmark's text; with a `path`, write it there under its title and the command that gave it."""
+    """Print a benchmark's text; with a `path`, write it there under its title and the command that produced it."""
     print(text)
     if path is not None:
         command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
@@ -66,5 +66,5 @@ def publish(title: str, text: str, path: Path | None) -> None:
 
 
 def matches(name: str, texts: list[str]) -> bool:
-    """Whether one of `texts` is in a case's name, in small letters or large."""
+    """Whether a case's name contains one of `texts`, ignoring case."""
     return any(text.lower() in name.lower() for text in texts)

@@ -34,7 +34,7 @@ from megatron_trd.models.export import FolderWriter, exported_tensors
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.weights import slots
 
-_MODEL: dict[str, Any] = {  # hidden sizes of Qwen3-4B, few enough layers
+_MODEL: dict[str, Any] = {  # hidden sizes of Qwen3-4B, with fewer layers
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "dtype": "bfloat16",
@@ -55,7 +55,7 @@ class _Run:
     """One run of one task in a process of its own."""
 
     seconds: float
-    peak: int  # bytes on top of what the imports took
+    peak: int  # bytes on top of those of the imports
 
 
 def main() -> None:
@@ -156,14 +156,14 @@ def _bytes(folder: Path) -> int:
 
 
 def _in_a_process(name: str, source: Path, target: Path) -> _Run:
-    os.sync()  # nobody pays for what another left to be written
+    os.sync()  # so that no run pays for another's pending writes
     command = [sys.executable, "-m", "benchmarks.convert", "--task", name, str(source), str(target)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     return _Run(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def _measure(name: str, source: Path, target: Path) -> _Run:
-    import transformers  # noqa: F401  what reading a configuration imports, before the memory is looked at
+    import transformers  # noqa: F401  imports needed to read a configuration, before memory is measured
 
     ModelFolder(source / "hf" if (source / "hf").is_dir() else source).config  # noqa: B018
     _touch_memory(target.with_name("touched"), _bytes(source))

@@ -63,7 +63,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Shape(NamedTuple):
-    """What to compute, and on what."""
+    """The shape of the problem, and the device."""
 
     tokens: int
     hidden: int
@@ -79,14 +79,14 @@ class Shape(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Bytes of one side's logits in a chunk, or in the two halves of one that several ranks have under way."""
+        """Bytes of one side's logits in a chunk, or in its two halves, which several ranks have in flight."""
         depth, device = chunks_under_way(self.ranks), torch.device(self.device)
         first, *_ = chunks(self.tokens, self.width, self.chunk_tokens, torch.float32, device, under_way=depth)
         return 4 * depth * first.stop * self.width
 
 
 class Inputs(NamedTuple):
-    """What every case is given; the student's two require gradients."""
+    """Inputs of every case; the student's two require gradients."""
 
     student: Tensor
     student_weight: Tensor
@@ -95,7 +95,7 @@ class Inputs(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What one rank saw, or the ranks together."""
+    """Measurements of one rank, or of all ranks together."""
 
     seconds: list[float]
     memory: int
@@ -104,7 +104,7 @@ class Measured(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What one rank saw of ours and of the products alone, in turn."""
+    """Measurements of one rank, of ours and of the products alone, in turn."""
 
     seconds: list[float]
     products: list[float]
@@ -150,7 +150,7 @@ def _comparison(options: argparse.Namespace) -> str:
         options.device, options.dtype,
     )  # fmt: skip
     measured: dict[str, Measured] = {}
-    absent: dict[str, list[str]] = {}  # by the reason
+    absent: dict[str, list[str]] = {}  # by reason
     named = [case for case in cases(shape.chunk_tokens) if not options.only or matches(case.name, options.only)]
     for name in [FLOOR, *(case.name for case in named), AGAIN]:
         result = _run(name, shape, options.repeats)
@@ -183,9 +183,9 @@ def _row(name: str, result: Measured, floor: float, shape: Shape) -> str:
 
 
 def _sweep(options: argparse.Namespace) -> str:
-    """Ours alone: one table for each thing that grows."""
+    """Ours alone: one table for each quantity that grows."""
     hidden, vocabulary, chunk = options.hidden, options.vocab or 16384, options.chunk_tokens
-    # As many tokens a chunk at the first point as at the last, and chunks enough.
+    # The same number of tokens per chunk at the first point as at the last, and enough chunks.
     by_tokens = [(tokens, vocabulary, 1, chunk or SWEPT_TOKENS[0] // 2) for tokens in SWEPT_TOKENS]
     by_vocabulary = [(options.tokens, size, 1, chunk) for size in SWEPT_VOCABULARIES]
     by_ranks = [(options.tokens, 8 * vocabulary, ranks, chunk) for ranks in SWEPT_RANKS]
@@ -201,7 +201,7 @@ def _sweep(options: argparse.Namespace) -> str:
 
 
 def _growth(shapes: list[Shape], least: int) -> str:
-    """A table of these points, each measured `least` times or more: as often as makes it the tokens of the largest."""
+    """A table of these points, each measured at least `least` times: enough to match the tokens of the largest."""
     most = max(shape.tokens for shape in shapes)
     rows = [
         "| tokens | vocabulary | ranks | median s | µs a token | of the products | of the first | "
@@ -229,7 +229,7 @@ def _growth(shapes: list[Shape], least: int) -> str:
 
 
 def _run(name: str, shape: Shape, repeats: int) -> Measured | str:
-    """A case on fresh processes: what its ranks saw together, or in one line why there is nothing."""
+    """Run a case in fresh processes: the measurements of all its ranks, or in one line why there are none."""
     print(f"{name} {tuple(shape)} ...", file=sys.stderr)
     if shape.ranks > 1 and name not in (FLOOR, AGAIN) and not _case(name, None).sharded:
         return "needs the whole vocabulary on a rank"
@@ -257,14 +257,14 @@ def _measure(rank: int, world: int, name: str, shape: Shape, repeats: int) -> Me
     loss, in_small_chunks = loaded(case), loaded(_case(name, 40))
     if isinstance(loss, str) or isinstance(in_small_chunks, str):
         return str(loss)
-    # First: what it imports meanwhile is not its memory.
+    # First, so that its imports do not count as its memory.
     errors = _errors(in_small_chunks, case, shape, rank, group)
     inputs = _inputs(shape, rank, main_grad=case.main_grad)
     return _timed(lambda inputs: lambda: _gradients(loss, inputs, group), inputs, repeats, errors)
 
 
 def _measure_beside_products(rank: int, world: int, shape: Shape, repeats: int) -> Beside:
-    """Ours and the four products of the same chunks in turn: what the machine does meanwhile happens to both."""
+    """Ours and the four products of the same chunks in turn, so that other load on the machine affects both."""
     _settle(world, shape.device)
     group = dist.group.WORLD if world > 1 else None
     case = _case("ours forward_kl", shape.chunk_tokens)
@@ -284,7 +284,7 @@ def _case(name: str, chunk_tokens: int | None) -> Case:
 
 
 def _settle(world: int, device: str) -> None:
-    """Cores shared among the ranks; who asks for more memory than is free fails alone, instead of the machine."""
+    """Divide the cores among ranks; a rank that requests more memory than is free fails alone, not the machine."""
     torch.set_num_threads(max(1, cores() // world))
     warnings.filterwarnings("ignore")
     os.environ.pop("TORCHDYNAMO_DISABLE", None)  # vLLM's ranks on a CPU compile nothing; a rival does
@@ -295,8 +295,8 @@ def _settle(world: int, device: str) -> None:
 
 
 def _inputs(shape: Shape, rank: int, *, main_grad: bool = False) -> Inputs:
-    """Hidden states that all ranks share, and the rank's own rows of the weights; the student's with the `main_grad`
-    of a parameter under Megatron's DDP, if it shall."""
+    """Hidden states that all ranks share, and the rank's own rows of the weights; with `main_grad`, the student's has
+    that of a parameter under Megatron's DDP."""
     make = partial(torch.randn, device=shape.device, dtype=DTYPES[shape.dtype])
     torch.manual_seed(0)
     student, teacher = (make(shape.tokens, shape.hidden) for _ in range(2))
@@ -304,7 +304,7 @@ def _inputs(shape: Shape, rank: int, *, main_grad: bool = False) -> Inputs:
     student_weight, teacher_weight = (make(shape.width, shape.hidden).div_(shape.hidden**0.5) for _ in range(2))
     if main_grad:
         parameter: Any = student_weight
-        # not zeros: the memory must be there
+        # not zeros: the memory must be allocated
         parameter.main_grad = torch.empty_like(student_weight, dtype=torch.float32).zero_()
         parameter.grad_added_to_main_grad = False
     return Inputs(student.requires_grad_(), student_weight.requires_grad_(), teacher, teacher_weight)
@@ -321,7 +321,7 @@ def _timed(
 ) -> Measured:
     device = inputs.student.device.type
     wanted = [tensor for tensor in inputs[:2] if not hasattr(tensor, "main_grad")]
-    gradients = [torch.ones_like(tensor) for tensor in wanted]  # ones: written to, so really there
+    gradients = [torch.ones_like(tensor) for tensor in wanted]  # ones: written to, so really allocated
     before = held_bytes(device)
     del gradients
     step = build(inputs)
@@ -330,7 +330,7 @@ def _timed(
 
 
 def _seconds(step: Callable[[], object], device: str) -> float:
-    """Until the last rank has done it."""
+    """Seconds until the last rank has done it."""
     _wait(device)
     start = time.perf_counter()
     step()
@@ -341,7 +341,7 @@ def _seconds(step: Callable[[], object], device: str) -> float:
 def _products(
     student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, tokens: int | None = None
 ) -> Callable[[], object]:
-    """The four products, of all tokens at once or of so many at a time."""
+    """The four products, of all tokens at once or in chunks."""
     left, right = student.detach(), student_weight.detach()
     rows = tokens or len(left)
     logits = left.new_empty(2, rows, len(right))
@@ -359,7 +359,7 @@ def _products(
 
 
 def _errors(loss: Loss, case: Case, shape: Shape, rank: int, group: dist.ProcessGroup | None) -> tuple[float, float]:
-    """Of the gradients (the worse) and of the loss, on a small problem that float64 can have whole."""
+    """Errors of the gradients (the worse) and of the loss, on a small problem that fits in float64 as a whole."""
     small = shape._replace(tokens=96, hidden=64, vocabulary=-(-1003 // shape.ranks) * shape.ranks)
     mine = _inputs(small, rank, main_grad=case.main_grad)
     shards = [_inputs(small, other) for other in range(small.ranks)]

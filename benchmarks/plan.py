@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def recipes_table() -> str:
-    """Every Qwen3 recipe on 1, 2 and 4 nodes of 8 H100, as docs/scaling.md has it."""
+    """Every Qwen3 recipe on 1, 2 and 4 nodes of 8 H100, for docs/scaling.md."""
     header = ["recipe", "nodes", "fullest phase, GiB of 79.1", "s a step", "GPU-hours, 2,519 steps", "quickest layout"]
     names = [name for name in recipe_names() if "_qwen3_" in name]
     rows = [[f"`{name}`", str(nodes), *_of_recipe(name, nodes)] for name in names for nodes in (1, 2, 4)]
@@ -99,7 +99,7 @@ def _markdown(rows: list[list[str]]) -> str:
 
 def _row(name: str, overrides: list[str], steps: int, run_dir: Path) -> list[str]:
     print(f"{name} ...", file=sys.stderr)
-    # Every pair is kept, so that lengths of prompts can be read off.
+    # Every pair is kept, so that prompt lengths can be computed.
     overrides = [*overrides, f"steps={steps}", f"run_dir={run_dir}", "log.tensorboard=false"]
     config = apply_overrides(find_recipe("opsd_demo"), overrides)
     assert config.world_size is not None
@@ -115,7 +115,7 @@ def _row(name: str, overrides: list[str], steps: int, run_dir: Path) -> list[str
 
 
 def _forecast(config: TrainConfig, cluster: Cluster, rows: list[dict[str, float]]) -> Forecast:
-    """With the prompts of the data and the responses of the run."""
+    """The forecast with the prompts of the data and the responses of the run."""
     rollout, response = (fmean(row[f"length/{kind}"] for row in rows) for kind in ("rollout", "refinement"))
     prompts = PromptBuilder.of(ModelFolder(config.model), config.data)
     problems = load_problems(config.data)[:200]
@@ -127,7 +127,7 @@ def _forecast(config: TrainConfig, cluster: Cluster, rows: list[dict[str, float]
 
 
 def _random_model(folder: Path) -> Path:
-    """A Qwen3 model without training, with the demo's tokenizer and far more tokens than that has."""
+    """An untrained Qwen3 model, with the demo's tokenizer and a far larger vocabulary."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     shutil.copytree(STUDENT, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))

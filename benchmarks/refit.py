@@ -36,7 +36,7 @@ from megatron_trd.config import SamplerConfig
 from tests.distributed import run_ranks
 from tests.models import write_model
 
-COPIED = 256 * 2**20  # bytes of a plain copy at once, over and over; far more than a cache holds
+COPIED = 256 * 2**20  # bytes of a plain copy at once, repeated; far more than a cache holds
 COPY, LOADING, REFIT = "plain copy", "vLLM's loading", "refit"
 # 0.52 billion parameters; four ranks' engines with a vocabulary of 151,936 at this size do not fit in 24 GB
 SHAPE: dict[str, Any] = {
@@ -88,7 +88,7 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, options: argpar
         how = {"weights_iterator": named_tensors(arch, present), "is_checkpoint_format": True}
         engine.llm.collective_rpc("reload_weights", kwargs=how)
 
-    current.release_memory()  # what loading left
+    current.release_memory()  # left by loading
     before = held_bytes(current.device.type)
     whole()
     memory = peak_bytes(current.device.type) - before
@@ -150,7 +150,7 @@ def _rows(folder: str, options: argparse.Namespace) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure, print the table, and write it where asked."""
+    """Measure, print the table, and write it if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2, help="of the student")
     parser.add_argument("--pp", type=int, default=2, help="of the student")

@@ -1,9 +1,9 @@
 """Ours and the public losses, behind one signature for `benchmarks.loss` and `near`: mean divergence over tokens.
 
-A rival's package is imported when its case is loaded, in the process that measures it and before its memory is looked
-at: none is a dependency of this project, and one that is missing is only left out. Each is called with its defaults,
-as its own trainer calls it; the matrix products of those that start from logits are made here, as their trainers'
-models would make them. `benchmarks/requirements.txt` has the versions.
+A rival's package is imported when its case is loaded, in the process that measures it and before memory is measured:
+none is a dependency of this project, and missing ones are left out. Each is called with its defaults, as in its own
+trainer; the matrix products of those that start from logits are computed here, as their trainers' models would compute
+them. `benchmarks/requirements.txt` has the versions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_trd.losses import Divergence, dense_divergence, fused_linear_divergence
 
-# Hidden states and shard of the weight of the student, the same of the teacher, the group of the shards.
+# The student's hidden states and weight shard, the teacher's, and the group of the shards.
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, dist.ProcessGroup | None], Tensor]
 
 
@@ -33,23 +33,23 @@ class Case(NamedTuple):
     top_k: int | None = None
     tail: bool = False
     package: str = "torch"
-    sharded: bool = False  # works on a vocabulary cut over ranks
+    sharded: bool = False  # works on a vocabulary sharded over ranks
     main_grad: bool = False  # adds the weight's gradient to the `main_grad` of its parameter, as Megatron does
 
 
 def loaded(case: Case) -> Loss | str:
-    """The loss, or in one line why this environment has it not."""
+    """The loss, or in one line why this environment lacks it."""
     try:
         return case.load()
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         return "not installed" if missing == case.package else f"its import fails: no module {missing!r}"
-    except (ImportError, OSError, RuntimeError) as error:  # a library or a driver that it wants
+    except (ImportError, OSError, RuntimeError) as error:  # a library or a driver that it needs
         return f"its import fails: {str(error).splitlines()[0][:120]}"
 
 
 def cases(chunk_tokens: int | None) -> list[Case]:
-    """All there is to compare, ours first and with this many tokens a chunk."""
+    """All cases, ours first and with this many tokens per chunk."""
     ours: list[tuple[Divergence, int | None, bool]] = [
         ("forward_kl", None, False),
         ("reverse_kl", None, False),
@@ -89,7 +89,7 @@ def _liger(beta: float, compiled: bool) -> Loss:
     fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled)
 
     def loss(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, _: object) -> Tensor:
-        labels = torch.zeros(len(student), dtype=torch.long, device=student.device)  # only says that all tokens count
+        labels = torch.zeros(len(student), dtype=torch.long, device=student.device)  # only marks all tokens as counted
         return fused(student, weight, teacher, teacher_weight, labels)
 
     return loss
@@ -135,7 +135,7 @@ def _modelopt(reverse: bool) -> Loss:
 
 
 class _Shown(torch.autograd.Function):
-    """A rank's part of a sum over ranks, shown as the whole: what Megatron's loss function does for its report."""
+    """A rank's part of a sum over ranks, reported as the whole, as Megatron's loss function does for its report."""
 
     @staticmethod
     def forward(_: object, part: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -70,7 +70,7 @@ Way = Literal["two phases", "streamed", "two engines"]
 
 
 class Case(NamedTuple):
-    """A distribution of lengths, and whether fewer run at once than there are."""
+    """A distribution of lengths, and whether fewer requests run at once than there are."""
 
     kind: str
     sigma: float  # of the logarithm of a length
@@ -90,7 +90,7 @@ class Case(NamedTuple):
     def bound(self, problems: int, longest: int, draw: int) -> float:
         """The longest rollout with its refinement, over the longest rollout and the longest refinement.
 
-        Streamed over two phases if steps took the same whatever is in them, and there were room for all.
+        Streamed over two phases if all steps took the same time, and there were room for all requests.
         """
         forced = self.lengths(problems, longest, draw)
         rollouts, refinements = (
@@ -103,11 +103,11 @@ TAILS = (0.9, 1.4)
 FEW = [Case("independent", sigma, True) for sigma in TAILS]
 CASES = [*FEW, *(Case("independent", sigma, False) for sigma in TAILS), Case("the same", TAILS[1], True)]
 MODELS = {"small": (SMALL, CASES), "large": (LARGE, FEW)}
-STEPS = (32, 96)  # lengths whose times differ by that many steps
+STEPS = (32, 96)  # two lengths; the difference of their times gives the time of a step
 
 
 class _Bench:
-    """This rank's engines, made to sample as many tokens as a case wants of each request."""
+    """This rank's engines, forced to sample as many tokens of each request as a case specifies."""
 
     def __init__(self, folder: str, options: argparse.Namespace) -> None:
         from megatron_trd.config import from_dict
@@ -130,19 +130,19 @@ class _Bench:
 
         def to_the_limit(*arguments: Any) -> Any:
             found = parameters(*arguments)
-            found.ignore_eos = True  # which random weights draw once in so many thousand tokens
+            found.ignore_eos = True  # which random weights draw once in several thousand tokens
             return found
 
         module._parameters = to_the_limit  # type: ignore[assignment]
         module.Engine.add = add_forced  # type: ignore[assignment,method-assign]
 
     def run(self, forced: dict[str, int], way: Way, few: bool) -> tuple[float, list[Any], dict[str, float]]:
-        """Seconds, trajectories, and what the sampler says of itself."""
+        """Seconds, trajectories, and the sampler's statistics."""
         most = self.options.sequences if few else self.config.sampler.max_sequences
         return self._sample(forced, len(self.problems), way, most, lambda _, rollout: [5, *rollout.tokens, 6])
 
     def step(self, requests: int) -> float:
-        """Seconds of an engine's step with so many requests in it, each engine at the same."""
+        """Seconds of an engine's step with this many requests in it, all engines at once."""
         seconds = []
         for length in STEPS:
             forced = {name_of("rollout", index): length for index in range(self.options.ranks * requests)}
@@ -173,9 +173,9 @@ class Draw(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of one model."""
+    """Results of one model."""
 
-    steps: dict[int, float]  # seconds of a step, by the requests in it
+    steps: dict[int, float]  # seconds of a step, by number of requests in it
     draws: list[list[Draw]]  # of each case
 
 
@@ -183,7 +183,7 @@ def measure(rank: int, world: int, folder: str, cases: list[Case], options: argp
     """Rank function: every draw of each case."""
     platform.current().set_up()
     bench = _Bench(folder, options)
-    bench.step(1)  # the engine packs its weights at their first use
+    bench.step(1)  # the engine packs its weights on first use
     steps = {requests: bench.step(requests) for requests in (1, options.sequences)}
     return Found(steps, [[_draw(bench, case, draw, rank == 0) for draw in range(options.draws)] for case in cases])
 
@@ -250,7 +250,7 @@ def _row(case: Case, draws: list[Draw], options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Measure, print the table, and write it where asked."""
+    """Measure, print the table, and write it if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--problems", type=int, default=64)

@@ -45,7 +45,7 @@ POLL_SECONDS = 0.2
 
 
 class Inputs(NamedTuple):
-    """What all runs read."""
+    """Inputs of all runs."""
 
     model: Path
     teacher: Path
@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a run showed."""
+    """Measurements of a run."""
 
     steps: list[dict[str, Any]]  # the warm-up's first
     memory: int
@@ -142,7 +142,7 @@ def _row(name: str, found: Measured, problems: int) -> list[str]:
 
 
 def _inputs(folder: Path) -> Inputs:
-    """Student and teacher in fp32, whose responses do not end by themselves, and the problems."""
+    """Student and teacher in fp32, whose responses never end by themselves, and the problems."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = real_input.write_model(folder / "source")
@@ -212,7 +212,7 @@ def _trl(settings: dict[str, Any], inputs: Inputs, run_dir: Path, options: argpa
     return [sys.executable, "-m", "benchmarks.trl_step", str(path)]
 
 
-# Name -> whether it is ours, and its settings beside those that all have.
+# Name -> whether it is ours, and its settings besides those shared by all.
 _CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "ours, trd-opsd": (True, {"method": "trd-opsd"}),
     "ours, opd-forward-kl": (
@@ -227,14 +227,14 @@ _CASES: dict[str, tuple[bool, dict[str, Any]]] = {
 
 
 def _run(command: list[str], run_dir: Path, steps: int) -> Measured | str:
-    """Run to its end; memory counts up to the last step, not in the checkpoint that may follow."""
+    """Run to the end; memory is measured up to the last step, without the checkpoint that may follow."""
     peaks: dict[int, int] = {}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         done: list[dict[str, Any]] = []
         while process.poll() is None:
             if len(done) < steps:
-                for pid, size in _resident(process.pid).items():  # ours begins anew with each phase
+                for pid, size in _resident(process.pid).items():  # ours is reset with each phase
                     peaks[pid] = max(peaks.get(pid, 0), size)
                 done = _steps(run_dir)
             time.sleep(POLL_SECONDS)

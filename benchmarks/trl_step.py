@@ -1,8 +1,8 @@
 """Steps of TRL's `DistillationTrainer` for `benchmarks.step`: `python -m benchmarks.trl_step SETTINGS.json`.
 
-The trainer is called as its own script calls it; what is not in the settings has TRL's default. Its generation, weight
-sync and teacher are timed where the trainer calls them. Each step's times, loss and tokens are written to the run
-folder by the names that our own runs have for them.
+The trainer is called as in its own script; settings not given have TRL's defaults. Its generation, weight sync and
+teacher are timed where the trainer calls them. Each step's times, loss and tokens are written to the run folder under
+the names that our own runs use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     model, teacher, problems, threads = (settings.pop(key) for key in ("model", "teacher", "problems", "threads"))
     torch.set_num_threads(threads)
-    if settings.get("use_vllm"):  # it wants the process group that a launcher would have made
+    if settings.get("use_vllm"):  # it needs the process group that a launcher would have made
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     from trl import DistillationConfig, DistillationTrainer
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _prompts(model: str, problems: str) -> Any:
-    """Our vanilla prompts as conversations: under the model's chat template they become the same token ids."""
+    """Our vanilla prompts as conversations: the model's chat template turns them into the same token ids."""
     from datasets import Dataset
 
     builder = PromptBuilder(ModelFolder(model).tokenizer)
@@ -58,7 +58,7 @@ def _prompts(model: str, problems: str) -> Any:
 
 
 def _recorder(trainer: Any, folder: Path) -> Any:
-    """A callback that writes a line a step, and the clocks that it reads."""
+    """A callback that writes one line per step, and the clocks that it reads."""
     from transformers import TrainerCallback
 
     seconds: dict[str, float] = {}

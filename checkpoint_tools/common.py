@@ -1,4 +1,4 @@
-"""What the commands share: options, the progress bar, the mapping table, and one line for an error."""
+"""Code shared by the commands: options, the progress bar, the mapping table, and one-line errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(command: Callable[..., None], program: str) -> None:
 
 
 def tools() -> typer.Typer:
-    """All commands, as `megatron-trd convert` has them."""
+    """All commands, for `megatron-trd convert`."""
     from checkpoint_tools import hf_to_megatron, megatron_to_hf, verify
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -47,14 +47,14 @@ def tools() -> typer.Typer:
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
-    """Raises `UserError` for a name that is not a dtype's."""
+    """Dtype by name. Raises `UserError` for an unknown name."""
     if name is not None and name not in _DTYPES:
         raise UserError(f"--dtype {name} is not known; use one of {', '.join(_DTYPES)}")
     return None if name is None else _DTYPES[name]
 
 
 def check_places(out: Path, *sources: Path | None) -> None:
-    """Refuse an output that is an input, or inside one, or around one."""
+    """Raise `UserError` for an output that is an input, is inside one, or contains one."""
     out = out.resolve()
     for source in (source.resolve() for source in sources if source is not None):
         if source == out or source in out.parents or out in source.parents:
@@ -63,7 +63,7 @@ def check_places(out: Path, *sources: Path | None) -> None:
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes with speed and remaining time on stderr; yields what adds to it."""
+    """A progress bar of bytes with speed and remaining time on stderr; yields a function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
@@ -72,7 +72,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def summary(out: Path, tensors: int, size: int) -> Iterator[None]:
-    """Prints what was written, how much, and how fast."""
+    """Print what was written, how much, and how fast."""
     begin = time.perf_counter()
     yield
     seconds = time.perf_counter() - begin
@@ -85,7 +85,7 @@ def pattern(name: str) -> str:
 
 
 def print_mapping(arch: Architecture, dtype: Callable[[Slot], torch.dtype]) -> None:
-    """The mapping of a model, one row for each kind of tensor, with shapes, counts and sizes."""
+    """Print the mapping of a model, one row for each kind of tensor, with shapes, counts and sizes."""
     table = Table(title=f"{arch.family}, {arch.layers} layers", title_justify="left")
     for column in ("Hugging Face", "shape", "Megatron", "stacked shape", "layout", "dtype"):
         table.add_column(column, overflow="fold")

@@ -80,7 +80,7 @@ def convert(
 
 
 def _stored_dtypes(folder: ModelFolder, arch: Architecture) -> dict[str, torch.dtype]:
-    """Key of a stacked tensor -> dtype of all its parts, which must be one."""
+    """Key of a stacked tensor -> dtype of its parts, which must all have the same."""
     dtypes: dict[str, torch.dtype] = {}
     for slot in slots(arch):
         for name in slot.hf:

@@ -1,4 +1,4 @@
-"""The same text through `transformers` and through megatron-core."""
+"""Compares the logits of `transformers` and of megatron-core on the same text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _TEXT = (
     "Let f(x) = x^2 - 4x + 7. Completing the square gives (x - 2)^2 + 3, so the least value of f is 3, at x = 2.\n"
     "def mean(values):\n    return sum(values) / len(values)\nLe chat dort; 猫が寝ている."
 )
-_TOKENS = 64  # ids of a model without a tokenizer
-# Largest difference of two logits that is rounding alone, by the dtype the models compute in.
+_TOKENS = 64  # ids for a model without a tokenizer
+# Largest difference of two logits attributed to rounding, by the dtype that the models compute in.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
 def compare_logits(folder: ModelFolder, checkpoint: MegatronFolder) -> tuple[bool, str]:
-    """Whether the logits of both are the same but for rounding, and one line that says how far they differ."""
+    """Whether the logits of both are equal up to rounding, and one line that says how far they differ."""
     ids = _ids(folder, checkpoint.arch.vocab_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of megatron-core's, which the reader can do nothing about

@@ -98,7 +98,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the tensors come from: the checkpoint itself, or the folder of an averaged teacher in it."""
+    """Source of the tensors: the checkpoint itself, or the folder of an averaged teacher in it."""
 
     companions: ModelFolder
     arch: Architecture

@@ -46,7 +46,7 @@ def command(
 
 @dataclass
 class _Row:
-    """Tensors of one name in all layers."""
+    """Tensors of the same name in all layers."""
 
     tensors: int = 0
     values: int = 0
@@ -55,7 +55,7 @@ class _Row:
 
 
 def verify(hf: Path, megatron: Path, *, logits: bool = False, like: Path | None = None) -> bool:
-    """Print a table and a verdict; whether the two are the same model. Raises `UserError` for bad input."""
+    """Print a table and a verdict; returns whether the two are the same model. Raises `UserError` for bad input."""
     folder, checkpoint = ModelFolder(hf), MegatronFolder(megatron, like)
     check_sums(hf)
     check_sums(megatron)
@@ -96,7 +96,7 @@ def _compare(folder: ModelFolder, checkpoint: MegatronFolder) -> dict[str, _Row]
             for name, found in _digests(checkpoint.pieces(slot)).items():
                 info = folder.info(name)
                 assert info is not None, name
-                # read by name: the mapping that is to be proved has no part in it
+                # read by name, independently of the mapping that is to be verified
                 stored = folder.tensor(name)
                 row = rows[pattern(name)]
                 row.tensors += 1
@@ -110,7 +110,7 @@ def _compare(folder: ModelFolder, checkpoint: MegatronFolder) -> dict[str, _Row]
 
 
 def _digests(pieces: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Name -> SHA-256 of the values' bytes, whatever pieces they come in."""
+    """Name -> SHA-256 of the values' bytes, independent of the pieces they come in."""
     hashes: dict[str, hashlib._Hash] = {}
     for name, piece in pieces:
         data = piece.contiguous().view(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Every setting of a run, its default and its check: one home for each.
+"""All settings of a run, with their defaults and checks.
 
 A run is described by one `TrainConfig`. Recipes build it, `key=value` overrides change it, and the resolved result is
 written to `config.yaml` in the run folder. Hyper-parameter defaults are those of the TRD paper where it states them.
@@ -46,7 +46,7 @@ _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 @dataclass(config=_STRICT, kw_only=True)
 class StudentConfig:
-    """Megatron engine of the model being trained. Data parallelism is what is left of the world: world / (tp * pp)."""
+    """Megatron engine of the model being trained. Data parallelism is the rest of the world: world / (tp * pp)."""
 
     tp: Positive = 1
     pp: Positive = 1
@@ -55,7 +55,7 @@ class StudentConfig:
     micro_batch_size: Positive = 1  # sequences a micro-batch
     recompute: bool = False  # recompute activations of every layer in backward
     distributed_optimizer: bool = True  # shard optimizer state over data parallel ranks
-    offload: bool = False  # optimizer state waits in host memory while there is sampling, gradients take no memory
+    offload: bool = False  # during sampling, keep optimizer state in host memory and free gradients
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -63,7 +63,7 @@ class TeacherConfig:
     """Megatron engine of the teacher: its own TP x PP grid over the same ranks."""
 
     model: str | None = None  # Hugging Face folder; None: the student's own weights (self-distillation)
-    # Whose weights a self-teacher has: the student's at step 0, the student's now, or their moving average.
+    # Weights of a self-teacher: the student's at step 0, the student's current ones, or their moving average.
     # `frozen` is the authors' choice (their self-teacher is the student with its adapter off).
     weights: Literal["frozen", "live", "ema"] = "frozen"
     ema_decay: Fraction = 0.99  # ema <- decay * ema + (1 - decay) * student, after each step
@@ -73,7 +73,7 @@ class TeacherConfig:
     micro_batch_size: Positive = 1
     # Where hidden states wait for training: `device`, `host` (pinned memory) or `disk` (`hidden/` of the run folder).
     hidden_in: HiddenPlace = "device"
-    offload: bool = False  # weights wait in host memory while there is sampling
+    offload: bool = False  # keep weights in host memory during sampling
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -86,22 +86,22 @@ class SamplerConfig:
     max_rollout_tokens: Positive = 16384  # paper
     max_refinement_tokens: Positive = 16384  # paper
     max_sequences: Positive = 256  # running at once in one engine
-    max_running_tokens: Positive | None = None  # prompts and limits of the requests in one engine, together
+    max_running_tokens: Positive | None = None  # sum of prompts and limits of the requests in one engine
     stream: bool = True  # refine each rollout as soon as it ends; otherwise all, when the last has ended
-    # A self-teacher refines with the student's engine, whose weights become the teacher's when the last rollout has
-    # ended, unless they are the same or staleness=1: half the memory, which the engine can give up while there is
-    # training, for one more refit a step and no streaming. A teacher model always has an engine of its own.
+    # A self-teacher refines with the student's engine, which gets the teacher's weights when the last rollout has
+    # ended, unless they are the same or staleness=1. This needs half the memory, which the engine can release during
+    # training, but costs one more refit per step and the streaming. A teacher model always has an engine of its own.
     one_engine: bool = True
-    request_timeout: Annotated[float, Field(gt=0)] | None = None  # seconds, after which a request begins anew, once
-    # Of a GPU's memory, for weights and KV cache of one engine.
+    request_timeout: Annotated[float, Field(gt=0)] | None = None  # seconds, after which a request is restarted, once
+    # Share of a GPU's memory for the weights and KV cache of one engine.
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     host_kv_cache_gib: Positive = 1  # KV cache of an engine that runs from host memory
-    sleep: bool = True  # leave a GPU's memory to training between samplings; two engines of a rank cannot
-    refit_bucket_mib: Positive = 512  # weights exchanged at once on their way from Megatron to vLLM
+    sleep: bool = True  # release GPU memory for training between samplings; not possible with two engines per rank
+    refit_bucket_mib: Positive = 512  # weights exchanged at once in a refit from Megatron to vLLM
     enforce_eager: bool = False  # no graph capture: slower steps, faster start
 
     def groups(self, world: int) -> int:
-        """Groups of ranks with an engine each. Raises `UserError` if `tp` does not divide `world`."""
+        """Number of groups of ranks with an engine each. Raises `UserError` if `tp` does not divide `world`."""
         if world % self.tp:
             raise UserError(f"world size {world} does not fit sampler.tp={self.tp}: use a multiple, or another tp")
         return world // self.tp
@@ -125,29 +125,29 @@ class DataConfig:
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # e.g. {enable_thinking: false}
     max_prompt_tokens: Positive = 2048  # paper
     max_reference_tokens: Positive = 4096  # paper
-    # Problems without a reference solution, for a method that shows the teacher one.
+    # How to treat problems without a reference solution, for a method that shows the teacher one.
     missing_reference: Literal["refuse", "drop"] = "refuse"
     # What happens to a problem whose prompt, or a sample whose refinement prompt, is too long. `cut` shortens the
     # reference solution or the rollout inside the prompt, never the problem itself. A response that was cut off at its
-    # longest is trained on under `cut` only.
+    # length limit is trained on only under `cut`.
     overlong: Literal["drop", "cut"] = "drop"
     shuffle: bool = True
 
 
 @dataclass(config=_STRICT, kw_only=True)
 class HeldOutConfig:
-    """Problems that the student is asked between steps and not trained on; fields are named as in `data`."""
+    """Problems for evaluating the student between steps, not trained on; fields are named as in `data`."""
 
-    path: str | None = None  # as data.path; None: there are none
+    path: str | None = None  # as data.path; None: no held-out problems
     name: str | None = None  # configuration name of a hub data set
     split: str = "test"
-    every: NonNegative = 0  # steps; 0: before the first step and after the last only
-    samples: Positive = 1  # responses to a problem
+    every: NonNegative = 0  # steps; 0: only before the first step and after the last
+    samples: Positive = 1  # responses per problem
 
 
 @dataclass(config=_STRICT, kw_only=True)
 class LossConfig:
-    """Numbers of the divergences; which divergence is used is the method's choice."""
+    """Parameters of the divergences; the method determines which divergence is used."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0  # softmax temperature on both sides (paper)
     beta: Annotated[float, Field(ge=0.001, le=0.999)] = 0.5  # weight of the teacher in JSD, zero at either end
@@ -179,21 +179,21 @@ class CheckpointConfig:
 
     every: NonNegative = 0  # steps; 0: only at the end and when stopped
     keep: Positive = 2  # newest ones kept
-    keep_every: Positive | None = None  # and those after each so many steps
+    keep_every: Positive | None = None  # steps; checkpoints at multiples of it are kept too
 
 
 @dataclass(config=_STRICT, kw_only=True)
 class LogConfig:
-    """What a run writes besides its metrics."""
+    """Output of a run besides its metrics."""
 
     tensorboard: bool = True
     wandb: str | None = None  # project on Weights & Biases
     samples_per_step: NonNegative = 4  # y_o / y_r pairs kept in samples/
     verify_refit: bool = False  # compare checksums of every tensor after each refit
-    # Nats of mean |sampler - trainer| log-probability of a step's sampled tokens above which the run stops, unless
-    # the model that sampled has been trained since (`staleness`).
+    # The run stops if the mean |sampler - trainer| log-probability of a step's sampled tokens exceeds this many nats,
+    # unless the model that sampled has been trained since (`staleness`).
     max_drift: Annotated[float, Field(gt=0)] | None = None
-    drift_tokens: NonNegative = 512  # tokens a step and rank whose sampler and trainer log-probabilities are compared
+    drift_tokens: NonNegative = 512  # tokens per step and rank whose sampler and trainer log-probabilities are compared
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -209,9 +209,9 @@ class TrainConfig:
     rollouts_per_problem: Positive = 1
     refinements_per_rollout: Positive = 1
     epochs_per_batch: Positive = 1  # optimizer steps on the same samples; all but the first are off-policy
-    overlap: Literal["none", "teacher"] = "none"  # teacher: its hidden states are made while others are sampled
-    staleness: Literal[0, 1] = 0  # 1: a step's samples are made beside the step before, by the weights before it
-    world_size: Positive | None = None  # ranks; None: this machine's GPUs, on a CPU the fewest that hold every layout
+    overlap: Literal["none", "teacher"] = "none"  # teacher: compute its hidden states during sampling
+    staleness: Literal[0, 1] = 0  # 1: sample during the previous step, with the weights before that step
+    world_size: Positive | None = None  # ranks; None: this machine's GPUs, on a CPU the fewest that fit every layout
     seed: NonNegative = 0
     student: StudentConfig = Field(default_factory=StudentConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -225,13 +225,13 @@ class TrainConfig:
 
     @property
     def fewest_ranks(self) -> int:
-        """The smallest number of ranks that holds every layout; all that do are multiples of it."""
+        """The smallest number of ranks that fits every layout; all others that do are multiples of it."""
         layouts = (part.pp * math.lcm(part.tp, part.ep) for part in (self.student, self.teacher))
         return math.lcm(*layouts, self.sampler.tp)
 
     @property
     def live_teacher(self) -> bool:
-        """Whether the student itself is the teacher: no second copy of its weights."""
+        """Whether the student itself is the teacher, without a second copy of its weights."""
         return self.teacher.model is None and self.teacher.weights == "live"
 
     @property
@@ -241,12 +241,12 @@ class TrainConfig:
 
     @property
     def frozen_teacher(self) -> bool:
-        """Whether the teacher's hidden states outlast an optimizer step."""
+        """Whether the teacher's hidden states stay valid after an optimizer step."""
         return not (self.live_teacher or self.averaged_teacher)
 
 
 def _one_line(error: ValidationError, where: str) -> UserError:
-    """The first complaint of pydantic, as a sentence with the key, the value and the nearest known key."""
+    """The first error of pydantic, as a sentence with the key, the value and the nearest known key."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -296,7 +296,7 @@ def from_dict(values: Mapping[str, Any], where: str) -> TrainConfig:
         raise _one_line(error, where) from None
     given = _flat(values)
     for key, value in flatten(config).items():
-        if isinstance(given.get(key), bool) and not isinstance(value, bool):  # to pydantic, true is 1
+        if isinstance(given.get(key), bool) and not isinstance(value, bool):  # pydantic accepts true as 1
             raise UserError(f"{where}: {key}={given[key]!r} is not valid: Input should be a valid number")
     return config
 
@@ -330,7 +330,7 @@ def _nearest(key: str) -> str:
 
 
 def _parse_value(key: str, text: str, override: str) -> Any:
-    """A YAML value; for a key that holds text, the text itself: run_dir=2026-01-31 is no date, model=007 no number."""
+    """A YAML value; for a text key, the text itself: run_dir=2026-01-31 is not a date, nor model=007 a number."""
     text = text.strip()
     if key in _text_keys() and text not in ("null", "~") and text[:1] not in ("'", '"'):
         return text
@@ -357,12 +357,12 @@ def _text_keys(cls: type = TrainConfig, prefix: str = "") -> set[str]:
 
 
 def save(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML, whole or not at all, whenever this process is killed."""
+    """Write the resolved configuration as YAML, atomically even if this process is killed."""
     replace_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word."""
+    """Rejects duplicate keys: PyYAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

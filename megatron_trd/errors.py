@@ -1,4 +1,4 @@
-"""The errors that a user is meant to read."""
+"""Errors with messages for the user."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class UserError(Exception):
 
 
 class JobFailed(UserError):
-    """What was started did not end well; the message says which part, and why."""
+    """A job that was started has failed; the message says which part, and why."""
 
     exit_code = 1
 
 
 def line_of(error: BaseException, length: int = 300) -> str:
-    """What an error of someone else's says, in one line of at most `length` characters."""
+    """The message of another library's error, in one line of at most `length` characters."""
     return " ".join(str(error).split())[:length] or type(error).__name__
 
 
 def in_one_line(command: Callable[[], object], program: str) -> None:
-    """Run a command; a `UserError` is one line and its exit code, never a traceback."""
+    """Run a command; a `UserError` is printed in one line and sets the exit code, without a traceback."""
     try:
         command()
     except UserError as error:

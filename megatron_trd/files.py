@@ -1,7 +1,7 @@
-"""Folders that appear whole or not at all, and the checksums that prove them whole later.
+"""Folders that are written atomically, and checksums to verify them later.
 
-A folder is written beside its place as `.NAME.partial`, flushed to the disk, and renamed. Its `B3SUMS` has one line
-a file, as `b3sum` writes and checks them: BLAKE3, because a checksum that is slower than the disk would not be used.
+A folder is written next to its target as `.NAME.partial`, flushed to disk, and renamed. Its `B3SUMS` has one line per
+file, in the format of `b3sum`: BLAKE3, because a checksum that is slower than the disk would not be used.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from megatron_trd.errors import UserError
 
 SUMS = "B3SUMS"
 _BLOCK = 2**22  # bytes of a file that are hashed at once
-_SYNC_BYTES = 2**27  # of a file that are written before the disk is asked to begin
+_SYNC_BYTES = 2**27  # bytes of a file that are written between syncs to the disk
 _MARGIN = 2**26  # bytes to leave free on a disk, for the folder's small files
 
 
 class HashedFile:
-    """A new file written from start to end; threads of its own hash it and bring it to the disk on the way."""
+    """A new file written sequentially; its own threads hash it and sync it to disk meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("xb", buffering=0)
         self._hash = blake3()
         self._hasher, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._synced = 0  # bytes, when the disk was last asked for
+        self._synced = 0  # bytes written when the last sync began
         self._sync: Future[Any] | None = None
         self._pending: Future[Any] | None = None
         self.error: OSError | None = None  # why a write failed
@@ -50,7 +50,7 @@ class HashedFile:
         return len(view)
 
     def _append(self, view: memoryview) -> None:
-        # Small pieces are not worth a thread's while, and their owner may use the buffer again.
+        # Small pieces are not worth a thread, and the caller may reuse their buffer.
         self._pending = self._hasher.submit(self._hash.update, view) if len(view) >= 2**16 else None
         if self._pending is None:
             self._hash.update(view)
@@ -63,12 +63,12 @@ class HashedFile:
             self._sync = self._syncer.submit(os.fdatasync, self._file.fileno())
 
     def _end_sync(self) -> None:
-        """Raise what the disk said of what it was asked for: it says so once, and not to whoever asks next."""
+        """Raise the error of the last sync, if any: the system reports it only once, not to the next sync."""
         if self._sync is not None:
             self._sync.result()
 
     def flush(self) -> None:
-        """Wait for the hash of what was written: its memory may change afterwards."""
+        """Wait until written data is hashed; its memory may change afterwards."""
         if self._pending is not None:
             self._pending.result()
 
@@ -77,7 +77,7 @@ class HashedFile:
         return self._file.tell()
 
     def close(self) -> str:
-        """Bring the file to the disk; returns its BLAKE3 hash. Raises `OSError` if any of it may not be there."""
+        """Sync the file to disk; returns its BLAKE3 hash. Raises `OSError` if any of it may be missing there."""
         self._hasher.shutdown()
         self._syncer.shutdown()
         with self._file:
@@ -88,11 +88,10 @@ class HashedFile:
 
 @contextlib.contextmanager
 def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Path]:
-    """A new, empty folder that becomes `target` when the block ends, and vanishes if the block fails.
+    """A new, empty folder that becomes `target` when the block ends, and is removed if the block fails.
 
-    `size`: bytes that will be written. `force`: replace a folder that is there. A link stays and leads to the new
-    folder. Raises `UserError` if the target exists, the disk is too small, or another process is writing the same
-    target.
+    `size`: bytes that will be written. `force`: replace an existing folder. A link is kept and leads to the new folder.
+    Raises `UserError` if the target exists, the disk is too small, or another process is writing the same target.
     """
     target = target.resolve()
     missing = [parent for parent in target.parents if not parent.exists()]
@@ -108,7 +107,7 @@ def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Pa
             if target.exists() and not target.is_dir():
                 raise UserError(f"'{target}' is a file; give the name of a folder")
             _check_room(target, size)
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
             partial.mkdir()
             try:
                 yield partial
@@ -118,7 +117,7 @@ def whole_folder(target: Path, *, size: int, force: bool = False) -> Iterator[Pa
     except OSError as error:
         raise UserError(f"'{target}' is not written: {error.filename or target}: {error.strerror or error}") from None
     finally:
-        for parent in missing:  # deepest first; those that are not empty stay
+        for parent in missing:  # deepest first; non-empty ones are kept
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
@@ -134,16 +133,16 @@ def _check_room(target: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, target: Path) -> Iterator[None]:
-    """Hold a lock file, which a process that dies lets go."""
+    """Hold a lock file, which is released if the process dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not path.samefile(f"/proc/self/fd/{file.fileno()}"):
-                raise BlockingIOError  # its holder has just let it go and removed it
+                raise BlockingIOError  # its holder has just released and removed it
         except BlockingIOError:
             raise UserError(f"'{target}' is being written by another process; wait for it or stop it") from None
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # some cluster file systems have none
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # some cluster file systems lack it
                 raise
         try:
             yield
@@ -156,9 +155,9 @@ def _replaced(target: Path) -> Path:
 
 
 def put_in_place(partial: Path, target: Path) -> None:
-    """Give a folder its name once all of it is on the disk.
+    """Rename a folder to its final name once all of it is on disk.
 
-    A folder that is replaced is moved aside first and removed last, so that one of the two is there.
+    A folder that is replaced is moved aside first and removed last, so that one of the two always exists.
     """
     for path in (*partial.rglob("*"), partial):
         _flush(path)
@@ -180,7 +179,7 @@ def _flush(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole: a reader, or a process killed meanwhile, sees the old content or the new, never a part."""
+    """Write a file atomically: even if this process is killed, readers see the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -194,7 +193,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Names, relative to `folder`, of the files its checksums are for."""
+    """Names, relative to `folder`, of the files that its checksums cover."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
 
 
@@ -209,7 +208,7 @@ def digest(path: Path) -> str:
 
 
 def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Write the checksums of a folder's files; `known` are digests of files that need not be read again."""
+    """Write the checksums of a folder's files; `known` holds digests of files that need not be read again."""
     known = known or {}
     lines = [f"{known.get(name) or digest(folder / name)}  {name}\n" for name in files_of(folder)]
     (folder / SUMS).write_text("".join(lines))
@@ -247,18 +246,18 @@ def check_sums(folder: Path, names: Sequence[str] | None = None) -> None:
 
 
 def check_small_sums(folder: Path) -> None:
-    """`check_sums` of all that is not weights: before it is parsed."""
+    """`check_sums` of all files but the weights, for use before they are parsed."""
     check_sums(folder, [name for name in read_sums(folder) if not name.endswith((".distcp", ".safetensors"))])
 
 
 @contextlib.contextmanager
 def checked(folder: Path) -> Iterator[None]:
-    """`check_sums` of a whole folder beside the block that reads it; raises at the block's end at the latest."""
+    """Run `check_sums` on a whole folder while the block reads it; raises at the end of the block at the latest."""
     with ThreadPoolExecutor(1) as pool:
         check = pool.submit(check_sums, folder)
         try:
             yield
         except UserError:
-            check.result()  # damage is the better reason for whatever went wrong
+            check.result()  # damage is the better explanation of any error
             raise
         check.result()

@@ -1,7 +1,7 @@
 """Starts a job's ranks on this machine and ends them together.
 
-torchrun's process handling with another policy on signals: a stop request reaches every rank and is given all the time
-that a step and a checkpoint take; a rank that fails takes the others down within seconds, its reason printed once.
+Uses torchrun's process handling with a different signal policy: a stop request reaches every rank and is given all the
+time that a step and a checkpoint take; a failing rank ends the others within seconds, and its reason is printed once.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from torch.distributed.elastic.multiprocessing import (
 from megatron_trd.errors import JobFailed, UserError
 from megatron_trd.parent import end_with_parent
 
-_GRACE_SECONDS = 5  # between asking the ranks of a failed job to end and killing them
+_GRACE_SECONDS = 5  # between terminating the ranks of a failed job and killing them
 _POLL_SECONDS = 0.2
-_REASON_BYTES = 2**16  # that a rank's reason takes at most; with less free it may be lost
+_REASON_BYTES = 2**16  # maximum size of a rank's error record; with less free it may be lost
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-_LAUNCHER = "TRD_LAUNCHER"  # process that started this rank, where it was `launch`
-# As torch names an exception; what follows says it all.
+_LAUNCHER = "TRD_LAUNCHER"  # id of the process that started this rank, if it was `launch`
+# The prefix that torch adds to an exception; the text after it is sufficient.
 _USER_ERROR = re.compile(r"^(UserError|RefusedElsewhere|JobFailed|EngineDied): ")
 
 
 class RefusedElsewhere(UserError):
-    """The bad input that another rank found: a reason to end here too, but not one to print again."""
+    """Bad input that another rank found: this rank ends too, without printing the reason again."""
 
 
 def run_rank(work: Callable[[], None]) -> NoReturn:
-    """The life of one rank: `work`, and on an error its reason where the launcher reads it, and an end at once.
+    """Run `work` as one rank; on an error, record the reason for the launcher and exit immediately.
 
-    Ends with exit code 0, that of a `UserError`, or 1.
+    Exits with code 0, that of a `UserError`, or 1.
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     launcher = os.environ.get(_LAUNCHER)
     if not end_with_parent(int(launcher) if launcher else None):
-        os._exit(1)  # it was killed while this rank imported torch
+        os._exit(1)  # the launcher was killed while this rank imported torch
     handler = get_error_handler()
     handler.initialize()
     code = 0
@@ -68,9 +68,9 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
         work()
     except SystemExit:  # bad arguments
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         code = error.exit_code if isinstance(error, UserError) else 1
-        with contextlib.suppress(OSError):  # a full disk must not keep the rank from ending
+        with contextlib.suppress(OSError):  # a full disk must not prevent the rank from ending
             handler.record_exception(error)
         with contextlib.suppress(OSError):
             _remove_broken(Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull)))
@@ -82,11 +82,11 @@ def run_rank(work: Callable[[], None]) -> NoReturn:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)  # no exit handlers: they would wait for ranks that this one has failed; vLLM and gloo have threads
+    os._exit(code)  # no exit handlers: they would wait for other ranks, and for the threads of vLLM and gloo
 
 
 def _remove_broken(record: Path) -> None:
-    """Remove the record of an error for which there was no room: torch raises where it finds one that is no JSON."""
+    """Remove an error record that was truncated by a full disk: torch raises on one that is not JSON."""
     if record.is_file():
         try:
             json.loads(record.read_text())
@@ -96,11 +96,11 @@ def _remove_broken(record: Path) -> None:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """While a rank imports and builds what it needs: garbage is collected later.
+    """Disable garbage collection while a rank imports modules and builds its objects.
 
-    Looking for it in what some six thousand modules leave would take a fifth to a third of the time (measured).
+    Collecting over some six thousand modules would take a fifth to a third of the time (measured).
     """
-    # vLLM's own choice, which it makes after megatron-core has had torch read it: on a GPU 32 processes a rank instead.
+    # vLLM's own setting, but vLLM makes it after megatron-core has had torch read it: 32 processes per rank on a GPU.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     gc.disable()
     try:
@@ -110,14 +110,14 @@ def starting() -> Iterator[None]:
 
 
 def launch(arguments: list[str], ranks: int, logs: Path) -> None:
-    """Run `python ARGUMENTS` as `ranks` ranks; rank 0 keeps the terminal's output, all else goes to `logs`.
+    """Run `python ARGUMENTS` as `ranks` ranks; rank 0 prints to the terminal, all other output goes to `logs`.
 
     Raises `JobFailed` if a rank died, and the `UserError` that a rank ended with.
     """
     logs.mkdir(parents=True, exist_ok=True)
     attempt = tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs)
     redirects = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(ranks)}
-    meeting_point = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that is its own
+    meeting_point = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port of its own
     environment = _environment(ranks, meeting_point.port)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is printed once, here
     signals = _ForwardedSignals()
@@ -136,7 +136,7 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
         if signals.killed:
             raise JobFailed("stopped at once, as asked: what was not saved is lost")
         if signals.asked and all(failure.exitcode == -signal.SIGTERM for failure in result.failures.values()):
-            return  # stopped before the ranks were far enough to save
+            return  # stopped before the ranks were ready to save
         rank, failure = first_cause({rank: _failure(result.failures[rank]) for rank in failed or result.failures})
         if failure.exit_code == UserError.exit_code:
             raise UserError(failure.reason)
@@ -145,10 +145,10 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
 
 
 def _quick_close(context: PContext) -> set[int]:
-    """Have torch end the other ranks of a failed job within our grace, not its 30 seconds.
+    """Have torch end the other ranks of a failed job within our grace period, not its 30 seconds.
 
-    Returns a set that then holds the ranks that had failed by themselves; in torch's result they are one with those
-    that were ended for it.
+    Returns a set that will hold the ranks that failed by themselves; torch's result does not distinguish them from
+    those that were terminated.
     """
     assert isinstance(context, SubprocessContext)
     failed: set[int] = set()
@@ -170,7 +170,7 @@ def _environment(ranks: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        # The store is the launcher's, as torchrun's is: no rank has to open one at a port that was free before.
+        # The launcher owns the store, as torchrun does: no rank has to open one on a port that may be taken by then.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "PYTHONUNBUFFERED": "1",
@@ -181,7 +181,7 @@ def _environment(ranks: int, port: int) -> dict[str, str]:
 class _ForwardedSignals:
     """While the job runs, a stop signal asks every rank to save and end; a second one kills them.
 
-    Made before the ranks are started: torch puts handlers of its own in place then, which must not be what is restored.
+    Created before the ranks are started: torch then installs its own handlers, which must not be the ones restored.
     """
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ class _ForwardedSignals:
     def to(self, context: PContext) -> Iterator[None]:
         """Forward to the ranks of `context`; whatever happens, none of them outlives the block."""
         for number, handler in self._previous.items():
-            ignored = handler is signal.SIG_IGN  # as nohup has it: the job is to outlive its terminal
+            ignored = handler is signal.SIG_IGN  # set by nohup: the job must outlive its terminal
             signal.signal(number, signal.SIG_IGN if ignored else functools.partial(self._forward, context))
         try:
             yield
@@ -215,7 +215,7 @@ class _ForwardedSignals:
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank ended that did not end well."""
+    """How a failed rank ended."""
 
     exit_code: int  # negative: the signal that killed it
     record: Any  # content of its error file, in torch's format; None if it left none
@@ -223,7 +223,7 @@ class Failure:
 
     @property
     def reason(self) -> str:
-        """One line."""
+        """The reason in one line."""
         if self.exit_code < 0:
             return f"killed by {signal.Signals(-self.exit_code).name}"
         lines = [line for line in self.message.splitlines() if line.strip()]
@@ -231,18 +231,18 @@ class Failure:
 
     @property
     def message(self) -> str:
-        """Name and text of the exception; empty if it is not known."""
+        """Name and text of the exception; empty if unknown."""
         content = self.record.get("message") if isinstance(self.record, dict) else None
         return str(content["message"] if isinstance(content, dict) else content or "")
 
     def is_lost_neighbour(self) -> bool:
-        """Whether it may have ended only because another rank had."""
+        """Whether the rank may have failed only because another rank ended."""
         text = self.message.lower()
         return self.exit_code == -signal.SIGTERM or "connection" in text or "gloo" in text or "nccl" in text
 
 
 def first_cause(failures: dict[int, Failure]) -> tuple[int, Failure]:
-    """The failure that began it: a rank killed from outside, else the earliest reason that is not a lost neighbour."""
+    """The original failure: a rank killed from outside, else the earliest that is not due to a lost neighbour."""
 
     def order(item: tuple[int, Failure]) -> tuple[bool, bool, float]:
         failure = item[1]

@@ -1,6 +1,6 @@
-"""Every method as a row of three fields: which trajectory, what the teacher sees, which divergence.
+"""Every method as a row of three fields: the trajectory, what the teacher sees, and the divergence.
 
-Rows follow the TRD paper: its own two methods, its four dense-KL baselines on raw rollouts (each for a teacher that
+The rows follow the TRD paper: its own two methods, its four dense-KL baselines on raw rollouts (each for a teacher that
 sees the problem alone, OPD, and for a self-teacher that sees the reference solution, OPSD), and OPSD as first
 published.
 """
@@ -14,7 +14,7 @@ from megatron_trd.config import LossConfig, MethodName, TrainConfig
 from megatron_trd.data.prompts import Context
 from megatron_trd.errors import UserError
 
-# As in losses/objective.py, which comes with torch: a command line is to start without.
+# As in losses/objective.py, which imports torch: the command line must start without it.
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
@@ -31,7 +31,7 @@ class DivergenceArguments(TypedDict):
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence and whether its per-token value is clipped or kept to the teacher's top-k tokens."""
+    """A divergence, and whether its per-token value is clipped or restricted to the teacher's top-k tokens."""
 
     kind: Kind = "forward_kl"
     clipped: bool = False
@@ -86,12 +86,12 @@ METHODS: dict[MethodName, Method] = {
 
 
 def one_engine(config: TrainConfig) -> bool:
-    """Whether the student's vLLM engine does all the sampling, if need be with the teacher's weights in turn."""
+    """Whether the student's vLLM engine does all the sampling, with the teacher's weights swapped in if necessary."""
     return swaps_weights(config) or not _refines_with_own_weights(config)
 
 
 def swaps_weights(config: TrainConfig) -> bool:
-    """Whether the only engine has the student's weights for rollouts, and then the teacher's for refinements."""
+    """Whether a single engine has the student's weights for rollouts, and then the teacher's for refinements."""
     wanted = config.sampler.one_engine and config.teacher.model is None and not config.staleness
     return wanted and _refines_with_own_weights(config)
 
@@ -101,7 +101,7 @@ def _refines_with_own_weights(config: TrainConfig) -> bool:
 
 
 def check_threads(config: TrainConfig) -> None:
-    """Raise `UserError` where two threads of a rank would communicate: for devices on which that can hang."""
+    """Raise `UserError` if two threads of a rank would communicate; for devices on which that can hang."""
     beside = "staleness=1" if config.staleness else "overlap=teacher" if config.overlap == "teacher" else ""
     if beside and config.sampler.tp > 1:
         raise UserError(
@@ -111,5 +111,5 @@ def check_threads(config: TrainConfig) -> None:
 
 
 def engine_sleeps(config: TrainConfig) -> bool:
-    """Whether engines may give up their memory between samplings: vLLM can do so with one engine of a process."""
+    """Whether engines may release their memory between samplings: vLLM supports that for one engine per process."""
     return config.sampler.sleep and not config.staleness and one_engine(config)

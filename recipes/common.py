@@ -1,4 +1,4 @@
-"""What recipes share: how one is found, what the paper's runs have in common, and how one runs as a program."""
+"""Code shared by recipes: lookup, the common part of the paper's runs, and running one as a program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_trd.errors import UserError, in_one_line
 _FOLDER = Path(__file__).parent
 _NO_RECIPES = ("__init__", "common")
 
-OF_TWO_ENGINES = 0.2  # of a GPU's memory, for each of two vLLM engines, neither of which can sleep
+OF_TWO_ENGINES = 0.2  # share of a GPU's memory for each of two vLLM engines, neither of which can sleep
 
 
 def recipe_names() -> list[str]:
@@ -58,24 +58,24 @@ def paper_run(name: str, model: str, *, tp: int) -> TrainConfig:
     """The paper's self-distillation of a Qwen3 model on DeepScaleR; student, frozen teacher and sampler at TP `tp`.
 
     Models and data are folders of the working directory, since compute nodes often have no network; docs/recipes.md
-    says how they get there. What is not set here has the default of megatron_trd/config.py, which is the paper's: 2,048
-    tokens a prompt, 4,096 a reference, 16,384 a response, 16 problems a step, AdamW at 5e-6 after 10 % of warm-up. The
-    paper trains LoRA adapters unless told otherwise; here all weights are trained, its other option.
+    says how to get them. Settings not given here have the defaults of megatron_trd/config.py, which are the paper's:
+    2,048 tokens per prompt, 4,096 per reference, 16,384 per response, 16 problems per step, AdamW at 5e-6 after 10 % of
+    warm-up. The paper trains LoRA adapters by default; here all weights are trained, its other option.
 
-    Layouts are ours, for training sequences of up to 38,912 tokens on 80 GB cards (85e9 bytes), all of Megatron's in
-    their memory at once. By arithmetic, for the 8 G parameters of Qwen3-8B at TP 4 on 8 GPUs, 1e9 bytes a GPU:
+    Layouts are ours, for training sequences of up to 38,912 tokens on 80 GB cards (85e9 bytes) that hold all of
+    Megatron's memory at once. By arithmetic, for the 8 G parameters of Qwen3-8B at TP 4 on 8 GPUs, 1e9 bytes per GPU:
 
         weights 2 B and gradients 4 B a parameter, over TP          12.3
         master weights and Adam's moments 12 B, over all GPUs       12.3
         frozen teacher 2 B, over TP; its output head again           4.4
         36 activations of [38912 / TP, 4096], kept to recompute      2.9
         one layer's own, the teacher's hidden states, the loss    about 5
-        a vLLM engine, 0.3 of the memory, asleep while there is training   25.5
-        what brings it other weights                                 2.8
+        a vLLM engine, 0.3 of the memory, asleep during training    25.5
+        transfer of weights to it                                    2.8
 
-    That is 57 of 85 while there is sampling and 37 in training. In the engine's 25.5, weights take 4.1, and keys and
-    values (147 KB a token, over TP) of some 500,000 tokens fit beside them: more than the 8 longest sequences, and 8 of
-    a step's 16 problems are what it works on. It has the student's weights for rollouts, then the teacher's.
+    That is 57 of 85 during sampling and 37 in training. In the engine's 25.5, weights take 4.1, which leaves room for
+    keys and values (147 KB per token, over TP) of some 500,000 tokens: more than the 8 longest sequences, and it works
+    on 8 of a step's 16 problems. It has the student's weights for rollouts, then the teacher's.
     """
     return TrainConfig(
         model=f"models/{model}",
@@ -85,9 +85,9 @@ def paper_run(name: str, model: str, *, tp: int) -> TrainConfig:
         student=StudentConfig(tp=tp, sequence_parallel=tp > 1, recompute=True),
         teacher=TeacherConfig(tp=tp),
         sampler=SamplerConfig(tp=tp),
-        # The paper's mathematics, its fields named as ours. Many of its problems have no solution to show a teacher.
+        # The paper's mathematics data, whose fields have our names. Many problems have no solution to show a teacher.
         data=DataConfig(path="data/DeepScaleR-Preview-Dataset", missing_reference="drop"),
-        checkpoint=CheckpointConfig(every=50),  # ours: what a node that dies without warning may cost
+        checkpoint=CheckpointConfig(every=50),  # ours: the most steps lost if a node dies without warning
     )
 
 

@@ -11,7 +11,7 @@ from recipes.common import run_as_program
 
 
 def recipe() -> TrainConfig:
-    """As `opsd_demo`, with a teacher of its own width and depth."""
+    """As `opsd_demo`, with a teacher of another width and depth."""
     base = opsd_demo.recipe()
     teacher = dataclasses.replace(base.teacher, model=str(TEACHER))
     return dataclasses.replace(base, method="trd-opd", run_dir="runs/opd_demo", teacher=teacher)

@@ -10,7 +10,7 @@ from recipes.common import OF_TWO_ENGINES, run_as_program
 
 
 def recipe() -> TrainConfig:
-    """As `opsd_qwen3_4b`, with a teacher that sees no reference; TP 4 for all that has its 8 G parameters."""
+    """As `opsd_qwen3_4b`, with a teacher that sees no reference; TP 4 for all engines with its 8 G parameters."""
     base = opsd_qwen3_4b.recipe()
     return dataclasses.replace(
         base,

@@ -10,11 +10,11 @@ from recipes.common import OF_TWO_ENGINES, run_as_program
 
 
 def recipe() -> TrainConfig:
-    """As `opsd_qwen3_8b`, all of it over TP 8.
+    """As `opsd_qwen3_8b`, with everything at TP 8.
 
-    By the arithmetic of `paper_run`, 1e9 bytes a GPU: student 18, teacher 8, activations, hidden states and loss 9, two
-    engines of 17: 69 of 85. The teacher's engine then has keys and values of 200,000 tokens for 16 problems, and vLLM
-    queues what is more: a second node halves the problems of an engine.
+    By the arithmetic of `paper_run`, in 1e9 bytes per GPU: student 18, teacher 8, activations, hidden states and loss
+    9, two engines of 17: 69 of 85. The teacher's engine then has room for keys and values of 200,000 tokens for 16
+    problems, and vLLM queues the rest: a second node halves the problems per engine.
     """
     base = opsd_qwen3_8b.recipe()
     return dataclasses.replace(

@@ -27,7 +27,7 @@ def recipe() -> TrainConfig:
         # Longest solution: 6 operations, 59 tokens. The paper's sampling temperature, 1.0, is the default.
         sampler=SamplerConfig(max_rollout_tokens=80, max_refinement_tokens=80),
         data=DataConfig(path=str(TRAIN_PROBLEMS), max_prompt_tokens=64, max_reference_tokens=64),
-        # Full fine-tuning of a model of under a million parameters wants a larger rate than the paper's 5e-6.
+        # Full fine-tuning of a model with less than a million parameters needs a larger rate than the paper's 5e-6.
         optimizer=OptimizerConfig(lr=1e-4, schedule="constant"),
         log=LogConfig(samples_per_step=16),
     )

@@ -7,7 +7,7 @@ from recipes.common import paper_run, run_as_program
 
 
 def recipe() -> TrainConfig:
-    """The student teaches itself: its frozen weights, shown the reference solution, mend the rollouts."""
+    """The student teaches itself: its frozen weights, shown the reference solution, correct the rollouts."""
     return paper_run("opsd_qwen3_1_7b", "Qwen3-1.7B", tp=1)
 
 

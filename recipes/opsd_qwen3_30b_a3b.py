@@ -9,12 +9,12 @@ from recipes.common import paper_run, run_as_program
 
 
 def recipe() -> TrainConfig:
-    """A pipeline of two nodes, experts over the 8 GPUs of each, for the student and its frozen self.
+    """A pipeline over two nodes, with experts over the 8 GPUs of each, for the student and its frozen copy.
 
-    29 of its 30.5 G parameters are in the experts, 1.8 G a GPU. By the arithmetic of `paper_run`, 1e9 bytes a GPU:
-    student 35, teacher 4, an engine of 25 while there is sampling, of which 15 are weights, since vLLM's TP is limited
-    by the 4 key/value heads, and what brings it other weights 3: 67 of 85; in training 44 with activations and loss.
-    With `teacher.weights=live` there is no copy, and no exchange of weights amid the sampling.
+    29 of its 30.5 G parameters are in the experts, 1.8 G per GPU. By the arithmetic of `paper_run`, in 1e9 bytes per
+    GPU: student 35, teacher 4, an engine of 25 during sampling, 15 of which are weights, since vLLM's TP is limited by
+    the 4 key/value heads, and the transfer of weights to it 3: 67 of 85; in training 44 with activations and loss. With
+    `teacher.weights=live` there is no copy, and no exchange of weights in the middle of sampling.
     """
     base = paper_run("opsd_qwen3_30b_a3b", "Qwen3-30B-A3B", tp=4)
     return dataclasses.replace(

@@ -25,7 +25,7 @@ def recipe() -> TrainConfig:
         steps=2,
         batch_size=6,
         student=StudentConfig(tp=3),
-        # The student itself teaches: one copy of the weights and one engine a rank.
+        # The student itself is the teacher: one copy of the weights and one engine per rank.
         teacher=TeacherConfig(weights="live"),
         # Ours: GSM8K solutions are short, and so are the answers of a model of this size.
         sampler=SamplerConfig(max_rollout_tokens=192, max_refinement_tokens=192),

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# The job itself: what the scripts for sbatch run on the first node of their allocation.
+# The job itself, which the scripts for sbatch run on the first node of their allocation.
 #   common.sh train RECIPE|FILE.yaml [key=value ...]
 #   common.sh eval RUN_DIR|MODEL DATA [key=value ...]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-margin=60             # seconds ahead of the time limit when a job that has not saved by then ends its ranks, to be requeued
+margin=60             # seconds before the time limit at which a job that has not saved ends its ranks, to be requeued
 
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of an array, this task alone
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # for an array, only this task
 job=${job:-$SLURM_JOB_ID}
 asked=no              # to save and end
 trap 'asked=yes' USR1 # by SLURM ahead of the time limit (--signal=B:USR1@…), or by the user
-trap ':' TERM         # SLURM tells all processes of the job: the ranks save, and this script sees them end
+trap ':' TERM         # SLURM signals all processes of the job: the ranks save, and this script waits for them
 
 # Set `first` and `all`: node.sh on the first node and on each node of the job.
 step_commands() {
-  # of the allocation; here a node's one task has all of its GPUs
+  # set for the allocation; here the single task of a node has all of its GPUs
   unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
   local options=(--ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none --quiet) site=() mounts
   if [[ -n ${TRD_CONTAINER_IMAGE:-} ]]; then
@@ -37,7 +37,7 @@ ranks_per_node() {
   echo "$gpus"
 }
 
-head_address() { # of the first node, as the others reach it
+head_address() { # of the first node, reachable from the others
   local hosts node address
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   node=$(scontrol show node "${hosts[0]}" --oneliner)
@@ -57,19 +57,19 @@ seconds_left() { # until the time limit; nothing without one
   echo $((end - $(date +%s)))
 }
 
-# Whether each node has begun to start its ranks, and so does not die of the request to save and end.
+# Whether each node has begun to start its ranks, so that the request to save and end does not kill it.
 all_started() {
   local started
   mapfile -t started < <(compgen -G "$TRD_LOGS/*/worker.started")
   ((${#started[@]} == SLURM_JOB_NUM_NODES))
 }
 
-# Wait for the ranks, whose srun is process $1, and pass on what this script is asked meanwhile.
+# Wait for the ranks, whose srun is process $1, and forward requests to this script meanwhile.
 wait_for_ranks() {
   local left
   while kill -0 "$1" 2>/dev/null; do
     if [[ $asked == yes ]]; then
-      # again and again: ranks that are starting do not listen yet
+      # repeated, because ranks that are starting do not handle it yet
       ! all_started || scancel --signal=USR1 "$job" || true
       left=$(seconds_left)
       if [[ -n $left ]] && ((left < margin)); then
@@ -84,11 +84,11 @@ wait_for_ranks() {
   wait "$1"
 }
 
-# Export the numbers of this user's jobs that have not ended, for ranks that have no squeue to ask, as in a container
-# (training/run_lock.py); nothing if SLURM does not say.
+# Export the ids of this user's unfinished jobs, for ranks without squeue, as in a container (training/run_lock.py);
+# nothing if SLURM does not answer.
 export_active_jobs() {
   local jobs unfinished=pending,running,suspended,completing,configuring,stopped
-  unset TRD_ACTIVE_JOBS # may be that of a job which submitted this one
+  unset TRD_ACTIVE_JOBS # may come from a job that submitted this one
   jobs=$(squeue --user="$(id -un)" --noheader --format=%A --states="$unfinished") || return 0
   export TRD_ACTIVE_JOBS=${jobs//$'\n'/ }
 }

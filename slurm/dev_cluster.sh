@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# A throw-away SLURM on this one machine, to try the job scripts and to test them: munged, slurmctld and a few slurmd, as
-# Debian packages them, all state in one folder. Needs no root, no systemd and no database; starts in about a second.
+# A throw-away SLURM on one machine, to try and test the job scripts: munged, slurmctld and a few slurmd, as packaged by
+# Debian, with all state in one folder. Needs no root, no systemd and no database; starts in about a second.
 #
 #   eval "$(slurm/dev_cluster.sh up)"    start it, or what is missing of it
 #   eval "$(slurm/dev_cluster.sh env)"   talk to the one that is running
 #   slurm/dev_cluster.sh down            cancel its jobs, stop it, delete the folder
 #
 # Exit code 3: a program of SLURM is not installed.
-# Every node is this machine under another name (n1, n2, ...) and believes to have TRD_CLUSTER_GPUS GPUs.
+# Every node is this machine under another name (n1, n2, ...) and pretends to have TRD_CLUSTER_GPUS GPUs.
 set -euo pipefail
 
 dir=${TRD_CLUSTER_DIR:-${TMPDIR:-/tmp}/trd-cluster-$(id -u)} # short: the path of a unix socket has at most 107 characters
 nodes=${TRD_CLUSTER_NODES:-2}
 gpus=${TRD_CLUSTER_GPUS:-8}
-cpus=64 # a node; far more than there are, so that no test waits for another's
+cpus=64 # per node; far more than exist, so that no test waits for another's
 
-PATH=$PATH:/usr/sbin:/sbin # where the daemons are, which an ordinary user's path leaves out
+PATH=$PATH:/usr/sbin:/sbin # the daemons' folders, often not in the path of an ordinary user
 
 fail() { # MESSAGE [EXIT CODE]
   echo "dev_cluster.sh: $1" >&2
   exit "${2:-1}"
 }
 
-# The first of the ports, one more for each node: those of the cluster that is there, or else some that are free.
+# The first port, followed by one for each node: those of the existing cluster, or else free ones.
 choose_port() {
   local i
   if [[ -f $dir/slurm.conf ]]; then
@@ -38,7 +38,7 @@ choose_port() {
   fail "no free ports"
 }
 
-# What is in the folder is run with this user's rights, and names in /tmp are anybody's.
+# The folder's content is run with this user's rights, and anyone may create names in /tmp.
 own() {
   [[ ! -e $dir && ! -L $dir ]] || [[ -d $dir && -O $dir && ! -L $dir ]] ||
     fail "'$dir' is not a folder of $(id -un): remove it, or set TRD_CLUSTER_DIR"
@@ -86,7 +86,7 @@ END
   echo "PartitionName=debug Nodes=ALL Default=YES"
 }
 
-devices() { # files that stand for the GPUs: slurmd only looks whether they are devices
+devices() { # files that represent the GPUs: slurmd only checks that they are devices
   local i
   echo "AutoDetect=off"
   for ((i = 0; i < gpus; i++)); do
@@ -151,7 +151,7 @@ down() {
     done
   fi
   for file in "$dir"/slurmd-*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
-    ! alive "$file" || kill -KILL "$(<"$file")" # asked politely they take seconds to save what is deleted next
+    ! alive "$file" || kill -KILL "$(<"$file")" # on SIGTERM they would take seconds to save what is deleted next
   done
   rm -rf "$dir"
 }

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts of this folder share. To be sourced.
+# Functions shared by the scripts in this folder. To be sourced.
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -12,7 +12,7 @@ need() {
   command -v "$1" >/dev/null || fail "$1 not found: this needs SLURM's commands; 'megatron-trd train' runs without them"
 }
 
-# Export every KEY=value of the site file that the environment does not have already.
+# Export every KEY=value of the site file that is not in the environment already.
 load_site() {
   local file=${TRD_SITE:-$project/slurm/site.env} line number=0
   if [[ ! -f $file ]]; then
@@ -27,7 +27,7 @@ load_site() {
   done <"$file"
 }
 
-# Stop with one line unless the ranks of a node, where they are given, are a number.
+# Stop with one line if the number of ranks per node is set and is not a number.
 check_ranks() {
   [[ ${TRD_RANKS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] || fail "TRD_RANKS_PER_NODE=$TRD_RANKS_PER_NODE: expected a number"
 }
@@ -36,8 +36,8 @@ recipes() {
   basename --multiple --suffix=.py "$project"/recipes/[!_]*.py | grep -vx common | xargs
 }
 
-# Take `[sbatch options] RECIPE|FILE.yaml [key=value ...]` apart into `options`, `recipe`, its short `name`, `script` (and
-# what that is to be told first) and `overrides`.
+# Split `[sbatch options] RECIPE|FILE.yaml [key=value ...]` into `options`, `recipe`, its short `name`, `script` (with
+# its first arguments) and `overrides`.
 split_arguments() {
   options=()
   while [[ ${1:-} == -* ]]; do
@@ -51,15 +51,15 @@ split_arguments() {
     fail "recipe '$recipe': an option of sbatch and its value are one word here, as in --nodes=2"
   name=$(basename "${recipe%.*}")
   script=("$project/slurm/$recipe.sh")
-  if ! grep -qs " train $recipe " "${script[0]}"; then # none of its own
+  if ! grep -qs " train $recipe " "${script[0]}"; then # it has no script of its own
     script=("$project/slurm/train.sh" "$recipe")
     options=(--job-name="${SBATCH_JOB_NAME:-$name}" "${options[@]}")
   fi
   overrides=("${@:2}")
 }
 
-# The number of ranks that the job will have, as `options`, the environment or its script say it; nothing where how many
-# GPUs there will be is SLURM's to say.
+# The number of ranks that the job will have, from `options`, the environment or its script; nothing if SLURM determines
+# the number of GPUs.
 ranks_of_job() {
   local option nodes gpus counted=yes
   nodes=$(sed -n 's/^#SBATCH --nodes=//p' "${script[0]}")
@@ -76,13 +76,13 @@ ranks_of_job() {
   [[ $counted == no || ! $nodes =~ ^[0-9]+$ || ! $gpus =~ ^[0-9]+$ ]] || echo $((nodes * gpus))
 }
 
-# What can be known before nodes are taken: stop with one line if the job of `recipe` with `overrides` cannot start.
+# Checks before nodes are allocated: stop with one line if the job of `recipe` with `overrides` cannot start.
 check_here() {
   local ranks python=${TRD_VENV:-$project/.venv}/bin/python
   check_ranks
   [[ -z ${TRD_VENV:-} || -n ${TRD_CONTAINER_IMAGE:-} || -x $python ]] ||
     fail "TRD_VENV=$TRD_VENV: no bin/python there; set it in slurm/site.env to the environment that the jobs are to use"
-  if [[ -n ${TRD_CONTAINER_IMAGE:-} || ! -x $python ]]; then # the job checks the same once it has its nodes
+  if [[ -n ${TRD_CONTAINER_IMAGE:-} || ! -x $python ]]; then # the job makes the same check on its nodes
     echo "$(basename "$0"): not checked here: $python cannot be run or is not what the job uses" >&2
     return
   fi

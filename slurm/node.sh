@@ -4,11 +4,11 @@
 #   node.sh ranks MODULE [ARGUMENT ...]    as the ranks of this node, started by torchrun
 # common.sh runs it with srun, inside the container image if the site has one, and sets TRD_* for it.
 set -euo pipefail
-trap '' USR1 # the request to save and end is for the ranks; until they listen to it, and for torchrun, it is nothing
+trap '' USR1 # the request to save and end is for the ranks; torchrun, and ranks not ready for it, ignore it
 
 environment() {
   local module file
-  set +u # Lmod and Environment Modules read variables that nobody has set
+  set +u # Lmod and Environment Modules read unset variables
   for module in ${TRD_MODULES:-}; do
     if ! declare -F module >/dev/null; then
       for file in /etc/profile.d/lmod.sh /etc/profile.d/modules.sh; do
@@ -20,7 +20,7 @@ environment() {
   done
   set -u
   local venv=${TRD_VENV:-}
-  if [[ -z ${TRD_CONTAINER_IMAGE:-} ]]; then # an image has its own python, which the project's is not to come before
+  if [[ -z ${TRD_CONTAINER_IMAGE:-} ]]; then # an image has its own python, which must come first
     [[ -z $venv || -x $venv/bin/python ]] || {
       echo "node.sh: TRD_VENV=$venv: no bin/python there on $SLURMD_NODENAME; mend it in slurm/site.env" >&2
       exit 2
@@ -35,16 +35,16 @@ environment() {
   }
 }
 
-# Node ranks are SLURM's and rank 0 is on the first node, whose address the job knows: nothing is left to be found out.
+# Node ranks come from SLURM, and rank 0 is on the first node, whose address the job knows: no rendezvous is needed.
 ranks() {
   local logs=$TRD_LOGS/$SLURMD_NODENAME streams i
   mkdir -p "$logs"
-  : >"$logs/${1##*.}.started" # from here on the request to end is heard, or waits; before, it would kill this script
-  streams=0:$((SLURM_NODEID == 0 ? 2 : 3)) # rank 0 prints into the job's output; all else goes to files
+  : >"$logs/${1##*.}.started" # from here on a request to end is handled or pending; before, it would kill this script
+  streams=0:$((SLURM_NODEID == 0 ? 2 : 3)) # rank 0 prints to the job's output; the rest goes to files
   for ((i = 1; i < TRD_RANKS_PER_NODE; i++)); do
     streams+=,$i:3
   done
-  # Asked to end, torchrun gives the ranks the time to save that SLURM gives the job.
+  # When asked to end, torchrun gives the ranks as much time to save as SLURM gives the job.
   exec python -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$TRD_RANKS_PER_NODE" \
     --master-addr="$TRD_HEAD_ADDRESS" --master-port="$TRD_HEAD_PORT" --rdzv-id="$SLURM_JOB_ID" \
@@ -52,7 +52,7 @@ ranks() {
     --log-dir="$logs" --redirects="$streams" -m "$@" 2>>"$logs/torchrun.log"
 }
 
-ulimit -Sn "$(ulimit -Hn)" || true # what comes with a job is often 1,024, too few for three nodes of 8 ranks
+ulimit -Sn "$(ulimit -Hn)" || true # the default of a job is often 1,024, too few for three nodes of 8 ranks
 environment
 case $1 in
   once) exec python -m "${@:2}" ;;

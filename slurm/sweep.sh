@@ -2,13 +2,13 @@
 # Submit a job array with one run for every combination of values, each in a run folder of its own:
 #   slurm/sweep.sh [sbatch options] RECIPE|FILE.yaml [key=value,value,... ...]
 #   slurm/sweep.sh opsd_qwen3_8b method=trd-opsd,opsd-forward-kl seed=0,1,2
-# run_dir=DIR holds the run folders; the default is runs/sweeps/RECIPE-DATE-TIME. TRD_AT_ONCE=N lets no more than N of
-# them run at a time: 1 makes a chain.
+# run_dir=DIR holds the run folders; the default is runs/sweeps/RECIPE-DATE-TIME. TRD_AT_ONCE=N runs at most N of them
+# at a time: 1 makes a chain.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-# Each of `points` is the overrides of one run, separated by tabs; each of `names` the overrides that tell it from others.
+# Each of `points` has one run's overrides, separated by tabs; each of `names` has those that distinguish the run.
 points=('') names=('')
 
 multiply() { # KEY VALUE...: every point so far with every value

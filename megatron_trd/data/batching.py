@@ -1,6 +1,6 @@
 """Samples -> data-parallel shares -> micro-batches.
 
-The loss lives on response positions only: the hidden state at position `prompt + t - 1` predicts response token `t`.
+The loss covers response positions only: the hidden state at position `prompt + t - 1` predicts response token `t`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Side = Literal["student", "teacher"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence: two prompts, one response, token ids as the sampler gave them."""
+    """One training sequence: two prompts and one response, with token ids as the sampler returned them."""
 
     student_prompt: tuple[int, ...]
     teacher_prompt: tuple[int, ...]
@@ -26,14 +26,14 @@ class Sample:
     weight: float = 1.0  # of this sequence in the step's loss
 
     def tokens(self, side: Side) -> tuple[int, ...]:
-        """Model input: prompt and all response tokens but the last, which nothing follows."""
+        """Model input: the prompt and all response tokens but the last, which has no successor to predict."""
         prompt = self.student_prompt if side == "student" else self.teacher_prompt
         return prompt + self.response[:-1]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Right-padded inputs of a few samples. Padding sits behind every real token, so causal attention never sees it."""
+    """Right-padded inputs of a few samples. Padding follows every real token, so causal attention never sees it."""
 
     samples: tuple[int, ...]  # indices into the step's sample list
     tokens: Tensor  # [batch, length] int64
@@ -46,14 +46,14 @@ class MicroBatch:
     lengths: tuple[int, ...]  # response tokens of each sample
 
     def select(self, hidden: Tensor) -> Tensor:
-        """Hidden states `[length, batch, hidden]` -> those of response positions, `[response tokens, hidden]`."""
+        """Hidden states `[length, batch, hidden]` -> those at response positions, `[response tokens, hidden]`."""
         return hidden[self.columns, self.rows]
 
 
 def normalize(samples: Sequence[Sample], by: Literal["sequence", "token"]) -> list[Sample]:
     """Samples whose weights make the step's loss a mean: over sequences of the mean over tokens, or over all tokens.
 
-    After it, `weight` is the weight of each *token* of the sample; the weights of all tokens of the step sum to one.
+    In the result, `weight` is the weight of each *token* of the sample; the weights of the step's tokens sum to one.
     """
     total = sum(len(sample.response) if by == "token" else 1 for sample in samples)
     return [
@@ -62,7 +62,7 @@ def normalize(samples: Sequence[Sample], by: Literal["sequence", "token"]) -> li
 
 
 def deal(samples: Sequence[Sample], shares: int, cost: Callable[[Sample], int]) -> list[list[int]]:
-    """Sample indices for each of `shares` replicas: longest first, each to the replica with the least work so far."""
+    """Sample indices for each of `shares` replicas: costliest first, each to the replica with the least work so far."""
     dealt: list[list[int]] = [[] for _ in range(shares)]
     load = [0] * shares
     for index in sorted(range(len(samples)), key=lambda index: (-cost(samples[index]), index)):
@@ -82,15 +82,15 @@ def micro_batches(
     device: torch.device,
     count: int = 1,
 ) -> list[MicroBatch]:
-    """Micro-batches of `size` samples of like length; lengths are padded to `multiple` (sequence parallelism).
+    """Micro-batches of `size` samples of similar length; lengths are padded to `multiple` (sequence parallelism).
 
-    A replica with fewer than `count` gets more of weight zero: one, because every replica takes part in the step's
-    collectives, or as many as others have with whom it shares experts.
+    A replica with fewer than `count` gets additional ones of weight zero: one, because every replica takes part in the
+    step's collectives, or as many as the replicas with which it shares experts have.
     """
     order = sorted(indices, key=lambda index: (-len(samples[index].tokens(side)), index))
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     batches = [_micro_batch(samples, group, side, multiple, device, names=tuple(group)) for group in groups]
-    least = min(samples, key=lambda sample: len(sample.tokens(side)))  # others wait for it
+    least = min(samples, key=lambda sample: len(sample.tokens(side)))  # the other replicas wait for it
     idle = [replace(least, response=least.response[:1], sampler_log_probs=least.sampler_log_probs[:1], weight=0.0)]
     return batches + [_micro_batch(idle, [0], side, multiple, device, names=())] * (count - len(batches))
 

@@ -19,7 +19,7 @@ from megatron_trd.errors import UserError, line_of
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem; `index` is its place in the data set."""
+    """One problem; `index` is its position in the data set."""
 
     index: int
     problem: str
@@ -28,7 +28,7 @@ class Problem:
 
 
 def load_problems(config: DataConfig, section: str = "data") -> list[Problem]:
-    """Every problem of a data set, in its order; `section` is where the user named it.
+    """All problems of a data set, in order; `section` is the configuration section that names it.
 
     Raises `UserError` for a file that is missing, empty or broken (with the line), and for a field that is missing.
     """
@@ -48,7 +48,7 @@ def _rows(config: DataConfig, section: str) -> Sequence[Mapping[str, Any]]:
     try:
         if path.suffix in (".jsonl", ".json"):
             return list(_read_jsonl(path))
-        # A file, or Spark's folder of parts. `datasets` would copy it to its cache, and has no word for an empty one.
+        # A file, or Spark's folder of parts. `datasets` would copy it to its cache, and does not say that one is empty.
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
@@ -68,7 +68,7 @@ def _rows(config: DataConfig, section: str) -> Sequence[Mapping[str, Any]]:
         return list(datasets.load_dataset(config.path, config.name, split=config.split))
     except UserError:
         raise
-    except Exception as error:  # datasets raises many kinds; the user needs file and reason
+    except Exception as error:  # datasets raises many kinds of exceptions; the user needs file and reason
         reason = line_of(error) if error.__cause__ is None else f"{line_of(error)} ({line_of(error.__cause__)})"
         here = "" if path.exists() else " is no file or folder here, and as a hub data set"
         what = f"data '{config.path}'{here} (split '{config.split}')"
@@ -130,8 +130,8 @@ def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
 
 
 def _nothing(value: Any) -> str | None:
-    """What a value that says nothing is, and None for any other."""
-    if isinstance(value, float) and math.isnan(value):  # how pandas writes a value that is missing
+    """The kind of an empty value as text; None for any other value."""
+    if isinstance(value, float) and math.isnan(value):  # how pandas writes a missing value
         return "NaN"
     if isinstance(value, str) and not value.strip():
         return "blank"
@@ -139,7 +139,7 @@ def _nothing(value: Any) -> str | None:
 
 
 def step_indices(count: int, batch_size: int, step: int, *, seed: int, shuffle: bool) -> list[int]:
-    """Indices of the problems of a step (from 0): a pure function, so that a resumed run reads on where it stopped.
+    """Indices of the problems of a step (from 0): a pure function, so a resumed run continues where it stopped.
 
     Problems are visited epoch by epoch, each in its own order drawn from (seed, epoch).
     """
@@ -150,6 +150,6 @@ def step_indices(count: int, batch_size: int, step: int, *, seed: int, shuffle: 
     return indices
 
 
-@functools.lru_cache(maxsize=2)  # a large data set's takes a tenth of a second; a step may see two epochs
+@functools.lru_cache(maxsize=2)  # for a large data set it takes a tenth of a second; a step may span two epochs
 def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(count)

@@ -1,9 +1,9 @@
-"""Every prompt template, once, and how a prompt becomes token ids.
+"""All prompt templates, and the conversion of prompts to token ids.
 
-The same refinement prompt generates y_r and conditions the teacher in training. A rollout enters it as the very token
-ids that were sampled: the text around it is tokenized in pieces and the ids are spliced in between, so nothing is
-decoded and encoded again between sampler and trainer. Only the chat template writes special tokens: a problem that
-holds the text `<|im_end|>` gets its characters, not the token that would end the user's turn.
+The same refinement prompt generates y_r and conditions the teacher in training. A rollout enters it as exactly the
+token ids that were sampled: the text around it is tokenized in pieces and the ids are spliced in between, so nothing is
+decoded and re-encoded between sampler and trainer. Only the chat template writes special tokens: the text `<|im_end|>`
+in a problem is encoded as characters, not as the token that would end the user's turn.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ TEMPLATES: dict[str, dict[Context, str]] = {
     },
 }
 
-# What tokens that begin with a space begin with: SentencePiece's, and a byte-level tokenizer's.
+# Prefixes that stand for a leading space in a token: SentencePiece's, and a byte-level tokenizer's.
 _SPACES = ("\u2581", "\u0120")
 
-# Llama 3's chat templates write today's date, unless told another: a run that is resumed tomorrow, or whose ranks start
-# around midnight, is to have the prompts it had. This is the date that they fall back to themselves.
+# Llama 3's chat templates write today's date unless given another. A run that is resumed the next day, or whose ranks
+# start around midnight, must keep its prompts. This is the date that the templates themselves fall back to.
 _DATE = datetime.date(2024, 7, 26)
 
 # Stands for the user message while the chat template is applied.
@@ -65,7 +65,7 @@ _MARK = "\ue000message\ue000"
 class PromptBuilder:
     """Turns problems and rollouts into prompt token ids with the model's own chat template.
 
-    A tokenizer without a chat template (a base model) gets the template's text as it stands.
+    For a tokenizer without a chat template (a base model), the prompt template's text is used as it stands.
     """
 
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ class PromptBuilder:
 
     @classmethod
     def of(cls, model: ModelFolder, data: DataConfig) -> Self:
-        """The prompts that `data` asks for, in the words of a model's tokenizer.
+        """A builder of the prompts that `data` configures, for a model's tokenizer.
 
         Raises `UserError` for a tokenizer that begins every text with a space: each piece of a prompt would have one.
         """
@@ -107,7 +107,7 @@ class PromptBuilder:
         reference: str | None = None,
         rollout_ids: Sequence[int] | None = None,
     ) -> list[int]:
-        """Prompt token ids; `rollout_ids` are spliced in as they are, without the token that ended them."""
+        """Prompt token ids; `rollout_ids` are spliced in unchanged, except for the token that ended them."""
         if (rollout_ids is not None) != ("refine" in context):
             raise ValueError(f"a {context} prompt {'shows no' if rollout_ids is not None else 'needs the'} rollout")
         before, _, after = TEMPLATES[self.task][context].partition("$rollout")
@@ -122,19 +122,19 @@ class PromptBuilder:
         ]
 
     def without_eos(self, ids: Sequence[int]) -> list[int]:
-        """Response ids without the special token that ended them: a model may have several that do."""
+        """Response ids without the special token that ended them; a model may have several such tokens."""
         ids = list(ids)
         return ids[:-1] if ids and ids[-1] in self._special_ids else ids
 
     def count(self, text: str) -> int:
-        """Tokens of a text by itself."""
+        """Number of tokens of a text on its own."""
         return len(self._encode(text))
 
     def cut(self, text: str, tokens: int) -> str:
-        """Text shortened by at least `tokens` tokens at its end (all of it, if it has no more)."""
+        """Text shortened by at least `tokens` tokens at its end (to nothing, if it has no more)."""
         ids = self._encode(text)
         kept: str = self.tokenizer.decode(ids[: max(0, len(ids) - tokens)], clean_up_tokenization_spaces=False)
-        return kept.rstrip("\ufffd")  # what decodes from the first bytes of a character cut in two
+        return kept.rstrip("\ufffd")  # decoded from the first bytes of a character that was cut in two
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -152,7 +152,7 @@ class PromptBuilder:
             rendered = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **options
             )
-        except Exception as error:  # it is a program, and may raise anything
+        except Exception as error:  # a template is a program, and may raise anything
             raise UserError(f"{whose} fails: {line_of(error)}; mend it, or data.chat_template_kwargs") from None
         head, mark, tail = rendered.partition(_MARK)
         if not mark:
@@ -160,8 +160,8 @@ class PromptBuilder:
         return head, tail
 
     def _encode(self, text: str, *, special: bool = False, start: bool = False) -> list[int]:
-        """Ids of a piece of a prompt. `special`: special tokens in the text count as such; `start`: begin as plain text
-        begins, with the tokenizer's beginning-of-sequence token if it has one (a chat template writes its own)."""
+        """Ids of a piece of a prompt. `special`: special tokens in the text are parsed as such; `start`: begin with the
+        tokenizer's beginning-of-sequence token if it has one, as plain text does (a chat template writes its own)."""
         if not text and not start:
             return []
         return list(self.tokenizer(text, add_special_tokens=start, split_special_tokens=not special)["input_ids"])

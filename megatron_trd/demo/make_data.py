@@ -1,4 +1,4 @@
-"""Writes the demo's problems: `python -m megatron_trd.demo.make_data`. The files it wrote stand in `data/`."""
+"""Writes the demo's problems: `python -m megatron_trd.demo.make_data`. The files it wrote are in `data/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SEED = 1_000
 
 
 def main() -> None:
-    """Both files."""
+    """Write both files."""
     TRAIN_PROBLEMS.parent.mkdir(exist_ok=True)
     write_jsonl(TRAIN_PROBLEMS, generate(TRAIN_COUNT, SEED, "train"))
     write_jsonl(TEST_PROBLEMS, generate(TEST_COUNT, SEED, "test"))

@@ -33,13 +33,13 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class Making:
-    """What one model is and learns from."""
+    """A model's shape and training data."""
 
     hidden: int
     layers: int
     heads: int
     ffn: int
-    slips: float  # share of wrong solutions among those to the problem alone
+    slips: float  # share of wrong solutions among those for vanilla prompts
     mix: dict[Context, float]  # share of batches of each kind of prompt
     steps: int
     seed: int
@@ -71,7 +71,7 @@ MAKINGS = {
 
 
 def main() -> None:
-    """Make the models that are named, or both."""
+    """Make the named models, or both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*MAKINGS, []], default=[])
     parser.add_argument("--out", type=Path, default=MODELS)
@@ -149,7 +149,7 @@ def _text(
 
 
 def _batch(texts: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded tokens `[batch, length]` and the labels of the responses alone."""
+    """Right-padded tokens `[batch, length]` and the labels, for the responses only."""
     length = max(len(prompt) + len(response) for prompt, response in texts)
     tokens = torch.zeros(len(texts), length, dtype=torch.long)
     labels = torch.full((len(texts), length), _IGNORED)

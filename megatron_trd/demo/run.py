@@ -24,21 +24,21 @@ from megatron_trd.training.checks import check
 from megatron_trd.training.command import run_training
 from recipes.common import find_recipe
 
-# The paper's first baseline: the same divergence on raw rollouts, with the teacher's context that has no rollout in it.
+# The paper's first baseline: the same divergence on raw rollouts, with the teacher context without a rollout.
 METHODS: dict[str, tuple[str, MethodName, MethodName]] = {
     "trd-opsd": ("opsd_demo", "trd-opsd", "opsd-forward-kl"),
     "trd-opd": ("opd_demo", "trd-opd", "opd-forward-kl"),
 }
 _OPTIONS = ("method=", "run_dir=", "seed=")
-SAMPLES = 16  # responses a problem
+SAMPLES = 16  # responses per problem
 PAIRS = 3
 
 
 def run_demo(method: str, out: Path, seed: int, overrides: Sequence[str] = (), problems: Path = TEST_PROBLEMS) -> Path:
-    """Base, TRD and baseline from the same start for as many steps. Returns the path of `report.html`.
+    """Compare base, TRD and baseline, from the same start and for as many steps. Returns the path of `report.html`.
 
-    Writes `summary.json`, `report.html` and each run's folder into `out`; raises `UserError` if `out` holds anything
-    but an earlier demo, which is replaced.
+    Writes `summary.json`, `report.html` and each run's folder into `out`, replacing an earlier demo; raises `UserError`
+    if `out` holds anything else.
     """
     if method not in METHODS:
         raise UserError(f"demo --method {method}: choose one of {', '.join(METHODS)}")
@@ -48,7 +48,7 @@ def run_demo(method: str, out: Path, seed: int, overrides: Sequence[str] = (), p
     recipe, *names = METHODS[method]
     base = find_recipe(recipe, [*overrides, f"seed={seed}"])
     base = dataclasses.replace(base, world_size=check(base).world_size)
-    _clear(out)  # last: bad input must not cost an earlier demo
+    _clear(out)  # last: bad input must not delete an earlier demo
     begin = time.perf_counter()
     summary: dict[str, Any] = {
         "task": "held-out problems of the embedded world",
@@ -96,7 +96,7 @@ def _train_and_evaluate(config: TrainConfig, out: Path, problems: Path) -> dict[
 
 
 def _evaluate(name: str, model: Path, config: TrainConfig, out: Path, problems: Path) -> dict[str, Any]:
-    """Scores of a model on as many ranks, and with responses as long, as `config` trains with."""
+    """Scores of a model, with the number of ranks and the response length that `config` trains with."""
     begin = time.perf_counter()
     settings = [
         f"world_size={config.world_size}",
@@ -110,7 +110,7 @@ def _evaluate(name: str, model: Path, config: TrainConfig, out: Path, problems: 
 
 
 def _pairs(run: Path) -> list[dict[str, Any]]:
-    """The run's first failed rollouts and what became of them, with the first wrong line of each."""
+    """The run's first failed rollouts and their refinements, with the first wrong line of each."""
     found: list[dict[str, Any]] = []
     for file in sorted((run / "samples").glob("*.jsonl")):
         for line in file.read_text().splitlines():

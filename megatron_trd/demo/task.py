@@ -1,15 +1,15 @@
-"""The demo's task: short chains of arithmetic on a running value, with solutions in three hands.
+"""The demo's task: short chains of arithmetic on a running value, with solutions in three styles.
 
-A problem starts from a two-digit number and applies four to six operations; every value on the way has two digits:
+A problem starts from a two-digit number and applies four to six operations; every intermediate value has two digits:
 
     Start with 37. Add 48. Subtract 62. Multiply by 4. Subtract 16. What is the result?
 
-The *reference solution* (y*) is terse, one result a line (`+48=85`). The models write longer lines of their own, in
-one of two styles (`37 + 48 = 85` or `37 plus 48 makes 85`), so a refinement is a rewriting, not a copy. `corrupt`
-makes what a failed rollout looks like: one slip, after which every line follows from the wrong value.
+The *reference solution* (y*) is terse, one result per line (`+48=85`). The models write longer lines, in one of two
+styles (`37 + 48 = 85` or `37 plus 48 makes 85`), so a refinement is a rewriting, not a copy. `corrupt` imitates a
+failed rollout: one slip, after which every line follows from the wrong value.
 
 Everything is a function of a seed. The hash of a problem's text decides whether it belongs to the train or the test
-split, so the two never meet whatever the seeds.
+split, so the two never overlap, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Style = Literal["symbols", "words"]
 Split = Literal["train", "test"]
 
 STYLES: tuple[Style, ...] = ("symbols", "words")
-LOW, HIGH = 10, 99  # every value on the way
+LOW, HIGH = 10, 99  # range of every value
 FEWEST_STEPS, MOST_STEPS = 4, 6
 TEST_SHARE = 8  # one problem in this many is a test problem
 
@@ -46,7 +46,7 @@ _MISREAD_SHARE = 0.2  # of the lines of a mangled solution
 
 @dataclass(frozen=True)
 class DemoProblem:
-    """One problem as data sets hold it; `solution` is the reference solution y*."""
+    """One problem in the form of the data sets; `solution` is the reference solution y*."""
 
     problem: str
     answer: str
@@ -84,12 +84,12 @@ def split_of(problem: str) -> Split:
 
 
 def write_jsonl(path: Path, problems: Iterable[DemoProblem]) -> None:
-    """Write problems as one JSON object a line, with the fields problem, answer and solution."""
+    """Write problems as one JSON object per line, with the fields problem, answer and solution."""
     path.write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
 
 
 def parse(problem: str) -> tuple[int, list[Step]]:
-    """The start value and the operations that a problem's text states."""
+    """The start value and the operations stated in a problem's text."""
     start = re.match(r"Start with (\d+)\.", problem)
     if start is None:
         raise ValueError(f"not a demo problem: {problem!r}")
@@ -99,7 +99,7 @@ def parse(problem: str) -> tuple[int, list[Step]]:
 
 
 def own_solution(problem: DemoProblem, style: Style) -> str:
-    """The right solution, as the demo's models write it."""
+    """The right solution, in the style of the demo's models."""
     start, steps = parse(problem.problem)
     return _write(start, steps, _chain(start, steps), style)
 
@@ -107,7 +107,7 @@ def own_solution(problem: DemoProblem, style: Style) -> str:
 def corrupt(problem: DemoProblem, style: Style, rng: random.Random) -> tuple[str, int]:
     """A solution with one slip, consistently continued, and the index of its first wrong line.
 
-    The step of the slip is uniform among those after which every later value keeps two digits.
+    The step of the slip is uniform among those after which all later values keep two digits.
     """
     start, steps = parse(problem.problem)
     candidates = [
@@ -121,7 +121,7 @@ def corrupt(problem: DemoProblem, style: Style, rng: random.Random) -> tuple[str
 def mangle(problem: DemoProblem, style: Style, rng: random.Random) -> str:
     """A solution with some lines wrong in any way: another operation, another number, another result.
 
-    What a model writes while it is being trained goes wrong in more ways than `corrupt` knows.
+    Responses of a model in training go wrong in more ways than `corrupt` covers.
     """
     start, steps = parse(problem.problem)
     misread = [_misread(step, rng) if rng.random() < _MISREAD_SHARE else step for step in steps]
@@ -142,8 +142,8 @@ def _misread(step: Step, rng: random.Random) -> Step:
 def first_wrong_step(problem: DemoProblem, response: str) -> int | None:
     """Index of a response's first wrong line; None if every line is right.
 
-    A line is right if it states the very equation the problem asks for at that place, in either style; the line after
-    the last equation states the answer. A missing line is wrong, and so is one too many.
+    A line is right if it states the equation that the problem requires at that place, in either style; the line after
+    the last equation states the answer. A missing line is wrong, and so is an extra one.
     """
     start, steps = parse(problem.problem)
     values = _chain(start, steps)

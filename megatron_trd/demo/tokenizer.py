@@ -1,7 +1,7 @@
 """The demo models' tokenizer: byte-level BPE with single digits, trained on the demo's own text.
 
 The fixed parts of the prompt templates are added as one token each, which keeps the prompts short: the tokenizer, and
-with it the models, belong to the wording of `megatron_trd.data.prompts.TEMPLATES["math"]`.
+with it the models, depend on the wording of `megatron_trd.data.prompts.TEMPLATES["math"]`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ CHAT_TEMPLATE = (
 
 
 def phrases() -> list[str]:
-    """The fixed parts of the prompt templates, each of them one token."""
+    """The fixed parts of the prompt templates, each of which is one token."""
     found = {part for text in TEMPLATES["math"].values() for part in re.split(r"\$\w+", text) if part}
     return sorted(found)
 
 
 def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """Train the tokenizer; the same one for the same seed."""
+    """Train the tokenizer; the same seed gives the same tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,4 +1,4 @@
-"""`megatron-trd doctor`: is this node, or every node of an allocation, fit for a job."""
+"""`megatron-trd doctor`: checks whether this node, or every node of an allocation, is fit for a job."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_trd.errors import UserError
 
 
 def prepare() -> None:
-    """Settings that torch reads when it is imported. Raises `UserError` where it cannot be imported at all."""
-    # A rank that does not come is a row of the table, not pages of C++ stack traces.
+    """Set what torch reads when it is imported. Raises `UserError` if it cannot be imported at all."""
+    # A missing rank becomes a row of the table, not pages of C++ stack traces.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         tempfile.gettempdir()

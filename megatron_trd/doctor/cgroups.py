@@ -1,4 +1,4 @@
-"""What a container or a batch system leaves to this process: control groups, versions 1 and 2."""
+"""Limits that a container or a batch system sets for this process: control groups, versions 1 and 2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def memory_left() -> float:
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            # Files read once are counted as used, and given back when memory is asked for.
+            # The page cache counts as used, and is released when memory is requested.
             left = min(left, _number(group / limit) - _number(group / used, 0.0) + _statistic(group, cache))
     return left
 
@@ -31,7 +31,7 @@ def tasks_left() -> float:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Folders of the control groups this process is in, innermost first. Not each of them need exist here."""
+    """Folders of the control groups of this process, innermost first. Not all of them need exist here."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):

@@ -1,4 +1,4 @@
-"""What `megatron-trd doctor` does: alone it starts ranks of its own, under torchrun or srun it is one of theirs."""
+"""Implementation of `megatron-trd doctor`: it starts its own ranks, or is one of those of torchrun or srun."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from megatron_trd.doctor.waiting import first_line
 from megatron_trd.errors import JobFailed, UserError
 from megatron_trd.launch import launch
 
-_RANKS_ON_A_CPU = 2  # the fewest that have a network between them
+_RANKS_ON_A_CPU = 2  # the fewest with a network between them
 
 
 def run_doctor(config: TrainConfig | None, *, ranks: int | None, quick: bool, seconds: int) -> int:
-    """Check, print, and return the exit code: 0 if nothing fails, else 1.
+    """Run and print the checks; returns the exit code: 0 if nothing fails, else 1.
 
     seconds: how long a rank, a file system or a data set may take to answer. Raises `UserError` for bad arguments.
     """
@@ -43,7 +43,7 @@ def run_doctor(config: TrainConfig | None, *, ranks: int | None, quick: bool, se
 
 
 def _one_of_many(config: TrainConfig | None, quick: bool, seconds: int) -> int:
-    """One rank's part. Rank 0 has the verdict; another fails only if it cannot reach rank 0."""
+    """One rank's part. Rank 0 returns the verdict; another rank fails only if it cannot reach rank 0."""
     place = Place.from_environment()
     if config is not None and config.world_size is None:
         config = dataclasses.replace(config, world_size=place.world)
@@ -65,7 +65,7 @@ def _one_of_many(config: TrainConfig | None, quick: bool, seconds: int) -> int:
 
 
 def _local_ranks(ranks: int, quick: bool, seconds: int) -> list[Row]:
-    """Rows of the network between `ranks` processes of this machine, and of their GPUs."""
+    """Rows for the network between `ranks` processes of this machine, and for their GPUs."""
     try:
         folder = Path(tempfile.mkdtemp(prefix="doctor-"))
         found = folder / "rows.json"

@@ -1,7 +1,7 @@
-"""The network between the ranks of a job: who is there, and how fast an all-reduce is.
+"""The network between the ranks of a job: which ranks are present, and how fast an all-reduce is.
 
-Ranks meet at a store that rank 0 (or torchrun) serves. It carries who has come, and at the end each rank's rows to rank
-0, so that ranks that cannot do a collective still say so. Every wait has an end.
+Ranks meet at a store that rank 0 (or torchrun) serves. It records which ranks have arrived, and at the end carries each
+rank's rows to rank 0, so that ranks that cannot do a collective still report that. Every wait has a timeout.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ CHECK = "all-reduce"
 _NEEDED = "every rank"
 _BYTES = (
     64 * 2**20
-)  # of the message that bandwidth is measured with: latency is little of it, and slow networks manage it
+)  # of the message that bandwidth is measured with: latency matters little, and slow networks manage it
 _REPEATS, _SMALL_REPEATS = 3, 20
-_CHECKS = 4  # times the patience with one file system or data set that all checks of a node may take
+_CHECKS = 4  # all checks of a node may take this many times the limit for one file system or data set
 _CURE = "see docs/troubleshooting.md, 'The network between ranks'"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process is among the ranks of the job."""
+    """Position of this process among the ranks of the job."""
 
     rank: int
     world: int
@@ -46,7 +46,7 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        """As torchrun, or a script around srun, has set it. Raises `UserError`."""
+        """The place that torchrun, or a script around srun, has set. Raises `UserError`."""
         place = cls(
             rank=_number("RANK"),
             world=_number("WORLD_SIZE"),
@@ -64,7 +64,7 @@ class Place:
 
 
 def node_name() -> str:
-    """What SLURM, or else the machine itself, calls this node."""
+    """This node's name according to SLURM, or else the machine itself."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -83,10 +83,10 @@ def _number(name: str, default: str = "") -> int:
 
 
 class Meeting:
-    """This rank among those that have come. Its methods raise `DistError` when the store is gone."""
+    """This rank's connection to the others. Its methods raise `DistError` when the store is gone."""
 
     def __init__(self, place: Place, seconds: float) -> None:
-        """`seconds`: how long another rank may take to answer. Raises `UserError` if nothing says where rank 0 is."""
+        """`seconds`: how long another rank may take to answer. Raises `UserError` if rank 0's address is unknown."""
         self.place, self.seconds = place, seconds
         store = dist.TCPStore(  # type: ignore[attr-defined]
             _variable("MASTER_ADDR"),
@@ -98,7 +98,7 @@ class Meeting:
         self._store = dist.PrefixStore("doctor", store)  # type: ignore[attr-defined]
 
     def missing(self) -> list[int]:
-        """Ranks that have not come in time, the same for all that have."""
+        """Ranks that have not arrived in time; the same list on all ranks that have."""
         self._store.set(f"node/{self.place.rank}", self.place.node)
         if self.place.rank == 0:
             self._store.set("missing", json.dumps(self._without("node", range(self.place.world), self.seconds)))
@@ -107,7 +107,7 @@ class Meeting:
         return missing
 
     def measure(self, quick: bool) -> dict[str, Any]:
-        """`_all_reduce`, or {"problem": …} where the network, of a backend that runs need, hangs or breaks."""
+        """`_all_reduce`, or {"problem": …} if the network fails or hangs with a backend that runs need."""
         measured = self._tried(lambda: self._all_reduce(quick))
         if "problem" in measured or platform.current().backend == "gloo":
             return measured
@@ -122,11 +122,11 @@ class Meeting:
             return {"problem": f"failed{by}: {first_line(error)}"}
 
     def report(self, what: str, content: object) -> None:
-        """Leave this rank's "measured" (of `measure`) or its "rows" for rank 0."""
+        """Store this rank's "measured" (from `measure`) or its "rows" for rank 0."""
         self._store.set(f"{what}/{self.place.rank}", json.dumps(content))
 
     def collect(self, missing: Sequence[int]) -> list[tuple[str, Row]]:
-        """(node, row) of everything that has been reported, on rank 0."""
+        """(node, row) of all reports, on rank 0."""
         present = [rank for rank in range(self.place.world) if rank not in missing]
         nodes = {rank: self._store.get(f"node/{rank}").decode() for rank in present}
         dead = self._without("measured", present, self.seconds)
@@ -146,7 +146,7 @@ class Meeting:
             yield rank, json.loads(self._store.get(f"{what}/{rank}"))
 
     def _without(self, what: str, ranks: Iterable[int], seconds: float) -> list[int]:
-        """Those of `ranks` that have not left `what` in the store in time."""
+        """Those of `ranks` that have not put `what` into the store in time."""
         keys = {f"{what}/{rank}": rank for rank in ranks}
         try:
             self._store.wait(list(keys), timedelta(seconds=seconds))
@@ -172,13 +172,13 @@ class Meeting:
         return measured
 
     def _sum_on_host(self) -> dict[str, float]:
-        """What the samplers of a GPU job tell each other goes by gloo, over a network card of its own choice."""
+        """Samplers of a GPU job communicate by gloo, over a network interface of its own choice."""
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * self.seconds))
         self._sum(torch.device("cpu"), group)
         return {}
 
     def _sum(self, device: torch.device, group: Any = None) -> None:
-        """One all-reduce of which the result is known. Raises `RuntimeError` if it is another."""
+        """One all-reduce with a known result. Raises `RuntimeError` if the result differs."""
         world = self.place.world
         value = torch.tensor([self.place.rank + 1.0], device=device)
         dist.all_reduce(value, group=group)
@@ -186,7 +186,7 @@ class Meeting:
             raise RuntimeError(f"the all-reduced sum of 1 to {world} is {value.item():g}")
 
     def _row(self, problems: dict[str, list[int]], nodes: dict[int, str]) -> Row:
-        """The network in a row. problems: what is wrong -> with which ranks."""
+        """The row for the network. problems: problem -> affected ranks."""
         world = self.place.world
         wrong = [f"{_named(ranks, nodes)} {problem}" for problem, ranks in problems.items() if ranks]
         if wrong:
@@ -208,7 +208,7 @@ class Meeting:
 
 def _seconds(tensor: torch.Tensor, repeats: int) -> float:
     """Mean time of an all-reduce of `tensor`, zeros."""
-    dist.all_reduce(tensor)  # the first one makes connections
+    dist.all_reduce(tensor)  # the first one opens connections
     tensor[0].item()  # waits for it, on the tensor's own device
     begin = time.perf_counter()
     for _ in range(repeats):
@@ -223,9 +223,9 @@ def _named(ranks: Sequence[int], nodes: dict[int, str]) -> str:
 
 
 def survey(place: Place, quick: bool, seconds: float, own: Callable[[], list[Row]]) -> list[tuple[str, Row]]:
-    """Check the network with all other ranks. (node, row) of it and of every rank's `own` rows on rank 0, else nothing.
+    """Check the network with all other ranks. On rank 0, returns (node, row) for it and for every rank's `own` rows.
 
-    Raises `DistError` if rank 0 is not there, and `UserError` if nothing says where it is.
+    Raises `DistError` if rank 0 is not there, and `UserError` if its address is unknown.
     """
     meeting = Meeting(place, seconds)
     missing = meeting.missing()

@@ -1,4 +1,4 @@
-"""What a job needs of one node: processes, memory, disks, and the recipe's model and data."""
+"""Requirements of a job on one node: processes, memory, disks, and the recipe's model and data."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from megatron_trd.errors import UserError
 if TYPE_CHECKING:
     from megatron_trd.training.checks import Inputs
 
-# Measured on jobs of the embedded model on a CPU: a rank has 200 files open and 15 more for each rank of the job. Twice
-# that, because NCCL and larger models have more.
+# Twice what was measured on jobs of the embedded model on a CPU, where a rank has 200 files open and 15 more for each
+# rank of the job: NCCL and larger models have more.
 _FILES, _FILES_A_RANK = 400, 30
-# A rank has 152 threads on 2 cores; libraries that keep a pool have a thread a core in it.
+# A rank has 152 threads on 2 cores; libraries with a thread pool have one thread per core in it.
 _THREADS, _THREADS_A_CORE = 256, 4
 # A rank of torch, megatron-core and vLLM with the embedded model takes 2.9 GiB. A larger model's own share is what
 # `megatron-trd plan` forecasts.
 _HOST_GIB_A_RANK = 3.0
-# NCCL's manual asks for --shm-size=1g in a container, whose default of 64 MiB ends in a bus error. vLLM takes 8.5 MiB
-# for two tensor-parallel ranks on a CPU.
+# NCCL's manual recommends --shm-size=1g in a container, whose default of 64 MiB leads to a bus error. vLLM takes 8.5
+# MiB for two tensor-parallel ranks on a CPU.
 _SHARED_MEMORY_GIB = 1.0
-# A run's metrics, samples and logs, and what compilers keep in TMPDIR; checkpoints come on top.
+# For a run's metrics, samples and logs, and compiler caches in TMPDIR; checkpoints come on top.
 _DISK_GIB = 1.0
 # Weights, main weights and Adam's two moments in 4 bytes each; 16.9 measured with the embedded model.
 _CHECKPOINT_BYTES_A_PARAMETER = 16
 # A checkpoint of 8 billion parameters takes 22 minutes at this rate, and every rank waits for it.
 _WRITE_MB_S = 100.0
-_WRITE_SECONDS = 2.0  # that a measurement of it may take
+_WRITE_SECONDS = 2.0  # time limit of its measurement
 _WRITE_BLOCK, _WRITE_BLOCKS = 16 * 2**20, 16
-# This process's own context on a GPU takes about half a GiB; more is somebody else's, whose memory a job would lack.
+# This process's own context on a GPU takes about half a GiB; the rest is used by others, and a job would lack it.
 _GPU_USED_GIB = 2.0
 
 _GIB = 2**30
@@ -51,17 +51,17 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the node is wanted for."""
+    """The job that the node is checked for."""
 
     config: TrainConfig | None  # of a recipe, if one is given
     nodes: int
     ranks: int  # of the job
     quick: bool
-    seconds: float  # that a folder or a data set has to answer
+    seconds: float  # how long a folder or a data set may take to answer
 
 
 def node_rows(task: Task) -> list[Row]:
-    """Every check of this node but those of its GPUs' memory and of the network, which its ranks make."""
+    """All checks of this node except those of GPU memory and of the network, which its ranks make."""
     current = platform.current()
     recipe, inputs = _recipe(task)
     gpus = current.gpu_count()
@@ -75,7 +75,7 @@ def node_rows(task: Task) -> list[Row]:
 
 
 def gpu_rows(first: int, every: int) -> list[Row]:
-    """Memory of the node's GPUs `first`, `first + every`, …: each rank looks at its share."""
+    """Memory of the node's GPUs `first`, `first + every`, …: each rank checks its share."""
     return [_gpu_memory(index) for index in range(first, platform.current().gpu_count(), every)]
 
 
@@ -156,7 +156,7 @@ def _run_folder(task: Task, inputs: Inputs | None) -> Row:
 
 
 def _checkpoint_gib(config: TrainConfig, inputs: Inputs) -> float:
-    """Checkpoints that are still to find room: those kept and the one being written."""
+    """Size of checkpoints that still need room: those kept and the one being written."""
     from megatron_trd.models.weights import exported_slots
     from megatron_trd.training.checkpoint import checkpoints
 
@@ -167,14 +167,14 @@ def _checkpoint_gib(config: TrainConfig, inputs: Inputs) -> float:
 
 def _temporary_folder(task: Task) -> Row:
     check, used, wanted = "temporary folder", tempfile.gettempdir(), os.environ.get("TMPDIR")
-    if wanted and os.path.abspath(wanted) != used:  # Python looks for another one without a word; compilers do not
+    if wanted and os.path.abspath(wanted) != used:  # Python silently uses another one; compilers do not
         says = f"{check} '{wanted}' (TMPDIR) cannot be written: make it, free some of it, or set another TMPDIR"
         return Row(check, "not writable", "writable", "fails", says)
     return _disk(check, Path(used), _DISK_GIB, "set another TMPDIR", task.quick)
 
 
 def _disk(check: str, folder: Path, needed: float, cure: str, quick: bool) -> Row:
-    """Room and, unless `quick`, write speed where `folder` is or would be made. Leaves nothing there."""
+    """Free space and, unless `quick`, write speed where `folder` is or would be created. Leaves nothing there."""
     place = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     try:
         free = shutil.disk_usage(place).free / _GIB
@@ -198,11 +198,11 @@ def _disk(check: str, folder: Path, needed: float, cure: str, quick: bool) -> Ro
 
 
 def _write_speed(file: int) -> float:
-    """MB/s at which blocks reach the disk."""
+    """MB/s at which blocks are written to the disk."""
     block = os.urandom(_WRITE_BLOCK)  # some file systems compress
     written, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < _WRITE_SECONDS and written < _WRITE_BLOCKS * _WRITE_BLOCK:
-        written += os.pwrite(file, block, 0)  # over the same place: never more than a block of the disk's room
+        written += os.pwrite(file, block, 0)  # at the same offset: never takes more than a block of disk space
         os.fsync(file)
     return written / (time.perf_counter() - begin) / 1e6
 

@@ -1,4 +1,4 @@
-"""A check's outcome, the rows of many nodes brought into one table, and the verdict."""
+"""Outcomes of checks, their merging over nodes into one table, and the verdict."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Row:
     found: str
     needed: str
     verdict: Verdict = "ok"
-    says: str = ""  # of a row that is not ok: what is wrong and how to mend it, one line
-    value: float | None = None  # what was measured, if it is a number: of several nodes the lowest is shown
-    alike: bool = False  # must be found the same on all nodes
+    says: str = ""  # of a row that is not ok: what is wrong and how to fix it, in one line
+    value: float | None = None  # the measured value, if it is a number: the lowest of several nodes is shown
+    alike: bool = False  # must be the same on all nodes
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table: what some nodes have in common."""
+    """A row of the table: a result that some nodes have in common."""
 
     nodes: list[str]
     row: Row
@@ -59,7 +59,7 @@ def _merge_check(rows: Sequence[tuple[str, Row]]) -> list[Line]:
 
 
 def _difference(fine: Sequence[Line]) -> list[Line]:
-    """A failing line if nodes that are each in order differ in what has to be one for the whole job."""
+    """A failing line if nodes that each pass differ in something that must be the same for the whole job."""
     if len(fine) < 2:
         return []
     check = fine[0].row.check
@@ -70,7 +70,7 @@ def _difference(fine: Sequence[Line]) -> list[Line]:
 
 
 def show(lines: Sequence[Line], ranks: int) -> int:
-    """Print the table, what is wrong and the verdict; returns the exit code."""
+    """Print the table, the problems and the verdict; returns the exit code."""
     nodes = sorted({node for line in lines for node in line.nodes})
     title = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}, {ranks} rank{'s' if ranks > 1 else ''}"
     columns = ["check", "found", "needed", "verdict", *(["nodes"] if len(nodes) > 1 else [])]

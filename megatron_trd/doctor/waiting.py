@@ -1,4 +1,4 @@
-"""Waiting with an end: a file system or a network that hangs becomes a row, not a hang."""
+"""Waiting with a timeout: a file system or a network that hangs becomes a row, not a hang."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` returns or raises; `TimeoutError` if it is not done in time. Its thread is left behind then."""
+    """What `work` returns or raises; `TimeoutError` if it is not done in time; its thread is then abandoned."""
     outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -31,6 +31,6 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
+    """The first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

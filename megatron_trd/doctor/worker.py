@@ -13,7 +13,7 @@ from megatron_trd.launch import run_rank
 
 
 def main() -> None:
-    """Take part in the check; rank 0 writes the rows of all."""
+    """Take part in the check; rank 0 writes the rows of all ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path)
     parser.add_argument("seconds", type=float)

@@ -1,4 +1,4 @@
-"""What `megatron-trd eval` does: check, start the ranks, print the scores."""
+"""Implementation of `megatron-trd eval`: check the input, start the ranks, print the scores."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_evaluation(
         run_dir=str(out),
         rollouts_per_problem=samples,
         seed=seed,
-        # a checkpoint is asked the way it was trained, by an engine that has its GPU to itself
+        # a checkpoint is sampled as in its training, by an engine that has the GPU to itself
         sampler=dataclasses.replace(run.sampler, memory_fraction=_MEMORY_FRACTION),
         data=DataConfig(
             path=data,
@@ -75,9 +75,9 @@ def run_evaluation(
 
 @contextlib.contextmanager
 def _claimed(out: Path, config: TrainConfig) -> Iterator[None]:
-    """The folder with this evaluation's configuration and no scores, which no other job can have during the block.
+    """Lock the folder for the block, with this evaluation's configuration and no scores in it.
 
-    Raises `UserError`; nothing of another evaluation that is there is changed then.
+    Raises `UserError`; an existing evaluation is then left unchanged.
     """
     make_folder(out)
     take_lock(out)
@@ -85,18 +85,18 @@ def _claimed(out: Path, config: TrainConfig) -> Iterator[None]:
         if (out / "config.yaml").exists():
             _check_same(configuration.load(out / "config.yaml"), config, out)
         configuration.save(config, out / "config.yaml")
-        (out / "scores.json").unlink(missing_ok=True)  # an old score must not pass for this one's
+        (out / "scores.json").unlink(missing_ok=True)  # an old score must not be taken for this evaluation's
         yield
     finally:
         release_lock(out)
 
 
 def _check_same(there: TrainConfig, config: TrainConfig, out: Path) -> None:
-    """Raise `UserError` for another evaluation: without `--out`, models or data sets whose names are alike have one
-    folder."""
+    """Raise `UserError` if the folder holds another evaluation: without `--out`, models or data sets of the same name
+    share one folder."""
     before, now = configuration.flatten(there), configuration.flatten(config)
     for key, value in now.items():
-        if value != before[key] and key != "run_dir":  # the same folder, whatever it is called from here
+        if value != before[key] and key != "run_dir":  # the same folder under any path
             raise UserError(f"'{out}' was begun with {key}={before[key]}, not {value}: give another --out")
 
 
@@ -109,7 +109,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 def print_scores(scores: dict[str, Any]) -> None:
-    """A table of one evaluation's scores."""
+    """Print a table of one evaluation's scores."""
     title = f"{scores['model']} on {scores['data']}: {scores['problems']} problems, {scores['samples']} samples each"
     table = Table("score", "value", "95 % interval", title=title, title_justify="left")
     for name, score in scores.items():
@@ -121,13 +121,13 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 
 def _run_of(model: Path) -> TrainConfig | None:
-    """Configuration of the run that wrote a checkpoint, if one did."""
+    """Configuration of the run that wrote a checkpoint, if it was written by a run."""
     path = model.resolve().parents[1] / "config.yaml" if is_checkpoint(model) else None
     return configuration.load(path) if path is not None and path.is_file() else None
 
 
 def _check(config: TrainConfig) -> TrainConfig:
-    """The configuration with the number of ranks and the response limit settled. Raises `UserError`."""
+    """The configuration with the number of ranks and the response limit resolved. Raises `UserError`."""
     model = open_model(config.model)
     model.arch.check_layout(config.sampler.tp, 1, "sampler")
     world = config.world_size or platform.current().ranks(config.sampler.tp)

@@ -1,4 +1,4 @@
-"""Whether a response has the right answer: math-verify on what stands in its last \\boxed{}."""
+"""Grading: whether a response has the right answer, by math-verify on the content of its last \\boxed{}."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from megatron_trd.config import DataConfig
 from megatron_trd.errors import JobFailed, UserError
 
 _BOX = "\\boxed{"
-# Escaped braces group nothing. `\\` is a line break, before a brace too, but in `\\boxed{` a backslash written twice.
+# Escaped braces do not group. `\\` is a line break, also before a brace, but in `\\boxed{` it is a doubled backslash.
 _BRACES = re.compile(r"\\boxed\{|\\\\(?!boxed\{)|\\[{}]|[{}]")
-# 12 345 with any of LaTeX's spaces, which math-verify takes for two numbers; so they are in `\frac12\,345`.
+# 12 345 with any of LaTeX's spaces, which math-verify parses as two numbers; in `\frac12\,345` they are two.
 _SPACED_NUMBER = re.compile(r"(?<![\w.^}\])])\d{1,3}(?:(?:\\[,;: ]|[~\s])+\d{3})+(?!\d)")
 _SECONDS = 5.0  # for one comparison
-_START_SECONDS = 600.0  # to start, which reads sympy's many files, from a busy network disk at worst
+_START_SECONDS = 600.0  # to start, which reads sympy's many files, at worst from a busy network disk
 _LONGEST = 1000  # characters of an answer worth comparing
 
 
 def check_gradable(data: DataConfig, what: str) -> None:
-    """Raise `UserError` if `what` asks problems whose responses cannot be graded."""
+    """Raise `UserError` if responses to the problems that `what` uses cannot be graded."""
     if data.answer_field is None:
         raise UserError(f"{what} needs answers to grade with: set data.answer_field to their field")
     if data.task == "code":
@@ -36,9 +36,9 @@ def check_gradable(data: DataConfig, what: str) -> None:
 def is_correct(response: str, answer: str) -> bool:
     """Whether the last `\\boxed{…}` of `response` equals `answer` as mathematics (`1/2` is `0.5` is `\\frac12`).
 
-    A response without a closed box is wrong: it was asked for one, and the last number of a text cut short is not an
-    answer. So is one whose comparison takes more than five seconds. `answer` may be bare or boxed, text or LaTeX;
-    nothing is right where it is blank.
+    A response without a closed box is wrong: the prompt asks for one, and the last number of a truncated text is not an
+    answer. So is one whose comparison takes more than five seconds. `answer` may be bare or boxed, text or LaTeX; if it
+    is blank, every response is wrong.
     """
     found, wanted = last_boxed(response), last_boxed(answer)
     found, wanted = _plain(found or ""), _plain(answer.strip() if wanted is None else wanted)
@@ -54,9 +54,9 @@ def is_correct(response: str, answer: str) -> bool:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last `\\boxed{…}` whose braces close; None if there is none."""
-    first, end = -1, -1  # of what stands in it
-    open_braces: list[int] = []  # where what stands in a box begins; -1 for other braces
+    """Content of the last `\\boxed{…}` whose braces are closed; None if there is none."""
+    first, end = -1, -1  # of its content
+    open_braces: list[int] = []  # start of a box's content; -1 for other braces
     for found in _BRACES.finditer(text):
         if found[0] in (_BOX, "{"):
             open_braces.append(found.end() if found[0] == _BOX else -1)
@@ -66,7 +66,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """An answer without the period of its sentence and without spaces inside its numbers."""
+    """An answer without a final period and without spaces inside numbers."""
     if text.endswith(".") and not text.endswith(("..", "\\right.")):
         text = text[:-1].rstrip()
     return _SPACED_NUMBER.sub(lambda number: re.sub(r"\D", "", number[0]), text)
@@ -77,10 +77,10 @@ def _is_integer(text: str) -> bool:
 
 
 class _NoVerdict(Exception):
-    """The judge took too long or died: on a busy machine that says nothing of the next time."""
+    """The judge took too long or died; on a busy machine, the next attempt may succeed."""
 
 
-@functools.lru_cache(maxsize=65536)  # rollouts of one problem give few different answers; what is raised is not kept
+@functools.lru_cache(maxsize=65536)  # rollouts of one problem give few different answers; exceptions are not cached
 def _equal(wanted: str, found: str) -> bool:
     return _judge().equal(wanted, found)
 
@@ -91,7 +91,7 @@ def _judge() -> _Judge:
 
 
 class _Judge:
-    """The comparing process of this one, started when first asked and again after it had to be killed."""
+    """The judge process of this process, started on first use and restarted after it had to be killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -113,11 +113,11 @@ class _Judge:
         return verdict
 
     def _ask(self, wanted: str, found: str, seconds: float) -> bool | None:
-        """The verdict; None if there is none in time, with the process killed."""
+        """The verdict; None if there is none in time, in which case the process is killed."""
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(OSError):  # it died of the last question
+        with contextlib.suppress(OSError):  # it died during the previous comparison
             self._process.stdin.write(json.dumps([wanted, found]).encode() + b"\n")
             self._process.stdin.flush()
             with selectors.DefaultSelector() as ready:

@@ -1,4 +1,4 @@
-"""Graded responses of an evaluation, and the folder they are kept in."""
+"""Graded responses of an evaluation, and the folder they are stored in."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from megatron_trd.files import replace_text
 def write_results(
     config: TrainConfig, prompts: PromptBuilder, trajectories: Sequence[Trajectory], *, seconds: float
 ) -> None:
-    """Grade and write `responses.jsonl`, a line a response, and then `scores.json`.
+    """Grade and write `responses.jsonl`, one line per response, and then `scores.json`.
 
-    `trajectories` holds `config.rollouts_per_problem` responses of each problem, side by side.
+    `trajectories` holds `config.rollouts_per_problem` consecutive responses to each problem.
     """
     rows = [_row(prompts, trajectory) for trajectory in trajectories]
     samples = config.rollouts_per_problem
@@ -42,8 +42,8 @@ def write_results(
 
 
 def score(prompts: PromptBuilder, trajectories: Sequence[Trajectory], samples: int, *, seed: int) -> dict[str, Any]:
-    """avg@k, pass@k, the share of responses cut off and the mean length; `samples` responses of each problem, side by
-    side."""
+    """avg@k, pass@k, the share of truncated responses and the mean length; `trajectories` holds `samples` consecutive
+    responses to each problem."""
     return _summary([_row(prompts, trajectory) for trajectory in trajectories], samples, seed)
 
 

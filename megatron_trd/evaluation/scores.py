@@ -13,7 +13,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over problems with the ends of its 95 % bootstrap interval; all in [0, 1]."""
+    """A mean over problems and the ends of its 95 % bootstrap interval; all in [0, 1]."""
 
     value: float
     low: float
@@ -26,7 +26,7 @@ def average_at_k(right: Sequence[Sequence[bool]], *, seed: int = 0) -> Score:
 
 
 def pass_at_k(right: Sequence[Sequence[bool]], k: int, *, seed: int = 0) -> Score:
-    """Probability that one of `k` responses is right: 1 - C(n - c, k) / C(n, k) a problem (Chen et al. 2021, eq. 1).
+    """Probability that any of `k` responses is right: 1 - C(n - c, k) / C(n, k) per problem (Chen et al. 2021, eq. 1).
 
     Raises ValueError if a problem has fewer than `k` samples.
     """
@@ -50,7 +50,7 @@ def _pass_probability(samples: int, right: int, k: int) -> float:
 
 
 def _bootstrap(values: np.ndarray, seed: int) -> Score:
-    """Problems are resampled, not responses: responses to one problem are not independent."""
+    """Resample problems, not responses: responses to one problem are not independent."""
     if len(values) == 0:
         raise ValueError("no problems to score")
     picked = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))

@@ -16,7 +16,7 @@ from megatron_trd.launch import run_rank, starting
 
 
 def main() -> None:
-    """Sample every problem, grade, and let rank 0 write the evaluation's folder."""
+    """Sample every problem; rank 0 grades the responses and writes the evaluation's folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     _evaluate(configuration.load(parser.parse_args().config))

@@ -1,4 +1,4 @@
-"""The cost model behind `megatron-trd plan`: memory a GPU, time a step, and the layouts that fit.
+"""The cost model behind `megatron-trd plan`: memory per GPU, time per step, and the layouts that fit.
 
 Arithmetic on a configuration and the shapes of two models; it loads no weights. docs/scaling.md has the formulas.
 """

@@ -1,4 +1,4 @@
-"""A recipe on a cluster: everything a forecast is a function of."""
+"""A recipe on a cluster: all inputs of a forecast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_trd.planning.workload import Lengths, Workload, workload
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration, the shapes of its models, and what it runs on."""
+    """A configuration, the shapes of its models, and the cluster it runs on."""
 
     config: TrainConfig
     cluster: Cluster
@@ -50,22 +50,22 @@ class Case:
 
     @property
     def engines(self) -> list[Architecture]:
-        """Models of a rank's vLLM engines: the teacher's too where it refines with an engine of its own."""
+        """Models of a rank's vLLM engines, including the teacher if it refines with an engine of its own."""
         return [self.student] if one_engine(self.config) else [self.student, self.teacher]
 
     @property
     def sleeps(self) -> bool:
-        """Whether the engine gives up its memory while Megatron works."""
+        """Whether the engine releases its memory while Megatron works."""
         return self.stack.engine_shares and engine_sleeps(self.config)
 
     @property
     def places(self) -> set[tuple[int, int]]:
-        """(student's stage, teacher's stage) pairs that ranks have."""
+        """(student's stage, teacher's stage) pairs that occur on ranks."""
         student, teacher = self.student_layout, self.teacher_layout
         return {(student.coordinates(rank)[1], teacher.coordinates(rank)[1]) for rank in range(self.cluster.world)}
 
     def with_layout(self, config: TrainConfig) -> Case:
-        """The same run in another layout. Raises `UserError` for one that does not divide the models or the ranks."""
+        """The same run in another layout. Raises `UserError` if it does not divide the models or the ranks."""
         case = dataclasses.replace(self, config=config)
         case.student.check_layout(config.student.tp, config.student.pp, "student", config.student.ep)
         case.teacher.check_layout(config.teacher.tp, config.teacher.pp, "teacher", config.teacher.ep)
@@ -73,7 +73,7 @@ class Case:
             arch.check_layout(config.sampler.tp, 1, "sampler")
         if not case.stack.threads_communicate:
             check_threads(config)
-        _ = case.student_layout, case.teacher_layout  # which raise if they do not divide the ranks
+        _ = case.student_layout, case.teacher_layout  # raise if they do not divide the ranks
         config.sampler.groups(self.cluster.world)
         return case
 

@@ -1,4 +1,4 @@
-"""What `megatron-trd plan` does: forecast a recipe and other layouts of it, and print both."""
+"""Implementation of `megatron-trd plan`: forecast a recipe and other layouts of it, and print both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_trd.planning.forecast import forecast
 from megatron_trd.planning.search import alternatives
 from megatron_trd.planning.workload import mean_lengths
 
-_PLAIN_WIDTH = 240  # of a file or a pipe, where nothing is to be folded
+_PLAIN_WIDTH = 240  # of a file or a pipe, where no line should be folded
 
 
 def run_plan(
@@ -38,7 +38,7 @@ def run_plan(
 
 
 class _Printer:
-    """Tables and lines for a terminal; anywhere else the same as Markdown."""
+    """Prints tables and lines on a terminal, and the same as Markdown anywhere else."""
 
     def __init__(self) -> None:
         self._console = Console()

@@ -1,4 +1,5 @@
-"""What a GPU can do, by its vendor; what software makes of it, measured here where that could be done, else assumed."""
+"""Speed and memory of GPUs, from their vendors; the share that software reaches, measured where possible, else
+assumed."""
 
 from __future__ import annotations
 
@@ -16,29 +17,29 @@ class Stack:
 
     device: str  # torch's name
     weight_bytes: int  # of a parameter
-    optimizer_bytes: int  # of a parameter's optimizer state, a copy in float32 included where the weights are narrower
-    # What a layer keeps of a token for backward, in values: times the hidden size, the queries' and the keys', the
-    # feed-forward's and, for each that the token is sent to, an expert's.
+    optimizer_bytes: int  # of a parameter's optimizer state, including a float32 copy if the weights are narrower
+    # Values that a layer keeps per token for backward, as multiples of the hidden size, the queries', the keys' and the
+    # feed-forward's size, and the size of each expert that the token is sent to.
     kept_hidden: int
     kept_queries: int
     kept_keys: int
     kept_ffn: int
     kept_expert_ffn: int
-    # Attention that works in tiles keeps a number a head, and does only the causal half of the products. Otherwise
-    # every pair of positions is computed and kept.
+    # Tiled attention keeps one number per head, and computes only the causal half of the products. Otherwise every pair
+    # of positions is computed and kept.
     tiled_attention: bool
-    # An engine has a share of the memory (`memory_fraction`), which it can give up while Megatron works. Otherwise it
-    # has so many GiB for keys and values (`host_kv_cache_gib`), always.
+    # An engine has a share of the memory (`memory_fraction`), which it can release while Megatron works. Otherwise it
+    # always has a fixed number of GiB for keys and values (`host_kv_cache_gib`).
     engine_shares: bool
-    # Ranks look at each other's weights where they lie, without buckets.
+    # Ranks read each other's weights in place, without buckets.
     sees_peers: bool = False
     engine_copies: int = 1  # of an engine's weights; 2: as they are, and packed for its kernels
     threads_communicate: bool = False  # as `Platform` says
 
 
-# Two norms keep their input and output; the feed-forward gate and up in one, and their product. This much was measured
-# (tests/engines/test_transformer_engine.py). A query is kept in the fused product, reshaped, rotated, and as the
-# attention's output; keys and values in the fused product, rotated, and in order: read from megatron-core 0.16 and
+# Two norms keep their input and output; the feed-forward keeps gate and up in one, and their product. This much was
+# measured (tests/engines/test_transformer_engine.py). A query is kept in the fused product, reshaped, rotated, and as
+# the attention's output; keys and values in the fused product, rotated, and in order: read from megatron-core 0.16 and
 # transformer-engine 2.
 TRANSFORMER_ENGINE = Stack(
     "cuda",
@@ -73,7 +74,7 @@ LOCAL_LAYERS = Stack(
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of a peak that are reached, and costs that no peak tells."""
+    """Shares of a peak that are reached, and costs that do not depend on a peak."""
 
     training: float  # of peak FLOP/s, forward and backward of a layer
     forward: float  # of peak FLOP/s, teacher and prompts
@@ -85,7 +86,7 @@ class Efficiency:
     engine_seconds: float  # of the host, each step of an engine
     layer_seconds: float  # of the host, one layer of a micro-batch, forward
     tensor_seconds: float  # of the host, one tensor of a refit
-    context_gib: float  # of a process before it has any tensor, and what allocators lose
+    context_gib: float  # of a process before it has any tensor, and allocator losses
     graphs_gib: float  # captured graphs of an engine, which sleep does not free
     engine_tokens: int  # of prompts in one pass of an engine
 
@@ -96,7 +97,7 @@ GPU_EFFICIENCY = Efficiency(
     head=0.57,  # measured, 72 ms on an H100 at its power limit (benchmarks/results/loss_h100.md); assumed elsewhere
     decoding=0.65,  # assumed
     copying=0.70,  # assumed
-    link=0.70,  # assumed: what nccl-tests gives of a link at hundreds of megabytes
+    link=0.70,  # assumed: the share of a link that nccl-tests reaches at hundreds of megabytes
     collective_seconds=20e-6,  # assumed
     engine_seconds=3e-3,  # assumed: scheduling, and sampling with a generator for each request
     layer_seconds=0.3e-3,  # assumed: a few dozen kernel launches
@@ -106,7 +107,7 @@ GPU_EFFICIENCY = Efficiency(
     engine_tokens=16384,  # vLLM 0.32's default for `LLM` on cards of 70 GiB and more (arg_utils.py)
 )
 
-# Of the embedded demo at TP 1 on two cores, to which they were fitted: docs/scaling.md sets them against other runs.
+# Fitted to the embedded demo at TP 1 on two cores; docs/scaling.md compares them with other runs.
 CPU_EFFICIENCY = Efficiency(
     training=0.35,
     forward=0.35,
@@ -126,19 +127,19 @@ CPU_EFFICIENCY = Efficiency(
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, or one rank's share of a machine without."""
+    """One GPU, or one rank's share of a machine without GPUs."""
 
     name: str
     memory: float  # bytes
-    flops: float  # peak FLOP/s of dense products in the precision that trains
+    flops: float  # peak FLOP/s of dense products in the training precision
     bandwidth: float  # bytes/s of its memory
     link: float  # bytes/s to another GPU of the node, one way
-    network: float  # bytes/s to another node, one way, of one GPU's share
+    network: float  # bytes/s to another node, one way, for one GPU's share
     stack: Stack = TRANSFORMER_ENGINE
     efficiency: Efficiency = GPU_EFFICIENCY
 
 
-# Memory is what CUDA reports as its total, which is not the vendor's round number. The rest is the vendor's: peak
+# Memory is the total that CUDA reports, which is not the vendor's round number. The rest is from the vendor: peak
 # FLOP/s of bf16 without sparsity, half of NVLink's two-way bandwidth, and the network of the vendor's own 8-GPU node.
 DEVICES = {
     device.name: device
@@ -169,7 +170,7 @@ class Cluster:
         return self.nodes * self.gpus_per_node
 
     def link(self, stride: int, size: int) -> float:
-        """Bytes/s of a collective over `size` ranks, `stride` apart: the network's where they leave a node."""
+        """Bytes/s of a collective over `size` ranks, `stride` apart: the network's if they span nodes."""
         inside = stride * size <= self.gpus_per_node
         return self.device.efficiency.link * (self.device.link if inside else self.device.network)
 
@@ -205,7 +206,7 @@ def measure_cpu(ranks: int) -> Device:
 
 
 def _best_seconds(work: Callable[[], object], times: int) -> float:
-    """The best of many short ones is what the machine can do, also while others use it."""
+    """The best of many short runs shows what the machine can do, even while other processes use it."""
     seconds = []
     for _ in range(times):
         begin = time.perf_counter()

@@ -11,7 +11,7 @@ from megatron_trd.planning.memory import Parts, Shortfall
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a case will need of a GPU and of time."""
+    """The memory and time that a case will need."""
 
     case: Case
     memory: dict[str, Parts]  # phase -> parts of its fullest rank, bytes
@@ -24,12 +24,12 @@ class Forecast:
 
     @property
     def worst(self) -> Shortfall:
-        """The largest of its shortfalls."""
+        """The largest shortfall."""
         return max(self.shortfalls, key=lambda each: each.over)
 
     @property
     def peak(self) -> tuple[str, float]:
-        """Fullest phase and its bytes."""
+        """The phase that needs the most memory, and its bytes."""
         sums = {phase: sum(parts.values()) for phase, parts in self.memory.items()}
         phase = max(sums, key=sums.__getitem__)
         return phase, sums[phase]
@@ -41,7 +41,7 @@ class Forecast:
 
     @property
     def hours(self) -> float:
-        """Of all the recipe's steps."""
+        """Hours of all the recipe's steps."""
         return self.step * self.case.config.steps / 3600
 
     @property
@@ -55,7 +55,7 @@ class Forecast:
 
     @property
     def sampled_tokens(self) -> float:
-        """Tokens sampled in a step, rollouts and refinements."""
+        """Tokens sampled in a step, in rollouts and refinements."""
         work = self.case.work
         return work.rollouts * (work.mean.rollout + work.refinements * work.mean.response)
 

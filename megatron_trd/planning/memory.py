@@ -1,4 +1,4 @@
-"""Memory of a rank by phase and part, and what of it does not fit."""
+"""Memory of a rank by phase and part, and the reasons why a case does not fit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ GIB = 2**30
 
 Parts = dict[str, float]  # bytes by what they are for
 
-# Parts that an engine takes; on a GPU they are its `memory_fraction` while it samples.
+# Parts of an engine's memory; on a GPU they make up its `memory_fraction` while it samples.
 _ENGINE = _WEIGHTS, _CACHE, _WORK, _GRAPHS = "engine weights", "KV cache", "engine activations", "engine graphs"
 
-# What the loss takes beside its chunks, of a matrix library and for a few rows at a time: 15 to 49 MiB were measured
+# Memory of the loss besides its chunks, for a matrix library and a few rows at a time: 15 to 49 MiB were measured
 # (benchmarks/results/loss_cpu*.md).
 _LOSS_SCRATCH = 40 * 2**20
-_TOP_K_SCRATCH = 1100  # a token of a chunk and column kept: segments of columns and a copy (measured on a CPU)
-_STEP = 0.05  # of a memory fraction that is proposed
+_TOP_K_SCRATCH = 1100  # per token of a chunk and column kept: segments of columns and a copy (measured on a CPU)
+_STEP = 0.05  # of a proposed memory fraction
 _GRADIENT_BYTES = 4  # gradients are summed in float32
 
 
@@ -42,13 +42,13 @@ class Shortfall:
 
 
 def by_phase(case: Case) -> dict[str, Parts]:
-    """Phase -> parts of the rank that is fullest in it, of those with different stages of student and teacher."""
+    """Phase -> parts of the fullest rank in it, among ranks with different stages of student and teacher."""
     ranks = [_of_rank(case, *place) for place in sorted(case.places)]
     return {phase: max((rank[phase] for rank in ranks), key=lambda parts: sum(parts.values())) for phase in PHASES}
 
 
 def shortfalls(case: Case, memory: dict[str, Parts]) -> list[Shortfall]:
-    """Why the case does not fit; nothing if it does."""
+    """Why the case does not fit; empty if it does."""
     limit = case.device.memory
     found = []
     for phase, parts in memory.items():
@@ -69,7 +69,7 @@ def shortfalls(case: Case, memory: dict[str, Parts]) -> list[Shortfall]:
 
 
 def largest_fraction(case: Case) -> float:
-    """The largest `sampler.memory_fraction`, in steps of 0.05, that leaves room for all else; 0 if there is none."""
+    """The largest `sampler.memory_fraction`, in steps of 0.05, that leaves room for the rest; 0 if there is none."""
     phases = ["sample"] if case.sleeps else PHASES
     found = by_phase(case)
     others = max(sum(value for part, value in found[phase].items() if part not in _ENGINE) for phase in phases)
@@ -91,7 +91,7 @@ def useful_fraction(case: Case) -> float:
 
 
 def kv_cache(case: Case, arch: Architecture) -> float:
-    """Bytes of keys and values that an engine has on a rank; below zero if not even the weights have room."""
+    """Bytes that an engine has for keys and values on a rank; negative if not even the weights fit."""
     settings, device = case.config.sampler, case.device
     if not device.stack.engine_shares:
         return settings.host_kv_cache_gib * GIB
@@ -108,7 +108,7 @@ def _of_rank(case: Case, student_stage: int, teacher_stage: int) -> dict[str, Pa
     student, teacher = case.config.student, case.config.teacher
     away = {"gradients": 0.0, "optimizer": 0.0} if student.offload else {}
     refitting = graphs | away | ({_WEIGHTS: weights} if case.sleeps else awake)
-    buckets, swaps = {"refit buckets": _refit_buckets(case)}, swaps_weights(case.config)  # swapped amid the sampling
+    buckets, swaps = {"refit buckets": _refit_buckets(case)}, swaps_weights(case.config)  # swapped during sampling
     sampling = graphs | away | ({"teacher weights": 0.0} if teacher.offload and not swaps else {}) | awake | work
     training = graphs | ({} if case.sleeps else awake) | (work if case.config.staleness else {})
     received = _received(case, student_stage)
@@ -122,7 +122,7 @@ def _of_rank(case: Case, student_stage: int, teacher_stage: int) -> dict[str, Pa
 
 
 def _resident(case: Case, student_stage: int, teacher_stage: int) -> Parts:
-    """What is there in every phase."""
+    """Memory in use in every phase."""
     stack, layout = case.stack, case.student_layout
     own = sizes.of_rank(case.student, layout, student_stage, with_head=True)
     return {
@@ -135,7 +135,7 @@ def _resident(case: Case, student_stage: int, teacher_stage: int) -> Parts:
 
 
 def optimizer_values(case: Case, own: sizes.Parameters) -> float:
-    """Parameters whose optimizer state a rank has: its shard over the replicas of each, or all it holds."""
+    """Parameters whose optimizer state a rank holds: its shard over the replicas of each, or all its parameters."""
     if not case.config.student.distributed_optimizer:
         return own.total
     layout = case.student_layout
@@ -143,13 +143,13 @@ def optimizer_values(case: Case, own: sizes.Parameters) -> float:
 
 
 def _teacher_bytes(case: Case) -> int:
-    """Of a teacher's weight; averages are in float32, apart from narrower weights."""
+    """Bytes of a teacher's weight; averages are in float32, in addition to narrower weights."""
     narrow = case.stack.weight_bytes
     return narrow + 4 if case.config.averaged_teacher and narrow < 4 else narrow
 
 
 def _teacher_values(case: Case, student_stage: int, teacher_stage: int) -> float:
-    """Values of the teacher's body, and of its head on the student's last stage."""
+    """Values of the teacher's body, and those of its head on the student's last stage."""
     if case.config.live_teacher:
         return 0.0
     body = sizes.of_rank(case.teacher, case.teacher_layout, teacher_stage, with_head=False).total
@@ -171,7 +171,7 @@ def _train_parts(case: Case, stage: int) -> Parts:
     )
     kept = hidden / split * stack.weight_bytes if settings.recompute else layer
     layers = in_flight * case.student.layers // layout.pp * kept * tokens
-    # Backward works on one layer: its gradients, and what it kept where that is computed again.
+    # Backward works on one layer: its gradients, and its kept values if they are recomputed.
     working = (2 if settings.recompute else 1) * layer * tokens
     loss = 0.0
     if stage == layout.pp - 1:
@@ -182,8 +182,8 @@ def _train_parts(case: Case, stage: int) -> Parts:
 
 
 def _loss(case: Case, tokens: int) -> float:
-    """Chunks of logits, or what autograd is given in backward for the head's gradient, which is in Megatron's buffer;
-    both sides' selected hidden states, and their gradient."""
+    """Chunks of logits, or the tensor returned to autograd for the head's gradient, which itself is in Megatron's
+    buffer; both sides' selected hidden states, and their gradient."""
     narrow, tp, settings = case.stack.weight_bytes, case.student_layout.tp, case.config
     hidden = tokens * ((4 + 2 * narrow) * case.student.hidden_size + narrow * case.teacher.hidden_size)
     width = case.student.padded_vocab(tp) // tp
@@ -193,7 +193,7 @@ def _loss(case: Case, tokens: int) -> float:
 
 
 def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int, stack: Stack, top_k: int = 0) -> float:
-    """Bytes of float32 logits in chunks, both sides of `tokens` tokens by `width` columns, and of the work on them."""
+    """Bytes of float32 logits in chunks, both sides of `tokens` tokens by `width` columns, and of their work space."""
     depth, device = chunks_under_way(tp), torch.device(stack.device)
     slices = chunks(tokens, width, chunk_tokens, torch.float32, device, under_way=depth)
     rows = slices[0].stop if slices else 0
@@ -204,7 +204,7 @@ def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int, stac
 
 
 def _teacher_parts(case: Case, stage: int, received: float) -> Parts:
-    """One layer's work, and on the last stage hidden states of a micro-batch and of the responses made at once."""
+    """Activations of one layer; on the last stage also hidden states of a micro-batch and of responses made at once."""
     layout, work, stack, size = case.teacher_layout, case.work, case.stack, case.config.teacher.micro_batch_size
     sequences = work.of_replica(layout.dp)
     tokens = min(size, sequences) * work.longest.teacher
@@ -216,7 +216,7 @@ def _teacher_parts(case: Case, stage: int, received: float) -> Parts:
 
 
 def _received(case: Case, student_stage: int) -> float:
-    """The teacher's hidden states of a replica's responses that are on the student's last stage at once."""
+    """The teacher's hidden states that are on the student's last stage at once, for a replica's responses."""
     if student_stage != case.student_layout.pp - 1:
         return 0.0
     sequences = _at_once(case, case.work.of_replica(case.student_layout.dp))
@@ -224,7 +224,7 @@ def _received(case: Case, student_stage: int) -> float:
 
 
 def _at_once(case: Case, sequences: float) -> float:
-    """Of a replica's sequences, those whose hidden states are on the device at once."""
+    """Number of a replica's sequences whose hidden states are on the device at once."""
     settings = case.config.teacher
     return sequences if settings.hidden_in == "device" else min(WAVE * settings.micro_batch_size, sequences)
 
@@ -234,7 +234,7 @@ def _hidden_bytes(case: Case) -> int:
 
 
 def _refit_buckets(case: Case) -> float:
-    """Buckets as they are exchanged, and one parameter put together; of experts, a layer's."""
+    """Buckets during their exchange, and one assembled parameter; for experts, all of a layer."""
     sources = {(case.student, case.student_layout), (case.teacher, case.teacher_layout)}
     return max(_bucket(case, arch, layout) for arch, layout in sources if arch in case.engines)
 
@@ -242,7 +242,7 @@ def _refit_buckets(case: Case) -> float:
 def _bucket(case: Case, arch: Architecture, layout: Layout) -> float:
     stack = case.stack
     largest = max(slot.size for slot in sizes.one_layer(arch)) * stack.weight_bytes
-    experts = sizes.whole(arch).experts // arch.layers * stack.weight_bytes  # a layer's stay together
+    experts = sizes.whole(arch).experts // arch.layers * stack.weight_bytes  # those of a layer stay together
     if copy_ranks(layout) == 1 or stack.sees_peers:
         return experts
     limit = case.config.sampler.refit_bucket_bytes
@@ -252,12 +252,12 @@ def _bucket(case: Case, arch: Architecture, layout: Layout) -> float:
 
 
 def copy_ranks(layout: Layout) -> int:
-    """Ranks that hold a whole model between them."""
+    """Number of ranks that together hold a whole model."""
     return len(layout.copies[0])
 
 
 def _engine_taken(case: Case, arch: Architecture) -> float:
-    """Of an engine's share of the memory, what is not for keys and values."""
+    """The part of an engine's share of the memory that is not for keys and values."""
     return _engine_weights(case, arch) + _engine_work(case, arch) + _graphs(case)
 
 

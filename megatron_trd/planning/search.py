@@ -20,17 +20,17 @@ Option = TypeVar("Option", StudentConfig, TeacherConfig)
 
 @dataclass(frozen=True)
 class Found:
-    """Layouts by forecast time of a step, quickest first; where that is the same to a percent, by memory."""
+    """Layouts by forecast time of a step, fastest first; those within a percent of each other by memory."""
 
     fitting: list[Forecast]
     too_large: list[Forecast]
 
 
 def alternatives(case: Case) -> Found:
-    """Forecasts of other layouts; micro-batches and everything else are as the recipe has them.
+    """Forecasts of other layouts; micro-batches and all other settings are the recipe's.
 
-    Student and teacher are looked at apart from each other first, and a layout that takes more time and more memory
-    than another is left out: time and memory of the two add up.
+    Student and teacher are first considered separately, and a layout that takes more time and more memory than another
+    is left out: time and memory of the two add up.
     """
     config = case.config
     students = _worthwhile((own, _costs(case, replace(config, student=own))) for own in _students(case))
@@ -46,7 +46,7 @@ def alternatives(case: Case) -> Found:
 
 
 def _laid_out(case: Case, config: TrainConfig) -> Case | None:
-    """The case with another configuration; None if that does not divide the models or the ranks."""
+    """The case with another configuration; None if its layout does not divide the models or the ranks."""
     try:
         return case.with_layout(config)
     except UserError:
@@ -54,7 +54,7 @@ def _laid_out(case: Case, config: TrainConfig) -> Case | None:
 
 
 def _costs(case: Case, config: TrainConfig) -> Costs | None:
-    """Time of a step and memory of each phase; None for a layout that cannot be."""
+    """Time of a step and memory of each phase; None for an impossible layout."""
     made = _laid_out(case, config)
     if made is None:
         return None
@@ -63,7 +63,7 @@ def _costs(case: Case, config: TrainConfig) -> Costs | None:
 
 
 def _worthwhile(options: Iterable[tuple[Option, Costs | None]]) -> list[Option]:
-    """Options that no other beats."""
+    """Options that no other option beats."""
     known = [(option, costs) for option, costs in options if costs is not None]
     return [option for option, costs in known if not any(_beats(other, costs) for _, other in known)]
 
@@ -105,7 +105,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _with_fraction(case: Case) -> Case:
-    """The case with as much memory for its engines as they can use, if there is so much."""
+    """The case with as much memory for its engines as they can use, if available."""
     if not case.stack.engine_shares:
         return case
     fraction = min(memory.useful_fraction(case), memory.largest_fraction(case))

@@ -1,4 +1,4 @@
-"""Time of a step by phase and part. What does not depend on layouts is left out: grading, logs, checkpoints."""
+"""Time of a step by phase and part, without grading, logs and checkpoints, which do not depend on layouts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_trd.planning.case import Case
 from megatron_trd.planning.workload import longest_of
 from megatron_trd.reporting.progress import PHASES
 
-Parts = dict[str, float]  # seconds by what they are spent on
+Parts = dict[str, float]  # seconds by part
 
 # A gradient is read and reset; master weights and two moments in float32 are read and written; the weight is written.
 _OPTIMIZER_BYTES = 4 + 4 + 2 * 12 + 2
 
 
 def by_phase(case: Case) -> dict[str, Parts]:
-    """Phase -> parts, seconds a step."""
+    """Phase -> parts, in seconds per step."""
     epochs = case.config.epochs_per_batch
     teacher = _times(1 if case.config.frozen_teacher else epochs, _teacher(case))
     return dict(zip(PHASES, (_refit(case), _sample(case), teacher, _times(epochs, _train(case))), strict=True))
@@ -31,8 +31,8 @@ def _times(count: int, parts: Parts) -> Parts:
 
 
 def _refit(case: Case) -> Parts:
-    """The student's weights, and the teacher's where they are an average that moves or share its engine; to an engine
-    of its own a frozen teacher's come once."""
+    """The student's weights, and the teacher's if they are a moving average or share the engine; an engine of its own
+    receives a frozen teacher's weights only once."""
     sources = [(case.student, case.student_layout)]
     if swaps_weights(case.config) or (len(case.engines) > 1 and case.config.averaged_teacher):
         sources.append((case.teacher, case.teacher_layout))
@@ -45,7 +45,7 @@ def _refit(case: Case) -> Parts:
 
 
 def _gathered(case: Case, arch: Architecture, layout: Layout) -> tuple[float, float]:
-    """Seconds to gather a whole model on every rank, and to write it into the engine: read, put together, written."""
+    """Seconds to gather a whole model on every rank, and to read, assemble and write it into the engine."""
     efficiency = case.device.efficiency
     size = sizes.whole(arch).total * case.stack.weight_bytes
     ranks = memory.copy_ranks(layout)
@@ -59,7 +59,7 @@ def _gathered(case: Case, arch: Architecture, layout: Layout) -> tuple[float, fl
 
 @dataclass(frozen=True)
 class _Requests:
-    """What an engine is asked for, for each rollout."""
+    """Requests to an engine for each rollout."""
 
     count: int
     prompt: float  # tokens, mean
@@ -67,8 +67,8 @@ class _Requests:
 
 
 def _sample(case: Case) -> Parts:
-    """Both samplings. Two engines of a process take turns, and one that has other weights for each does one after the
-    other, so their times add; one engine of one model does both together."""
+    """Sampling of rollouts and refinements. Two engines of a process take turns, and one that swaps weights does one
+    after the other, so the times add up; one engine with one model does both together."""
     mean, longest = case.work.mean, case.work.longest
     rollout = _Requests(1, mean.prompt, mean.rollout)
     if not case.refines:
@@ -82,8 +82,8 @@ def _sample(case: Case) -> Parts:
 
 
 def _engine(case: Case, arch: Architecture, requests: list[_Requests], longest: float) -> Parts:
-    """Seconds of one engine for its share of the step's rollouts. Of each, `requests` follow one another; together
-    their responses have at most `longest` tokens."""
+    """Seconds of one engine for its share of the step's rollouts. For each, `requests` run one after another; their
+    responses together have at most `longest` tokens."""
     tp, device, efficiency = case.config.sampler.tp, case.device, case.device.efficiency
     rollouts = -(-case.work.rollouts // (case.cluster.world // tp))
     chain = sum(each.response for each in requests)
@@ -108,7 +108,7 @@ def _engine(case: Case, arch: Architecture, requests: list[_Requests], longest: 
 
 
 def _running(case: Case, arch: Architecture, requests: list[_Requests]) -> int:
-    """Requests of an engine at once: as many as have room, at their mean length, and are allowed."""
+    """Concurrent requests of an engine: as many as fit, at their mean length, and are allowed."""
     tp, settings = case.config.sampler.tp, case.config.sampler
     one = max(sizes.kv_bytes(arch, each.prompt + each.response, tp, case.stack) for each in requests)
     running = min(settings.max_sequences, int(memory.kv_cache(case, arch) / one))
@@ -118,7 +118,7 @@ def _running(case: Case, arch: Architecture, requests: list[_Requests]) -> int:
 
 
 def _weights_read(arch: Architecture, active: float) -> float:
-    """Parameters that a step of `active` sequences reads: all, but for experts that no token is sent to."""
+    """Parameters that a step of `active` sequences reads: all but those of experts that receive no token."""
     parameters = sizes.whole(arch)
     embedding = 0 if arch.tied else sizes.head_shard(arch, 1)
     if not arch.experts:
@@ -128,7 +128,7 @@ def _weights_read(arch: Architecture, active: float) -> float:
 
 
 def _teacher(case: Case) -> Parts:
-    """Forward passes over whole sequences; hidden states to the student's last stages."""
+    """Forward passes over whole sequences; hidden states are sent to the student's last stages."""
     config, layout, work = case.config, case.teacher_layout, case.work
     share = work.busiest_share(work.mean.teacher, work.longest.teacher, layout.dp)
     split = case.config.live_teacher and config.student.sequence_parallel
@@ -151,7 +151,7 @@ def _train(case: Case) -> Parts:
         case, case.student, layout, share, work.mean.student, settings.micro_batch_size,
         passes=passes, split=settings.sequence_parallel,
     )  # fmt: skip
-    # Logits of both sides, and the student's two gradients.
+    # Logits of both sides, and the two gradients of the student.
     head = 6 * sizes.head_shard(case.student, layout.tp) + 2 * sizes.head_shard(case.teacher, layout.tp)
     tokens = share * work.mean.response
     parts["loss"] = tokens * head / (device.flops * efficiency.head)
@@ -206,7 +206,7 @@ def _layer_communication(case: Case, arch: Architecture, layout: Layout, length:
 
 
 def _reduction(case: Case, own: sizes.Parameters, layout: Layout, config: TrainConfig) -> float:
-    """Gradients scattered in float32 and weights gathered, or gradients summed whole; nothing is overlapped."""
+    """Scatter of gradients in float32 and gather of weights, or sum of whole gradients; nothing is overlapped."""
     weight = case.stack.weight_bytes if config.student.distributed_optimizer else 4
     experts = layout.tp * layout.dp // layout.ep
     seconds = 0.0

@@ -1,4 +1,4 @@
-"""Shapes of models: a folder's own, or a published one where the folder is not on this machine."""
+"""Shapes of models: read from a folder, or a published one if the folder is not on this machine."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DENSE = Architecture(
     max_positions=40960,
     tied=False,
     norm_eps=1e-6,
-    rope_frequencies=(),  # of no weight here
+    rope_frequencies=(),  # not relevant here
 )
 _EXPERTS = replace(
     _DENSE, family="Qwen3MoeForCausalLM", kv_heads=4, experts=128, experts_per_token=8, normalised_routing=True
 )
 _4B = replace(_DENSE, layers=36, hidden_size=2560, ffn_size=9728, heads=32, tied=True)
 
-# Of each model's public config.json, by the name of its folder. The tests hold them to the published parameter counts.
+# From each model's public config.json, by folder name. Tests compare them with the published parameter counts.
 PUBLISHED = {
     "Qwen3-0.6B": replace(_DENSE, layers=28, hidden_size=1024, ffn_size=3072, heads=16, tied=True),
     "Qwen3-1.7B": replace(_DENSE, layers=28, hidden_size=2048, ffn_size=6144, heads=16, tied=True),
@@ -43,7 +43,7 @@ PUBLISHED = {
 
 
 def find_architecture(path: str, key: str) -> Architecture:
-    """Architecture of the model that the setting `key` names. Raises `UserError` for one that nothing is known of."""
+    """Architecture of the model that the setting `key` names. Raises `UserError` for an unknown model."""
     if not path:
         raise UserError(f"{key} is not set: give a model's folder ({key}=DIR), there or not, e.g. models/Qwen3-8B")
     if Path(path).exists():

@@ -1,4 +1,4 @@
-"""What a model weighs and costs: parameters of a rank, products of a token, values kept for backward."""
+"""Size and cost of a model: parameters of a rank, products per token, values kept for backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KV_BLOCK = 16  # tokens; vLLM's default on GPUs
 
 @dataclass(frozen=True)
 class Parameters:
-    """Number of parameters, of experts apart: they have replicas and optimizer shards of their own."""
+    """Number of parameters, with experts counted separately: they have their own replicas and optimizer shards."""
 
     shared: int
     experts: int = 0
@@ -36,7 +36,7 @@ def one_layer(arch: Architecture) -> tuple[Slot, ...]:
 
 @functools.cache
 def whole(arch: Architecture) -> Parameters:
-    """The model's parameters, each once and without padding."""
+    """The model's parameters, each counted once and without padding."""
     table = [slot for slot in one_layer(arch) if slot.exported]
     layer = [slot for slot in table if slot.place == "layer"]
     ends = _values(slot.whole for slot in table if slot.place != "layer")
@@ -48,10 +48,10 @@ def whole(arch: Architecture) -> Parameters:
 
 @functools.cache
 def of_rank(arch: Architecture, layout: Layout, stage: int, *, with_head: bool) -> Parameters:
-    """Parameters that a rank of a pipeline stage holds, padding of the vocabulary included.
+    """Parameters that a rank of a pipeline stage holds, including padding of the vocabulary.
 
-    A tied head is the embedding where both are on one stage, and a second copy where they are not. `with_head=False`:
-    a teacher's, whose head is with the loss (see `head_shard`).
+    A tied head is the embedding if both are on one stage, and otherwise a second copy. `with_head=False` is for a
+    teacher, whose head is with the loss (see `head_shard`).
     """
     shared = experts = 0
     layers = arch.layers // layout.pp
@@ -66,7 +66,7 @@ def of_rank(arch: Architecture, layout: Layout, stage: int, *, with_head: bool) 
 
 
 def _is_on(slot: Slot, arch: Architecture, layout: Layout, stage: int, with_head: bool) -> bool:
-    """Whether a stage holds a parameter that is not a layer's."""
+    """Whether a stage holds a parameter that does not belong to a layer."""
     is_head = slot.place == "last" and slot.kind == "vocab"
     if is_head and (not with_head or (arch.tied and layout.pp == 1)):
         return False
@@ -79,13 +79,13 @@ def head_shard(arch: Architecture, tp: int) -> int:
 
 
 def engine_parameters(arch: Architecture, tp: int) -> float:
-    """Parameters on each of the `tp` ranks of a vLLM engine; experts too are cut there."""
+    """Parameters on each of the `tp` ranks of a vLLM engine, which shards experts too."""
     return whole(arch).total / tp
 
 
 @functools.cache
 def products_per_token(arch: Architecture) -> Parameters:
-    """Parameters of all layers that multiply a token: matrices, and of the experts those it is sent to."""
+    """Parameters of all layers that multiply a token: matrices, including those of the experts it is sent to."""
     layer = [slot for slot in one_layer(arch) if slot.place == "layer" and len(slot.whole) > 1]
     shared = _values(slot.whole for slot in layer if slot.expert is None)
     experts = _values(slot.whole for slot in layer if slot.expert is not None)
@@ -97,7 +97,7 @@ def forward_flops(
     arch: Architecture, length: float, stack: Stack, *, tp: int = 1, sequence_parallel: bool = True
 ) -> float:
     """FLOPs of all layers for one sequence on each of `tp` ranks: products with the weights, and attention's two with
-    each other token. Experts are not cut: without sequence parallelism every rank sends all tokens to them."""
+    each other token. Experts are not sharded: without sequence parallelism every rank sends all tokens to them."""
     products = products_per_token(arch)
     pairs = length * length * (0.5 if stack.tiled_attention else 1.0)
     shared = 2 * products.shared * length + 4 * arch.sizes()["queries"] * pairs * arch.layers
@@ -111,13 +111,13 @@ def kv_bytes(arch: Architecture, tokens: float, tp: int, stack: Stack) -> float:
 
 
 def kept_by_layer(arch: Architecture, layout: Layout, length: int, stack: Stack, *, sequence_parallel: bool) -> float:
-    """Bytes that a layer keeps of one token of a sequence of `length`, for backward, on a rank."""
+    """Bytes per token that a layer keeps on a rank for backward, in a sequence of `length` tokens."""
     size, tp = arch.sizes(), layout.tp
     split = tp if sequence_parallel else 1
     values = stack.kept_hidden * size["hidden"] / split
     values += (stack.kept_queries * size["queries"] + stack.kept_keys * size["keys"]) / tp
     values += arch.heads / tp * (4 / stack.weight_bytes if stack.tiled_attention else length)
-    if arch.experts:  # a token goes to so many experts, wherever they are; routing is taken to be even
+    if arch.experts:  # a token goes to this many experts, wherever they are; routing is assumed to be even
         sent = arch.experts_per_token * (stack.kept_expert_ffn * size["expert_ffn"] + size["hidden"])
         values += (sent + 2 * arch.experts) / split
     else:

@@ -1,4 +1,4 @@
-"""A forecast in tables and sentences."""
+"""Presents a forecast in tables and sentences."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from megatron_trd.reporting.progress import PHASES
 
 GIB = memory.GIB
 _SHOWN, _SHOWN_TOO_LARGE = 5, 4
-_NOTABLE = 0.95  # of the recipe's time; a forecast cannot tell less apart
+_NOTABLE = 0.95  # of the recipe's time; a forecast cannot resolve smaller differences
 
 
 def headline(name: str, case: Case) -> Iterator[str]:
-    """What is forecast, on what, and how far it can be trusted."""
+    """The subject of the forecast, the hardware, and how reliable the forecast is."""
     cluster, config, work = case.cluster, case.config, case.work
     device = cluster.device
     yield (
@@ -47,7 +47,7 @@ def headline(name: str, case: Case) -> Iterator[str]:
 
 
 def memory_table(forecast: Forecast) -> Table:
-    """Parts by phase, of the rank that is fullest in it."""
+    """Parts by phase, for the rank that is fullest in it."""
     table = _table(f"memory a {_unit(forecast.case)}, GiB", *PHASES)
     parts = list(dict.fromkeys(part for phase in PHASES for part in forecast.memory[phase]))
     for part in parts:
@@ -57,7 +57,7 @@ def memory_table(forecast: Forecast) -> Table:
 
 
 def verdict(forecast: Forecast) -> str:
-    """Whether the recipe fits, and if not what is too much."""
+    """Whether the recipe fits, and if not, what is too large."""
     phase, peak = forecast.peak
     device = forecast.case.device
     if forecast.fits:
@@ -78,7 +78,7 @@ def time_table(forecast: Forecast) -> Table:
 
 
 def throughput(forecast: Forecast) -> str:
-    """Tokens a second, and what the recipe takes as a whole."""
+    """Tokens per second, and the time of the whole recipe."""
     step = forecast.step
     return (
         f"{forecast.sampled_tokens / step:,.0f} tokens/s sampled and {forecast.trained_tokens / step:,.0f} trained on, "
@@ -88,7 +88,7 @@ def throughput(forecast: Forecast) -> str:
 
 
 def layouts_table(recipe: Forecast, found: Found) -> Table:
-    """The recipe and the quickest layouts that fit."""
+    """The recipe and the fastest layouts that fit."""
     table = _table(
         "layouts that fit", "student", "teacher", "sampler", "peak, GiB", "s a step", "tokens/s trained",
         f"{_unit(recipe.case)}-hours",
@@ -111,13 +111,13 @@ def layouts_table(recipe: Forecast, found: Found) -> Table:
 
 
 def advice(config: TrainConfig, recipe: Forecast, found: Found) -> str:
-    """What to set to run it: the best layout where that is notably quicker than the recipe's own, `config`."""
+    """Settings to run the recipe with: the best layout if it is notably faster than the recipe's own, `config`."""
     if not found.fitting:
         return (
             "No layout fits: take more nodes or GPUs with more memory, or lower data.max_prompt_tokens, "
             "data.max_reference_tokens, sampler.max_rollout_tokens or sampler.max_refinement_tokens."
         )
-    if config.world_size is None:  # who starts the ranks says how many
+    if config.world_size is None:  # the launcher determines the number
         config = recipe.case.config
     best = found.fitting[0]
     if not recipe.fits or best.step < _NOTABLE * recipe.step:
@@ -136,7 +136,7 @@ def overrides(before: TrainConfig, after: TrainConfig) -> list[str]:
 
 
 def too_large_table(found: Found) -> Table:
-    """Layouts that would be quicker than all that fit, those first to which the least is missing, and what."""
+    """Layouts that would be faster than all that fit, smallest shortfall first, with the reasons."""
     table = _table("layouts that do not fit", "student", "teacher", "sampler", "s a step", "why", left=4)
     table.columns[-1].justify = "left"
     limit = found.fitting[0].step if found.fitting else math.inf
@@ -148,7 +148,7 @@ def too_large_table(found: Found) -> Table:
 
 
 def _reasons(forecast: Forecast) -> str:
-    """The largest shortfall, and which other phases have one."""
+    """The largest shortfall, and the other phases that have one."""
     worst = forecast.worst
     others = [each.phase for each in forecast.shortfalls if each.phase != worst.phase]
     also = f"; too much also in {', '.join(dict.fromkeys(others))}" if others else ""
@@ -156,7 +156,7 @@ def _reasons(forecast: Forecast) -> str:
 
 
 def layout_cells(case: Case) -> tuple[str, str, str]:
-    """Layouts of student, teacher and sampler, in a few letters each."""
+    """Layouts of student, teacher and sampler, abbreviated to a few letters each."""
     return _student(case), "the student" if case.config.live_teacher else _grid(case.teacher_layout), _sampler(case)
 
 
@@ -210,7 +210,7 @@ def _large(value: float) -> str:
 
 
 def _unit(case: Case) -> str:
-    """What a rank runs on: a GPU, or a share of this machine."""
+    """The device of a rank: a GPU, or a share of this machine."""
     return "rank" if case.device.name == CPU else "GPU"
 
 

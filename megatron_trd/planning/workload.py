@@ -1,4 +1,4 @@
-"""What a step works on: sequences and their lengths, the longest for memory and the mean for time."""
+"""Sequences of a step and their lengths: the longest for memory and the mean for time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_trd.errors import UserError
 from megatron_trd.methods import METHODS
 from megatron_trd.training.checks import prompt_limit
 
-# Means as shares of the maxima, where the user gives no better ones. Ours: reasoning models fill about half of a limit
-# that is chosen to hold them; problems with their template, and reference solutions, are far below theirs.
+# Means as shares of the maxima, unless the user gives better ones. Ours: reasoning models fill about half of a limit
+# chosen to hold them; problems with their template, and reference solutions, are far below theirs.
 RESPONSE_SHARE = 0.5
 PROMPT_SHARE = 0.1
 
@@ -26,12 +26,12 @@ class Lengths:
 
     @property
     def student(self) -> float:
-        """Of the student's training sequence."""
+        """Tokens of the student's training sequence."""
         return self.prompt + self.response
 
     @property
     def teacher(self) -> float:
-        """Of the teacher's sequence, and of its refinement in the sampler."""
+        """Tokens of the teacher's sequence, and of its refinement in the sampler."""
         return self.teacher_prompt + self.response
 
 
@@ -40,7 +40,7 @@ class Workload:
     """A step's trajectories."""
 
     rollouts: int
-    refinements: int  # of each rollout; 0: it is trained on itself
+    refinements: int  # of each rollout; 0: the rollout itself is trained on
     longest: Lengths
     mean: Lengths
 
@@ -51,27 +51,27 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """Tokens that an engine has to have room for."""
+        """Tokens that an engine must have room for."""
         return int(max(self.longest.prompt + self.longest.rollout, self.longest.student, self.longest.teacher))
 
     def of_replica(self, replicas: int) -> int:
-        """Samples of the replica that has most."""
+        """Number of samples of the replica that has the most."""
         return -(-self.samples // replicas)
 
     def busiest_share(self, mean: float, longest: float, replicas: int) -> float:
-        """Samples of `mean` tokens that the busiest replica works through: an even share of all, or the longest one
-        alone if that is more."""
+        """Samples of `mean` tokens that the busiest replica processes: an even share of all, or the longest one alone
+        if that is more."""
         return max(self.samples / replicas, longest_of(self.samples, mean, longest) / mean)
 
 
 def longest_of(count: int, mean: float, limit: float) -> float:
-    """The longest of `count` lengths that are spread evenly about their mean, as widely as `limit` allows."""
+    """The longest of `count` lengths that are spread evenly around their mean, as widely as `limit` allows."""
     half = min(mean, limit - mean)
     return mean - half + 2 * half * count / (count + 1)
 
 
 def longest_lengths(config: TrainConfig) -> Lengths:
-    """The longest that the configuration lets through."""
+    """The longest lengths that the configuration allows."""
     method, sampler = METHODS[config.method], config.sampler
     return Lengths(
         prompt=prompt_limit(config, "vanilla"),
@@ -82,7 +82,7 @@ def longest_lengths(config: TrainConfig) -> Lengths:
 
 
 def mean_lengths(config: TrainConfig, response: int | None = None) -> Lengths:
-    """Mean lengths where responses, rollouts and refinements alike, have `response` tokens. Raises `UserError`."""
+    """Mean lengths if responses, rollouts and refinements alike, have `response` tokens. Raises `UserError`."""
     context, longest = METHODS[config.method].teacher_context, longest_lengths(config)
     limit = min(longest.rollout, longest.response)
     mean = RESPONSE_SHARE * limit if response is None else response
@@ -94,6 +94,6 @@ def mean_lengths(config: TrainConfig, response: int | None = None) -> Lengths:
 
 
 def workload(config: TrainConfig, mean: Lengths) -> Workload:
-    """A step of the configuration."""
+    """The workload of one step of the configuration."""
     refinements = config.refinements_per_rollout if METHODS[config.method].refines else 0
     return Workload(config.batch_size * config.rollouts_per_problem, refinements, longest_lengths(config), mean)

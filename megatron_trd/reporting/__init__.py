@@ -1,1 +1,1 @@
-"""What a run leaves to read: metrics and samples on disk, progress on the terminal, a report in HTML."""
+"""Output of a run: metrics and samples on disk, progress on the terminal, a report in HTML."""

@@ -1,7 +1,7 @@
 """The report's figures: matplotlib drawings as inline SVG whose colours are CSS variables of the page.
 
-matplotlib knows fixed colours only, and the page has two sets of them, light and dark. So everything is drawn in
-stand-in colours, one for each variable of the page's style sheet, and `_inline` puts the variables in their place. Text
+matplotlib supports fixed colours only, and the page has two sets of them, light and dark. So everything is drawn in
+stand-in colours, one for each variable of the page's style sheet, and `_inline` replaces them by the variables. Text
 stays text, set in the page's font.
 """
 
@@ -55,7 +55,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one run. steps, values: [steps]; dashed tells a refinement's curve from its rollout's."""
+    """One metric of one run. steps, values: [steps]; dashed distinguishes a refinement's curve from its rollout's."""
 
     colour: str
     steps: Sequence[int]
@@ -75,7 +75,7 @@ class Interval:
 
 
 def curves(lines: Sequence[Curve], scale: Scale, width: int) -> Markup:
-    """Curves over steps: each step thin, and the mean of the last `width` steps strong."""
+    """Curves over steps: a thin line for each step, and a thick one for the mean of the last `width` steps."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _canvas(height=250)
         for line in lines:
@@ -94,7 +94,7 @@ def curves(lines: Sequence[Curve], scale: Scale, width: int) -> Markup:
 
 
 def bars(intervals: Sequence[Interval]) -> Markup:
-    """A bar for each score with its interval; the first score (the base) goes on as a line behind the others."""
+    """A bar for each score with its interval; the first score (the base) continues as a line behind the others."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _canvas(height=70 + 34 * len(intervals))
         rows = range(len(intervals))
@@ -102,7 +102,7 @@ def bars(intervals: Sequence[Interval]) -> Markup:
         colours = [_STAND_INS[entry.colour] for entry in intervals]
         errors = [[e.value - e.low for e in intervals], [e.high - e.value for e in intervals]]
         axes.barh(rows, values, height=0.56, color=colours)
-        for colour, width in ("paper", 3.2), ("ink", 1.2):  # paper around ink: it shows on a bar of any colour
+        for colour, width in ("paper", 3.2), ("ink", 1.2):  # paper around ink: visible on a bar of any colour
             line: dict[str, Any] = {"color": _STAND_INS[colour], "elinewidth": width, "capthick": width}
             axes.errorbar(values, rows, xerr=errors, fmt="none", capsize=3, **line)
         for row, entry in enumerate(intervals):
@@ -115,7 +115,7 @@ def bars(intervals: Sequence[Interval]) -> Markup:
 
 
 def stacked(names: Sequence[str], parts: Sequence[Sequence[float]]) -> Markup:
-    """A bar for each name, of seconds by part; parts: [names][parts]. The sum stands at its end."""
+    """A bar for each name, of seconds by part; parts: [names][parts]. The sum is written at its end."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _canvas(height=70 + 34 * len(names), width=2 * _WIDTH)
         seconds = np.asarray(parts, dtype=float)
@@ -132,7 +132,7 @@ def stacked(names: Sequence[str], parts: Sequence[Sequence[float]]) -> Markup:
 
 
 def _trailing_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of each value and the `width` - 1 before it; what is not finite does not count."""
+    """Mean of each value and the `width` - 1 before it; non-finite values are ignored."""
     padded = np.concatenate([np.full(width - 1, np.nan), values])
     view = np.lib.stride_tricks.sliding_window_view(padded, width)
     finite = np.isfinite(view)
@@ -185,11 +185,11 @@ def _inline(figure: Figure) -> Markup:
     own = f"f{zlib.crc32(svg.encode()):08x}-"
     for pattern, replacement in (
         (r"^<svg[^>]*>", f'<svg {view[0]} aria-hidden="true">'),
-        (r"<style.*?</style>", ""),  # would be a rule of the whole page
+        (r"<style.*?</style>", ""),  # would apply to the whole page
         (r"font-family: [^;]*; ", ""),
         (r'<g id="[^"]*"', "<g"),
         (r'( id="| xlink:href="#|url\(#)', rf"\1{own}"),
         (r"#0([0-9a-f])0b0d", lambda match: f"var(--{_VARIABLES[int(match[1], 16)]})"),
     ):
         svg = re.sub(pattern, replacement, svg)
-    return Markup(svg)  # matplotlib escaped what is text in it
+    return Markup(svg)  # matplotlib has escaped the text in it

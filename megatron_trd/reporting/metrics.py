@@ -20,14 +20,14 @@ _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 
 
 class MetricsWriter:
-    """Appends one line a step to `metrics.jsonl`, and the step's numbers to `tensorboard/`.
+    """Appends one line per step to `metrics.jsonl`, and the step's numbers to `tensorboard/`.
 
-    With `wandb`, a `wandb.Run`, they go there too; it stays open.
+    With `wandb`, a `wandb.Run`, the numbers go there too; the caller closes it.
 
-    Of another `file`, the numbers go to a folder of its name there: TensorBoard reads one file of a folder at a time.
+    For another `file`, the numbers go to a subfolder of its name: TensorBoard reads one file per folder at a time.
 
-    `resume_from` is the first step (from 0) this process will write. Lines of that step and later ones are dropped: a
-    run that was killed after its last checkpoint runs those steps again.
+    `resume_from` is the first step (from 0) this process will write. Lines of that step and later ones are removed: a
+    run that was killed after its last checkpoint repeats those steps.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MetricsWriter:
             return
         for key, value in numbers.items():
             self._tensorboard.add_scalar(key, value, step)
-        self._tensorboard.flush()  # a step takes seconds; a killed run shows all it did
+        self._tensorboard.flush()  # a step takes seconds; a killed run keeps all its numbers
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -70,12 +70,12 @@ class SampleWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, pairs: list[dict[str, Any]]) -> None:
-        """Write the pairs of a step (from 0), one JSON object a line, in place of an earlier file of that step."""
+        """Write the pairs of a step (from 0), one JSON object per line, replacing an earlier file of that step."""
         replace_text(self._folder / f"step_{step:05d}.jsonl", "".join(map(_line, pairs)))
 
 
 def read_metrics(folder: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """One dictionary a step, in the order written. A half-written last line is left out.
+    """One dictionary per step, in the order written. An incomplete last line is omitted.
 
     Raises `UserError` if the folder has no such file, or if a line before the last is not a metrics line.
     """
@@ -86,7 +86,7 @@ def read_metrics(folder: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file as they were written, without a half-written last one."""
+    """Lines of a metrics file as written, without an incomplete last one."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
@@ -116,7 +116,7 @@ def _number(value: Any) -> Any:
 
 
 def _tensorboard_writer(folder: Path, resume_from: int) -> Any:
-    # Imported here: it takes a second, and reading metrics needs none of it.
+    # Imported here: it takes a second, and is not needed for reading metrics.
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=resume_from)

@@ -15,14 +15,15 @@ from megatron_trd.reporting.metrics import SAMPLES_FOLDER
 
 Mark = Literal["", "slip", "after", "changed"]
 
-# Equal lines of two texts, each with each, up to which their order is looked at. The time of that grows with more than
+# Limit on pairs of equal lines of two texts up to which their order is considered. The time for that grows faster than
 # their number: a loop of two lines over a whole response would take many minutes.
 _MOST_EQUAL = 20_000
 
 
 @dataclass(frozen=True)
 class Line:
-    """A numbered line (from 1) and what it is: the first wrong line, one that follows it, or one refinement changed."""
+    """A numbered line (from 1) and its mark: the first wrong line, one that follows it, or one that refinement
+    changed."""
 
     number: int
     text: str
@@ -43,7 +44,7 @@ class Pair:
 
 
 def make_pair(values: dict[str, Any]) -> Pair:
-    """A pair as the sample files hold it, with `first_wrong_line` (index from 0) where it is known."""
+    """A pair from a record of the sample files, with `first_wrong_line` (index from 0) where known."""
     before, after = values["rollout"].splitlines(), values["refinement"].splitlines()
     return Pair(
         problem=values["problem"],
@@ -57,7 +58,7 @@ def make_pair(values: dict[str, Any]) -> Pair:
 
 
 def newest_pairs(folder: Path) -> list[dict[str, Any]]:
-    """Pairs of the last step in a run's `samples/`; none if the run kept none or does not refine."""
+    """Pairs of the last step in a run's `samples/`; empty if the run kept none or does not refine."""
     files = sorted((folder / SAMPLES_FOLDER).glob("step_*.jsonl"), key=lambda path: int(path.stem.split("_")[1]))
     if not files:
         return []
@@ -87,13 +88,14 @@ def _rollout_lines(before: list[str], first_wrong: int | None) -> list[Line]:
 
 
 def _refinement_lines(before: list[str], after: list[str]) -> list[Line]:
-    """Lines of the refinement; those that are not lines of the rollout are marked as changed."""
+    """Lines of the refinement; those that are not in the rollout are marked as changed."""
     kept = kept_lines(before, after)
     return [Line(index + 1, text, "" if index in kept else "changed") for index, text in enumerate(after)]
 
 
 def kept_lines(before: list[str], after: list[str]) -> set[int]:
-    """Which lines of `after` are lines of `before`, in its order; where a few lines fill both texts, in any order."""
+    """Indices of the lines of `after` that are in `before`, in its order; in any order if both texts consist of a few
+    repeated lines."""
     counts, others = Counter(before), Counter(after)
     if sum(count * others[line] for line, count in counts.items()) > _MOST_EQUAL:
         kept = set()

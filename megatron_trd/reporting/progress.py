@@ -1,4 +1,4 @@
-"""Progress of a run: a live display on a terminal, one plain line a step anywhere else."""
+"""Progress of a run: a live display on a terminal, one plain line per step anywhere else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-# Parts of a step in the order they run; a part that is not named here comes after these.
+# Parts of a step in the order they run; a part not listed here comes after these.
 PHASES = ("refit", "sample", "teacher", "train")
 
 
@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, total: int, *, title: str, start: int = 0) -> None:
         self._total = total
         console = Console()
-        # A terminal that cannot move its cursor is served as a file is.
+        # A terminal that cannot move its cursor is treated like a file.
         live = console.is_terminal and not console.is_dumb_terminal
         self._display = _Display(console, total, title, start) if live else None
 
@@ -39,7 +39,7 @@ class Progress:
             self._display.stop()
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show a finished step (from 0) and its metrics, whichever of them there are."""
+        """Show a finished step (from 0) and those of its metrics that are present."""
         if self._display is not None:
             self._display.update(step + 1, metrics)
         else:
@@ -58,7 +58,7 @@ class _Display:
 
     def __init__(self, console: Console, total: int, title: str, start: int) -> None:
         self._console = console
-        # A step may take minutes: the time left is estimated from every step so far, not from the last 30 seconds.
+        # A step may take minutes: the time left is estimated from all steps so far, not from the last 30 seconds.
         self._bar = Bar(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=32),
@@ -89,7 +89,7 @@ class _Display:
 
 
 def plain_line(done: int, total: int, metrics: dict[str, Any]) -> str:
-    """`step 3/40  loss 0.1234  …  1.9 s (sample 0.8, teacher 0.2, train 0.8)`, without what `metrics` lacks."""
+    """`step 3/40  loss 0.1234  …  1.9 s (sample 0.8, teacher 0.2, train 0.8)`, without values missing in `metrics`."""
     texts = _texts(metrics, arrow="->")
     parts = [
         f"{label} {texts[label]}" for label in ("loss", "grad", "right", "len", "cut off", "drift") if label in texts
@@ -100,7 +100,7 @@ def plain_line(done: int, total: int, metrics: dict[str, Any]) -> str:
 
 
 def _table(metrics: dict[str, Any]) -> Table:
-    """A label and its value a cell; times and speeds have a row of their own."""
+    """A label and its value per cell; times and speeds have rows of their own."""
     texts = _texts(metrics, arrow="→")
 
     def cell(label: str) -> Text:
@@ -124,13 +124,13 @@ def _cut_off(metrics: dict[str, Any]) -> bool:
 
 
 def _largest(*values: float | None) -> float | None:
-    """NaN, which is as bad as can be, if it is among them; None if there is none."""
+    """The largest value, or NaN, the worst, if it is among them; None if there is no value."""
     there = [value for value in values if value is not None]
     return max(there, key=lambda value: (math.isnan(value), value), default=None)
 
 
 def _texts(metrics: dict[str, Any], arrow: str) -> dict[str, str]:
-    """Label -> formatted value of every quantity that `metrics` holds."""
+    """Label -> formatted value for every quantity in `metrics`."""
     texts = {
         "loss": _format(metrics, "loss", ".4f") if metrics.get("samples/trained") != 0 else "none, nothing to train on",
         "grad": _format(metrics, "grad_norm", ".2f"),
@@ -155,7 +155,7 @@ def _format(metrics: dict[str, Any], key: str, spec: str) -> str:
 
 
 def _before_after(metrics: dict[str, Any], name: str, spec: str, arrow: str) -> str:
-    """Rollout's and refinement's value; a method that does not refine has the first alone."""
+    """The rollout's and the refinement's value; a method that does not refine has only the first."""
     values = [_format(metrics, f"{name}/{part}", spec) for part in ("rollout", "refinement")]
     return f" {arrow} ".join(filter(None, values))
 

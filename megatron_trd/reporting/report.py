@@ -1,4 +1,4 @@
-"""The report of one or more runs: one HTML file that needs nothing else, drawn from their folders."""
+"""The report of one or more runs: one self-contained HTML file, made from their folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELD_OUT_SCORE = re.compile("held_out/avg@[0-9]+")
 
 @dataclass(frozen=True)
 class RunData:
-    """What the report reads of a run folder. colour: CSS variable of its curves; config: text of config.yaml."""
+    """Data of a run folder that the report uses. colour: CSS variable of its curves; config: text of config.yaml."""
 
     name: str
     colour: str
@@ -52,7 +52,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class _Plot:
-    """A panel of curves: solid is the first metric, dashed the second."""
+    """A panel of curves: the first metric is solid, the second dashed."""
 
     title: str
     caption: str
@@ -92,7 +92,7 @@ def write_report(
     if pairs is None:
         pairs = newest_pairs(next(iter(runs.values())))
     table = tables.scores_table(scores, colours) if scores else []
-    window = max(1, round(max(len(run.rows) for run in loaded) / 12))  # steps a smoothed curve is the mean of
+    window = max(1, round(max(len(run.rows) for run in loaded) / 12))  # steps averaged for a smoothed curve
     template = _environment().get_template("report.html.j2")
     html = template.render(
         title=title,
@@ -138,7 +138,7 @@ def _score_panels(samples: int, table: Sequence[tables.Score]) -> list[Panel]:
 
 
 def _held_out_panels(runs: Sequence[RunData]) -> list[Panel]:
-    """avg@k of the held-out problems after so many steps, where a run has been asked some."""
+    """avg@k on the held-out problems over steps, for runs that were evaluated on some."""
     lines = []
     for run in runs:
         points = [(row["step"], row[key]) for row in run.held_out for key in row if HELD_OUT_SCORE.fullmatch(key)]
@@ -150,7 +150,7 @@ def _held_out_panels(runs: Sequence[RunData]) -> list[Panel]:
 
 
 def _curve_panels(runs: Sequence[RunData], window: int) -> list[Panel]:
-    """The plots of which at least one run has the metric."""
+    """The plots whose metric at least one run has."""
     panels = []
     for plot in _PLOTS:
         curves = [
@@ -169,7 +169,7 @@ def _pairs(pairs: list[dict[str, Any]]) -> list[Pair]:
 
 
 def _environment() -> Environment:
-    """Templates of this folder. Everything is escaped: text of a model may hold any markup."""
+    """Templates of this folder. Everything is escaped: text from a model may contain any markup."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Numbers of the report's tables, from the rows of `metrics.jsonl` and the scores of an evaluation."""
+"""Numbers for the report's tables, from the rows of `metrics.jsonl` and the scores of an evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rows = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Score:
-    """avg@k and pass@k of one model. `*_gain` is the difference to the base, None for the base itself."""
+    """avg@k and pass@k of one model. `*_gain` is the difference from the base, None for the base itself."""
 
     avg: Interval
     passed: Interval
@@ -27,7 +27,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Times:
-    """Mean seconds a step: of each of `PHASES`, of what is left, and of the whole step."""
+    """Mean seconds per step: for each of `PHASES`, for the rest, and for the whole step."""
 
     parts: list[float]
     step: float
@@ -35,7 +35,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Use:
-    """Peak memory in GiB, median tokens/s of sampling and of training, and the run's extent."""
+    """Peak memory in GiB, median tokens/s of sampling and of training, and the run's size."""
 
     device_gib: float | None
     host_gib: float | None

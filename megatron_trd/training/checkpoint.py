@@ -2,8 +2,8 @@
 
 `<run_dir>/checkpoints/step_N` holds the student, its optimizer and schedule (megatron-core `torch_dist`), the student's
 configuration and tokenizer (`hf/`, so that `checkpoint_tools.megatron_to_hf` needs nothing else), an averaged teacher
-as a Hugging Face folder (`ema/`), and the checksum of every file. Everything random in a run is a function of
-(seed, step), so the step number is the whole data and sampler position.
+as a Hugging Face folder (`ema/`), and the checksum of every file. All randomness in a run is a function of (seed,
+step), so the step number alone gives the position in the data and in sampling.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from megatron_trd.models.model import open_model
 
 _STEP = re.compile(r"step_(\d+)$")
 _SAMPLED = "sampled.json"
-_FULL = 2**28  # with fewer bytes free, an error while writing is put down to the disk
+_FULL = 2**28  # with fewer bytes free, a write error is attributed to a full disk
 
 
 def checkpoints(run_dir: str | Path) -> dict[int, Path]:
-    """Whole checkpoints of a run folder by step, oldest first."""
+    """Complete checkpoints of a run folder by step, oldest first."""
     found = {}
     for path in Path(run_dir).glob("checkpoints/step_*"):
         match = _STEP.search(path.name)
@@ -51,7 +51,7 @@ def _folder(run_dir: str | Path, step: int) -> Path:
 
 
 def _partial(checkpoint: Path) -> Path:
-    """Where a checkpoint is while it is not whole."""
+    """Where a checkpoint is kept while it is incomplete."""
     return checkpoint.with_name(f"{checkpoint.name}.partial")
 
 
@@ -64,15 +64,15 @@ def save(
     *,
     sampled_ahead: str | None = None,
 ) -> Path:
-    """Write `step_N` (after `step` steps) and drop all that `config` does not keep. Collective.
+    """Write `step_N` (after `step` steps) and remove the checkpoints that `config` does not keep. Collective.
 
-    sampled_ahead: what the next step trains on, where that has been sampled already; kept as it is.
+    sampled_ahead: the next step's samples, if they have been drawn already; stored unchanged.
     """
     target = _folder(run_dir, step)
     partial = _partial(target)
     with _writing(target):
         if dist.get_rank() == 0:
-            # By saves and removals that were killed or failed.
+            # Left by saves and removals that failed or were killed.
             for abandoned in (target, *target.parent.glob("step_*.partial")):
                 shutil.rmtree(abandoned, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -88,21 +88,21 @@ def save(
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, if that can be done; one whose removal is cut short has the name of one that was never
-    whole."""
+    """Remove a checkpoint if possible. It is renamed first, so that an interrupted removal leaves a `.partial` folder,
+    not a damaged checkpoint."""
     partial = _partial(checkpoint)
-    with contextlib.suppress(OSError):  # the newest is there, which is what matters
+    with contextlib.suppress(OSError):  # the newest checkpoint exists, which is what matters
         checkpoint.rename(partial)
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngine, sampled_ahead: str | None) -> None:
-    """Every file of a checkpoint, and their checksums. Collective."""
+    """Write every file of a checkpoint, and their checksums. Collective."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    # megatron-core would start a server process for this queue, which outlives a killed trainer and holds its terminal;
-    # saves are synchronous here, and one process needs no server.
+    # megatron-core would start a server process for this queue, which outlives a killed trainer and holds its terminal.
+    # Saves are synchronous here, and one process needs no server.
     filesystem_async._results_queue = queue.Queue()
     with platform.current().megatron():
         state = _state(student, step, loading=False)
@@ -124,19 +124,19 @@ def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngi
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Say which checkpoint could not be written, and how much is free there: torch's own error says neither. What there
-    is of it goes, or a full disk would stay full."""
+    """Report which checkpoint could not be written and how much disk space is free: torch's own error says neither.
+    The partial checkpoint is removed, since otherwise a full disk would stay full."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
-    except (Exception, CheckpointException) as error:  # which is no Exception
+    except (Exception, CheckpointException) as error:  # the latter is not an Exception
         there = next(folder for folder in target.parents if folder.exists())
         free = shutil.disk_usage(there).free
         shutil.rmtree(_partial(target), ignore_errors=True)
         if not isinstance(error, OSError) and free > _FULL:
             raise
-        # megatron-core's report of what its writers met is long, and on a full disk beside the point.
+        # megatron-core's report of its writers' errors is long, and irrelevant if the disk is full.
         reason, remedy = ("", "make room") if free < _FULL else (f" ({line_of(error)})", "mend that")
         raise JobFailed(
             f"checkpoint '{target}' could not be written, {free / 2**20:,.0f} MiB are free there{reason}: {remedy}, "
@@ -145,13 +145,13 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _superseded(saved: dict[int, Path], config: CheckpointConfig) -> list[Path]:
-    """Checkpoints, by their steps in order, that are neither of the newest nor to be kept for good."""
+    """Checkpoints that are neither among the newest nor kept permanently; `saved` is ordered by step."""
     older = list(saved.items())[: -config.keep]
     return [path for step, path in older if config.keep_every is None or step % config.keep_every]
 
 
 def _comparable(state: Any) -> Any:
-    """What all ranks have alike: `param_state` is None on those that have given away their part of it."""
+    """The state that is equal on all ranks: `param_state` is None on ranks that have handed over their part of it."""
     if isinstance(state, dict):
         return {key: _comparable(value) for key, value in state.items() if key != "param_state"}
     return [_comparable(value) for value in state] if isinstance(state, list) else state
@@ -166,18 +166,18 @@ def _shared_digests(folder: Path) -> dict[str, str]:
 
 
 def check_files(folder: Path) -> None:
-    """Raise `UserError` if a file differs from its recorded checksum; each rank looks at some of them."""
+    """Raise `UserError` if a file differs from its recorded checksum; each rank checks some of the files."""
     check_sums(folder, _share(read_sums(folder)))
 
 
 def _share(names: Iterable[str]) -> list[str]:
-    """This rank's part of files that one rank each is to look at."""
+    """This rank's share of files, each of which is handled by one rank."""
     return sorted(names)[dist.get_rank() :: dist.get_world_size()]
 
 
 def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) -> int:
     """Load the newest checkpoint of a run; returns the number of steps done, 0 if there is none. Collective."""
-    listed = [checkpoints(run_dir)]  # rank 0's: another node may not see the newest yet
+    listed = [checkpoints(run_dir)]  # rank 0's list is used: another node may not see the newest checkpoint yet
     dist.broadcast_object_list(listed, device=platform.current().device)
     [found] = listed
     if not found:
@@ -196,13 +196,13 @@ def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) 
 
 
 def sampled_ahead(run_dir: str | Path, step: int) -> str | None:
-    """What a step's checkpoint was given under that name."""
+    """The `sampled_ahead` that was saved with a step's checkpoint."""
     path = _folder(run_dir, step) / _SAMPLED
     return path.read_text() if path.exists() else None
 
 
 def load(path: Path, student: StudentEngine) -> None:
-    """Load a checkpoint into a student of any layout. Collective. Raises `UserError` if a file of it is damaged."""
+    """Load a checkpoint into a student of any layout. Collective. Raises `UserError` if one of its files is damaged."""
     from megatron.core import dist_checkpointing
 
     check_files(path)
@@ -216,8 +216,8 @@ def load(path: Path, student: StudentEngine) -> None:
 
 
 def _load_optimizer(student: StudentEngine, state: Any) -> None:
-    """Moments, master weights and the count of steps. Rates, betas and decay are the configuration's, which may have
-    been changed on purpose; a checkpoint has those that it was written with."""
+    """Load moments, master weights and the step count. Learning rates, betas and weight decay come from the
+    configuration, where they may have been changed on purpose, and not from the checkpoint."""
 
     def groups() -> list[dict[str, Any]]:
         return [group for part in platform.optimizer_parts(student.optimizer) for group in part.optimizer.param_groups]
@@ -230,12 +230,12 @@ def _load_optimizer(student: StudentEngine, state: Any) -> None:
 
 def _state(student: StudentEngine, step: int, *, loading: bool) -> dict[str, Any]:
     student.restore()
-    platform.current().complete_optimizer(student.optimizer)  # nothing may have been trained on so far
+    platform.current().complete_optimizer(student.optimizer)  # there may have been no training step yet
     model = student.model.module.sharded_state_dict()
     # canonical parameter-shaped optimizer state: loads at any TP x PP x DP
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
-        # Through the host to one replica: the other way, each GPU gets all replicas' state in float32.
+        # Gathers through host memory to one replica; otherwise each GPU gets all replicas' state in float32.
         "distrib_optim_fully_reshardable_mem_efficient": True,
     }
     return {

@@ -1,4 +1,4 @@
-"""Everything about a run that can be known to be wrong before a process group or a model is made."""
+"""All checks of a run that need neither a process group nor a loaded model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_trd.reporting.wandb_run import check_wandb
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: models and problems, all checked."""
+    """Inputs of a run: models and problems, all checked."""
 
     student: Model
     teacher: Model  # the student's own in self-distillation
@@ -58,7 +58,7 @@ def check(config: TrainConfig) -> Inputs:
     _check_order(config)
     check_wandb(config)
     problems = _with_references(config, load_problems(config.data))
-    for model in (student, teacher):  # whether there can be prompts
+    for model in (student, teacher):  # check that prompts can be built
         PromptBuilder.of(model.folder, config.data).ids("vanilla", problems[0].problem)
     student.check()
     if config.teacher.model:
@@ -68,7 +68,7 @@ def check(config: TrainConfig) -> Inputs:
 
 
 def _check_tokenizers(student: Model, teacher: Model) -> None:
-    """Token ids go from one model to the other as they are, so a token must have one id in both."""
+    """Token ids pass between the models unchanged, so each token must have the same id in both."""
     check_tokenizer(student.folder, student.arch)
     if teacher is student:
         return
@@ -121,7 +121,7 @@ def _check_method(config: TrainConfig) -> None:
 
 
 def _with_references(config: TrainConfig, problems: list[Problem]) -> list[Problem]:
-    """The problems that the method can use; their places in the data set stay theirs."""
+    """The problems that the method can use; they keep their indices in the data set."""
     if not METHODS[config.method].needs_reference:
         return problems
     kept = [problem for problem in problems if problem.reference is not None]
@@ -135,7 +135,7 @@ def _with_references(config: TrainConfig, problems: list[Problem]) -> list[Probl
 
 
 def _held_out(config: TrainConfig, student: Model) -> list[Problem]:
-    """The held-out problems; every one must be askable, or scores would be of some of them."""
+    """The held-out problems; each must fit its prompt limit, or scores would cover only some of them."""
     asked = config.held_out
     if asked.path is None:
         if asked.every:
@@ -155,7 +155,7 @@ def _held_out(config: TrainConfig, student: Model) -> list[Problem]:
 
 
 def _check_order(config: TrainConfig) -> None:
-    """What works beside what, and whose memory is lent meanwhile."""
+    """Check which phases may overlap, and which memory may be lent to the sampler meanwhile."""
     if config.staleness and config.overlap != "none":
         raise UserError(
             "staleness=1 samples beside training, when the teacher is at work: overlap=none, or staleness=0"
@@ -191,7 +191,7 @@ def _world_size(config: TrainConfig) -> int:
 
 
 def prompt_limit(config: TrainConfig, context: Context) -> int:
-    """Longest prompt of a context, tokens: the problem's share, and the reference's and the rollout's where shown."""
+    """Longest prompt of a context in tokens: the problem, plus the reference and the rollout where they are shown."""
     limit = config.data.max_prompt_tokens
     if "reference" in context:
         limit += config.data.max_reference_tokens

@@ -1,4 +1,5 @@
-"""What `megatron-trd train` and `megatron-trd check` do: all that can be known before ranks start, then the ranks."""
+"""Implementation of `megatron-trd train` and `megatron-trd check`: run all checks possible before ranks start, then
+start the ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from megatron_trd.training.run_folder import check_run_folder
 
 
 def check_start(config: TrainConfig, *, ranks: int | None = None, resume: bool = False) -> Inputs:
-    """Raise `UserError` if a run of `config` cannot start, on `ranks` ranks where they are given."""
+    """Raise `UserError` if a run of `config` cannot start, on `ranks` ranks if given."""
     if ranks is not None and config.world_size not in (None, ranks):
         raise UserError(f"world_size={config.world_size}, but the job has {ranks} ranks: change one of the two")
     inputs = check(dataclasses.replace(config, world_size=ranks or config.world_size))
@@ -25,7 +26,7 @@ def check_start(config: TrainConfig, *, ranks: int | None = None, resume: bool =
 
 
 def describe(config: TrainConfig, ranks: int) -> str:
-    """One line on a run that can start: how large it is and how far it is."""
+    """One line that describes a run that can start: its size and its progress."""
     done = max(checkpoints(config.run_dir), default=0)
     state = f"{done} of {config.steps} steps saved" if done else f"{config.steps} steps, none saved yet"
     return f"{config.method} on {ranks} ranks, run folder {config.run_dir}: {state}"

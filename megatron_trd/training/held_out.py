@@ -1,4 +1,4 @@
-"""Problems that the student is asked between steps and never trained on."""
+"""Held-out problems: the student is evaluated on them between steps and never trained on them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron_trd.evaluation.responses import score
 
 
 class HeldOut:
-    """`held_out.*` of a run: what is asked, when, and what the answers are worth.
+    """`held_out.*` of a run: the problems, when they are evaluated, and the scores.
 
-    The seeds of the responses are the same each time, so that scores of two steps differ by the weights alone.
+    Responses use the same seeds each time, so scores of two steps differ only because of the weights.
     """
 
     def __init__(self, config: TrainConfig, problems: Sequence[Problem], prompts: PromptBuilder) -> None:
@@ -24,7 +24,7 @@ class HeldOut:
         self.prompts = [ids for ids in asked for _ in range(samples)]
 
     def due(self, steps_done: int) -> bool:
-        """Whether the student is asked after so many steps."""
+        """Whether the student is evaluated after `steps_done` steps."""
         every = self.config.held_out.every
         at_an_end = steps_done in (0, self.config.steps)
         return bool(self.problems) and (at_an_end or (every > 0 and steps_done % every == 0))
@@ -35,7 +35,7 @@ class HeldOut:
         return {f"held_out/{key}": value for key, value in _flat(found)}
 
     def line(self, steps_done: int, scores: dict[str, float]) -> str:
-        """The scores for whoever watches the run."""
+        """The scores as a line of progress output."""
         k = self.config.held_out.samples
         average, low, high = (scores[f"held_out/avg@{k}{end}"] for end in ("", "/low", "/high"))
         passed = f", pass@{k} {scores[f'held_out/pass@{k}']:.1%}" if k > 1 else ""
@@ -44,7 +44,7 @@ class HeldOut:
 
 
 def _flat(scores: dict[str, object]) -> Iterator[tuple[str, float]]:
-    """A score by its name, the ends of its interval below it."""
+    """Each score under its name, and the ends of its interval under `<name>/low` and `<name>/high`."""
     for key, value in scores.items():
         if isinstance(value, dict):
             yield key, value["value"]

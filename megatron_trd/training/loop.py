@@ -1,4 +1,4 @@
-"""Trajectory-Refined Distillation, as the paper writes it."""
+"""Trajectory-Refined Distillation, as written in the paper."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from megatron_trd.training.run import Run
 
 
 def train(run: Run) -> None:
-    """Run the remaining steps, or fewer if the run is asked to stop: it ends with a checkpoint either way."""
+    """Run the remaining steps, or fewer if the run is asked to stop; a checkpoint is saved at the end either way."""
     config = run.config
-    run.evaluate(run.steps_done)  # held-out problems, where it is time for them
+    run.evaluate(run.steps_done)  # on held-out problems, if due
     for step in range(run.steps_done, config.steps):
         with run.phases.measure("step"):
-            # x ~ problems, y_o ~ student(. | x) with the present weights, and for TRD y_r ~ teacher(. | x, y_o [, y*])
+            # x ~ problems, y_o ~ student(. | x) with the current weights, and for TRD y_r ~ teacher(. | x, y_o [, y*])
             trajectories = run.trajectories(step)
             samples = run.builder.samples(trajectories)
             shares = run.shares(samples)
 
             results = []
             for _ in range(config.epochs_per_batch if samples else 0):
-                # stopgrad teacher(. | x, y_o, y_r<t), as hidden states of response positions
+                # stopgrad teacher(. | x, y_o, y_r<t), as hidden states at response positions
                 with run.phases.measure("teacher"):
                     hidden = run.teacher.hidden(samples, shares)
 
@@ -31,7 +31,7 @@ def train(run: Run) -> None:
         run.log(step, trajectories, samples, results)
 
         done, stop = step + 1, run.stop.agreed()
-        if not stop or done == config.steps:  # whoever stops now is asked at the resumed run's start
+        if not stop or done == config.steps:  # a run stopped here evaluates when it is resumed
             run.evaluate(done)
             stop = run.stop.agreed()
         if stop or done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):

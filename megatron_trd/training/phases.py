@@ -1,4 +1,4 @@
-"""What the phases of a step cost: seconds, and the peak of memory in each."""
+"""Cost of the phases of a step: seconds, and peak memory in each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Phases:
 
     @contextmanager
     def measure(self, name: str, *, out_of: str | None = None) -> Iterator[None]:
-        """A part of the step; those of one name add up. The memory of a phase within counts for the inner one only.
+        """Measure a part of the step; parts of the same name add up. Memory of a nested phase counts for it alone.
 
-        Its time counts for both, unless it is taken out of the one that it is within.
+        Its time counts for both phases, unless `out_of` names the enclosing one, from which it is then subtracted.
         """
         current = platform.current()
         current.synchronize()
@@ -36,7 +36,7 @@ class Phases:
         self._gauge(name)
 
     def _gauge(self, name: str | None) -> None:
-        """Take the peaks since the last time, and count them for a phase."""
+        """Read the peaks since the last call, and count them for a phase."""
         for kind, gib in platform.current().peak_memory_gib().items():
             self._largest[kind] = max(self._largest.get(kind, 0.0), gib)
             if name is not None:
@@ -44,7 +44,7 @@ class Phases:
                 self._peaks[key] = max(self._peaks.get(key, 0.0), gib)
 
     def metrics(self) -> dict[str, float]:
-        """The step's metrics; the next begins."""
+        """Return the step's metrics and begin the next step."""
         values = {f"time/{name}": seconds for name, seconds in self.seconds.items()} | self._peaks
         values |= {f"memory/{kind}_gib": gib for kind, gib in self._largest.items()}
         self.seconds, self._peaks = {}, {}

@@ -1,4 +1,4 @@
-"""Assembles a run: every engine, the data and the writers, each made once and in the order they need."""
+"""Assembles a run: the engines, the data and the writers, each created once and in the required order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megatron_trd.training.signals import StopRequest
 
 
 class Run:
-    """One training run on this rank: what `training.loop` is written in terms of."""
+    """One training run on this rank: the operations that `training.loop` is written in."""
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
         self.config = config
@@ -54,14 +54,14 @@ class Run:
         teacher_prompts = PromptBuilder.of(self.inputs.teacher.folder, config.data)
         self.builder = SampleBuilder(config, prompts, teacher_prompts)
         self.held_out = HeldOut(config, self.inputs.held_out, prompts)
-        # An engine starts only if its share of the memory is free, which it is when these are away.
+        # An engine starts only if its share of the memory is free, which requires these to be offloaded.
         self.student.offload()
         self.teacher.offload()
         current.release_memory()
         self.phases = Phases()
         asks = self.held_out.due(self.steps_done)
         self._writers = _Writers(config, self.steps_done, asks=asks) if dist.get_rank() == 0 else None
-        # Said before, too: on a GPU the sampler compiles and captures graphs, which takes long.
+        # Logged beforehand too: on a GPU the sampler compiles and captures graphs, which takes long.
         self.note(f"models loaded in {time.perf_counter() - begin:.1f} s, starting the sampler")
         begin = time.perf_counter()
         self.sampling = Sampling(
@@ -70,22 +70,22 @@ class Run:
         self.note(f"sampler started in {time.perf_counter() - begin:.1f} s")
         if self.steps_done and (ahead := checkpoint.sampled_ahead(config.run_dir, self.steps_done)):
             self.sampling.restore(sampled_from_json(ahead))
-        self.sampled: Sampled  # what the present step trains on
+        self.sampled: Sampled  # what the current step trains on
         self.rollout_drift: float | None = None
 
     def evaluate(self, steps_done: int) -> None:
-        """Ask the student the held-out problems, where there are some and it is time. Collective."""
+        """Evaluate the student on the held-out problems, if there are any and evaluation is due. Collective."""
         if not self.held_out.due(steps_done):
             return
-        self.teacher.forget()  # the step's hidden states, which are where the engine is to be
+        self.teacher.forget()  # the step's hidden states occupy memory that the engine needs
         responses = self.sampling.ask(self.held_out.problems, self.held_out.prompts)
         seconds = sum(self.phases.seconds.values())
-        self.phases.metrics()  # none of it is the next step's
+        self.phases.metrics()  # so that none of it counts for the next step
         if self._writers is not None and self._writers.held_out is not None:
             scores = self.held_out.scores(responses) | {"held_out/seconds": seconds}
             self._writers.held_out.write(steps_done, scores)
             self.note(self.held_out.line(steps_done, scores))
-        dist.barrier()  # grading may take long, and this group has the most patience
+        dist.barrier()  # grading may take long, and this group has the longest timeout
 
     def trajectories(self, step: int) -> list[Trajectory]:
         """A step's trajectories. Collective."""
@@ -95,7 +95,7 @@ class Run:
         return self.sampled.trajectories
 
     def _rollout_drift(self) -> float | None:
-        """Of the student, where what is trained on was sampled by the teacher. Collective."""
+        """Drift on the student's rollouts, where the samples trained on come from the teacher. Collective."""
         rollouts = self.builder.rollouts(self.sampled.trajectories)
         if not rollouts:
             return None
@@ -107,7 +107,7 @@ class Run:
         return deal(samples, self.student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
 
     def log(self, step: int, trajectories: list[Trajectory], samples: list[Sample], results: list[StepResult]) -> None:
-        """Write a finished step's metrics and samples (rank 0); `results`: of each epoch over them.
+        """Write a finished step's metrics and samples (rank 0); `results` holds one entry for each epoch over them.
 
         Raises `UserError` on every rank for a drift above `log.max_drift`.
         """
@@ -120,7 +120,7 @@ class Run:
             metrics |= dict(self._throughput(trajectories, metrics, len(results)))
             pairs = [self.builder.pair(trajectory) for trajectory in trajectories[: self.config.log.samples_per_step]]
             self._writers.write(step, metrics, pairs)
-        # A model that has moved since it sampled has other log-probabilities: nothing is wrong then.
+        # A model that was updated after it sampled has different log-probabilities, which is no error.
         on_policy = self.sampled.weights == step
         drifts = {"of rollouts": self.rollout_drift if on_policy else None}
         if results and (on_policy or (self.method.refines and self.config.frozen_teacher)):
@@ -130,7 +130,7 @@ class Run:
     def _throughput(
         self, trajectories: list[Trajectory], metrics: Mapping[str, float], epochs: int
     ) -> Iterator[tuple[str, float]]:
-        """Tokens a second of sampling, of the teacher and of training, all ranks together."""
+        """Tokens per second of sampling, the teacher and training, over all ranks."""
         responses = [one.rollout for one in self.builder.rolled_out(trajectories)]
         responses += [one.refinement for one in trajectories if one.refinement]
         sampled = sum(len(response.tokens) for response in responses)
@@ -139,7 +139,7 @@ class Run:
             return
         trained = metrics["tokens/trained"]
         yield "throughput/train", epochs * trained / metrics["time/train"]
-        if self.config.overlap == "none":  # otherwise most of it was computed while there was sampling
+        if self.config.overlap == "none":  # otherwise most of it was computed during sampling
             passes = 1 if self.config.frozen_teacher else epochs
             yield "throughput/teacher", passes * trained / metrics["time/teacher"]
 
@@ -157,14 +157,14 @@ class Run:
         self.note(f"saved {path} in {time.perf_counter() - begin:.1f} s")
 
     def note(self, text: str) -> None:
-        """A line for whoever watches the run."""
+        """Print a line of progress output."""
         if self._writers is not None:
             self._writers.progress.note(text)
 
     def close(self) -> None:
         """Flush the writers and leave the process group.
 
-        Raises `UserError`, on rank 0, if the run is at its end and no step of it had anything to train on.
+        Raises `UserError` on rank 0 if the run is complete and no step had anything to train on.
         """
         self.teacher.store.close()
         if self._writers is not None:
@@ -186,7 +186,7 @@ def _check_trained(rows: list[dict[str, Any]], steps: int) -> None:
 
 
 def _check_drift(drifts: Mapping[str, float | None], bound: float | None) -> None:
-    """Raise `UserError` for one that is not within `bound`, as NaN is not."""
+    """Raise `UserError` for a drift that is not within `bound`; NaN is not."""
     for which, drift in drifts.items():
         if bound is not None and drift is not None and not drift <= bound:
             raise UserError(
@@ -196,7 +196,7 @@ def _check_drift(drifts: Mapping[str, float | None], bound: float | None) -> Non
 
 
 def _trained(results: list[StepResult]) -> dict[str, float]:
-    """Metrics of a step's training: of the first epoch, before the samples had been trained on."""
+    """Metrics of a step's training, from the first epoch, before the samples had been trained on."""
     if not results:
         return {}
     first, *others = results
@@ -215,7 +215,7 @@ class _Writers:
     """Metrics, samples and progress of rank 0."""
 
     def __init__(self, config: TrainConfig, steps_done: int, *, asks: bool) -> None:
-        """`asks`: whether the held-out problems are asked before the first step, again where a run goes on."""
+        """`asks`: whether held-out problems are evaluated before the first step, repeated in a resumed run."""
         folder = Path(config.run_dir)
         self.wandb = open_wandb(config)
         writer = functools.partial(MetricsWriter, folder, tensorboard=config.log.tensorboard, wandb=self.wandb)

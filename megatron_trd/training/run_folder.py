@@ -1,4 +1,4 @@
-"""The folder of a run: that it can be written, that no other run is in it, and what it was begun with."""
+"""The folder of a run: checks that it is writable, that no other run uses it, and which settings it was begun with."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_trd.config import TrainConfig
 from megatron_trd.errors import UserError
 from megatron_trd.training.run_lock import check_lock, release_lock, take_lock
 
-_MAY_CHANGE = ("log.", "checkpoint.", "held_out.every", "run_dir")  # settings that a resumed run may have otherwise
-_LAYOUT = {  # these too: where and in what parts the same is computed, of which the rounding depends
+_MAY_CHANGE = ("log.", "checkpoint.", "held_out.every", "run_dir")  # settings that a resumed run may change
+_LAYOUT = {  # these too: they decide where and in which parts the same is computed, and so affect only rounding
     *("world_size", "overlap", "loss.chunk_tokens"),
     *(f"student.{key}" for key in ("tp", "pp", "ep", "sequence_parallel", "micro_batch_size", "recompute", "offload")),
     *(f"teacher.{key}" for key in ("tp", "pp", "ep", "micro_batch_size", "hidden_in", "offload")),
@@ -31,7 +31,7 @@ _PROBE_BYTES = 1 << 20
 def claim(config: TrainConfig, *, resume: bool) -> None:
     """Make this process the owner of the run folder and write the run's configuration into it.
 
-    Raises `UserError` as `check_run_folder` does; nothing of a run that is there is changed then.
+    Raises `UserError` as `check_run_folder` does; an existing run is then left unchanged.
     """
     folder = Path(config.run_dir)
     make_folder(folder)
@@ -49,17 +49,17 @@ def claim(config: TrainConfig, *, resume: bool) -> None:
 def check_run_folder(config: TrainConfig, resume: bool) -> None:
     """Raise `UserError` if the run folder cannot be written, is in use, or holds a run that would be overwritten."""
     folder = Path(config.run_dir)
-    # first: one cannot even look into a folder that is closed, or whose name is too long
+    # first: a folder that is not readable, or whose name is too long, cannot even be inspected
     made = make_folder(folder)
     check_lock(folder)
     _check_begun(config, folder, resume)
-    with contextlib.suppress(OSError):  # another run's by now
+    with contextlib.suppress(OSError):  # another run may use it by now
         for empty in made:
             empty.rmdir()
 
 
 def _check_begun(config: TrainConfig, folder: Path, resume: bool) -> list[str]:
-    """What is computed otherwise than when the run was begun, as text."""
+    """Settings that differ from those the run was begun with, as text."""
     begun = folder / "config.yaml"
     if not begun.exists():
         return []
@@ -69,9 +69,9 @@ def _check_begun(config: TrainConfig, folder: Path, resume: bool) -> list[str]:
 
 
 def _changes(begun: TrainConfig, config: TrainConfig, folder: Path) -> list[str]:
-    """A run goes on as it began, or its checkpoints, its data order and its learning rates do not belong together."""
+    """A run must continue as it began, or its checkpoints, data order and learning rates would not match."""
     before, now = configuration.flatten(begun), configuration.flatten(config)
-    if config.world_size is None:  # as many as there will be
+    if config.world_size is None:  # decided when the ranks start
         now["world_size"] = before["world_size"]
     changed = [key for key, value in now.items() if value != before[key] and not key.startswith(_MAY_CHANGE)]
     for key in changed:
@@ -84,7 +84,7 @@ def _changes(begun: TrainConfig, config: TrainConfig, folder: Path) -> list[str]
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Make a folder that can be written and is not full; returns what had to be made, innermost first.
+    """Create a folder and check that it can be written and is not full; returns the folders created, innermost first.
 
     Raises `UserError`.
     """

@@ -1,6 +1,6 @@
 """One run in a run folder at a time: `<run_dir>/lock` names the process that works there, and its SLURM job if any.
 
-A run that ends well takes its lock away. One that was killed leaves it behind, and the next to start takes it over.
+A run that ends normally removes its lock. A killed run leaves it behind, and the next run takes it over.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _SQUEUE_SECONDS = 60
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock."""
+    """The holder of a lock."""
 
     host: str
     pid: int
-    started: int  # of the process, clock ticks after the host's boot: numbers of processes are used again
-    job: str | None  # number of the SLURM job it runs in
+    started: int  # of the process, clock ticks after the host's boot: process ids are reused
+    job: str | None  # id of the SLURM job it runs in
     cluster: str | None  # name of that job's SLURM cluster
     # Locks of an earlier version have neither of these.
-    restarts: int | None = None  # how often SLURM had started that job again
-    user: int | None = None  # its number
+    restarts: int | None = None  # how often SLURM had restarted that job
+    user: int | None = None  # user id
 
     @classmethod
     def me(cls) -> Self:
@@ -47,7 +47,7 @@ class Owner:
         return cls(socket.gethostname(), os.getpid(), started, job, cluster, restarts, os.getuid())
 
     def is_live(self, me: Owner) -> bool | None:
-        """Whether the owner still works, as seen from process `me`; None if that cannot be known from here."""
+        """Whether the owner is still running, as seen from process `me`; None if that cannot be known from here."""
         same_host = self.host == me.host
         if same_host and _started(self.pid) == self.started:
             return True
@@ -74,13 +74,13 @@ class Owner:
         return False if "invalid job id" in answer.stderr.lower() else None
 
     def _job_is_listed(self, me: Owner) -> bool | None:
-        """The same by what slurm/common.sh was told as job `me` began: the user's jobs that had not ended."""
+        """The same, from the user's unfinished jobs that slurm/common.sh listed when job `me` began."""
         listed = os.environ.get("TRD_ACTIVE_JOBS")
         if listed is None or self.user != me.user:
             return None
         if self.job in listed.split():
             return True
-        # Numbers rise: a job with a higher one may have come since.
+        # Job ids increase: a job with a higher id may have started since.
         return False if int(self.job or 0) < int(me.job or 0) else None
 
     def __str__(self) -> str:
@@ -100,17 +100,17 @@ def take_lock(folder: Path) -> None:
     path, me = folder / "lock", Owner.me()
     while not _create(path, me):
         owner = _read(path)
-        if owner is None:  # given back between the two
+        if owner is None:  # released between the two calls
             continue
         _refuse_unless_gone(folder, owner, me)
         with _alone(folder):
-            if _read(path) == owner:  # nobody else took it over meanwhile
+            if _read(path) == owner:  # no other process took it over meanwhile
                 replace_text(path, _text(me))
                 return
 
 
 def release_lock(folder: Path) -> None:
-    """Give `folder` back; only the lock of this process is removed."""
+    """Release `folder`; removes only the lock of this process."""
     path = folder / "lock"
     if _read(path) == Owner.me():
         path.unlink()
@@ -129,7 +129,7 @@ def _refuse_unless_gone(folder: Path, owner: Owner, me: Owner) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Of all processes that take over a lock at once, one gets in here at a time; the others are told."""
+    """Admit one of the processes that take over a lock at the same time; the others get a `UserError`."""
     path = folder / "lock.takeover"
     if not _create(path, Owner.me()):
         raise UserError(
@@ -143,7 +143,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _create(path: Path, owner: Owner) -> bool:
-    """Write a lock that was not there; False if it was. It is there with all that is in it, or not at all."""
+    """Create a lock atomically, with its content; returns False if it exists already."""
     fresh = path.with_name(f"{path.name}.{owner.host}-{owner.pid}")
     fresh.write_text(_text(owner))
     try:
@@ -160,7 +160,7 @@ def _text(owner: Owner) -> str:
 
 
 def _read(path: Path) -> Owner | None:
-    """The owner named in a lock; None if there is no lock. Raises `UserError` if it cannot be understood."""
+    """The owner named in a lock; None if there is no lock. Raises `UserError` if it cannot be parsed."""
     try:
         return Owner(**json.loads(path.read_text()))
     except FileNotFoundError:
@@ -177,6 +177,6 @@ def _started(pid: int) -> int | None:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # state is the third field and this the twenty-second; the second, the name, may have anything in it
+    # state is the third field and this the twenty-second; the second, the name, may contain any character
     state, *fields = stat.rpartition(")")[2].split()
     return None if state == "Z" else int(fields[18])

@@ -1,4 +1,4 @@
-"""Problems -> prompts -> training samples, and what a step's trajectories looked like."""
+"""Problems -> prompts -> training samples, and metrics of a step's trajectories."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from megatron_trd.training.checks import prompt_limit
 class SampleBuilder:
     """Makes the prompts of a step and turns its trajectories into training samples.
 
-    Prompts over their limit are cut inside the reference or the rollout, or the sample is dropped, as
-    `data.overlong` says; `metrics` counts both. Ranks refine different rollouts, so what is counted there is read off
-    the trajectories, which every rank has, and not off the calls this rank happened to see.
+    Prompts over their limit are cut inside the reference or the rollout, or the sample is dropped, as `data.overlong`
+    says; `metrics` counts both. Ranks refine different rollouts, so `metrics` counts on the trajectories, which every
+    rank has, and not on the calls made on this rank.
     """
 
     config: TrainConfig
-    prompts: PromptBuilder  # in the words of the student's chat template
-    teacher_prompts: PromptBuilder  # and of the teacher's
+    prompts: PromptBuilder  # with the student's chat template
+    teacher_prompts: PromptBuilder  # with the teacher's
     _graded: dict[tuple[Completion, str], bool] = field(default_factory=dict)  # in this step
 
     def begin(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]], int]:
-        """Problems that can be sampled, each as often as it is to be, their vanilla prompts, and how many of `problems`
-        had a prompt that was dropped or cut."""
+        """Problems to sample, each repeated once per rollout, their vanilla prompts, and how many of `problems` had a
+        prompt that was dropped or cut."""
         self._graded.clear()
         kept, prompts, too_long = [], [], 0
         for problem in problems:
@@ -52,12 +52,12 @@ class SampleBuilder:
         return kept, prompts, too_long
 
     def refine_prompt(self, problem: Problem, rollout: Completion) -> list[int] | None:
-        """Teacher prompt that shows the rollout; None if it is too long and is to be dropped."""
+        """Teacher prompt that shows the rollout; None if it is too long and must be dropped."""
         method = METHODS[self.config.method]
         return self._fit(method.teacher_context, problem, rollout.tokens)[0]
 
     def samples(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
-        """Training samples of the trajectories kept by length and corpus filter, with normalised token weights."""
+        """Training samples of the trajectories kept by the length and corpus filters, with normalised token weights."""
         samples = [self.sample(trajectory) for trajectory in self._corpus(trajectories)]
         kept = [sample for sample in samples if sample is not None]
         return normalize(kept, self.config.loss.normalize) if kept else []
@@ -75,8 +75,8 @@ class SampleBuilder:
         return Sample(tuple(student), tuple(teacher), response.tokens, response.log_probs)
 
     def rollouts(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
-        """The first rollouts of a step, each with the first `log.drift_tokens` of its tokens: to compare, not to train
-        on."""
+        """The first rollouts of a step, each with the first `log.drift_tokens` of its tokens, for measuring drift, not
+        for training."""
         samples, most = [], self.config.log.drift_tokens
         for trajectory in self.rolled_out(trajectories):
             rollout, prompt = trajectory.rollout, self.prompts.ids("vanilla", trajectory.problem.problem)
@@ -86,13 +86,14 @@ class SampleBuilder:
 
     @staticmethod
     def rolled_out(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """A trajectory of each rollout, however often it was refined."""
+        """One trajectory for each rollout, however often it was refined."""
         return list({trajectory.index: trajectory for trajectory in trajectories}.values())
 
     def _corpus(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Ablations: only the trajectories whose rollout or refinement is (not) right. Collective if there are ranks.
+        """For ablations: only the trajectories whose rollout or refinement is (not) right. Collective if there are
+        ranks.
 
-        Rank 0 decides for all: a comparison that took too long on one rank alone must not give them different samples.
+        Rank 0 decides for all: a comparison that times out on one rank alone must not give ranks different samples.
         """
         corpus = self.config.corpus
         if corpus == "all":
@@ -111,7 +112,8 @@ class SampleBuilder:
         return [trajectory for trajectory, keep in zip(trajectories, kept[0], strict=True) if keep]
 
     def _raw_teacher_prompt(self, problem: Problem) -> tuple[list[int] | None, bool]:
-        """Of a raw trajectory; of a refined one, which has none yet, no tokens, or None if it will not have one."""
+        """Teacher prompt of a raw trajectory, and whether it was too long. A refined one has none yet: its prompt is
+        empty, or None if it will be dropped."""
         method = METHODS[self.config.method]
         if not method.refines:
             return self._fit(method.teacher_context, problem)
@@ -119,7 +121,7 @@ class SampleBuilder:
         return (None if over and self.config.data.overlong == "drop" else []), over
 
     def _reference(self, context: Context, problem: Problem) -> tuple[str | None, bool]:
-        """The reference that a teacher is shown, cut to its own limit, and whether it had to be."""
+        """The reference shown to the teacher, cut to its own limit, and whether it had to be cut."""
         reference = problem.reference if "reference" in context else None
         over = self.teacher_prompts.count(reference) - self.config.data.max_reference_tokens if reference else 0
         return (self.teacher_prompts.cut(reference, over), True) if reference and over > 0 else (reference, False)
@@ -127,7 +129,7 @@ class SampleBuilder:
     def _fit(
         self, context: Context, problem: Problem, rollout: Sequence[int] | None = None
     ) -> tuple[list[int] | None, bool]:
-        """A teacher's prompt within its limit, None if it is to be dropped; and whether it was too long."""
+        """A teacher's prompt within its limit, or None if it is dropped; and whether it was too long."""
         limit = prompt_limit(self.config, context)
         prompts, drop = self.teacher_prompts, self.config.data.overlong == "drop"
         reference, cut = self._reference(context, problem)
@@ -143,7 +145,7 @@ class SampleBuilder:
             rollout = prompts.without_eos(rollout)
             rollout = rollout[: max(0, len(rollout) - over)]
             ids = prompts.ids(context, problem.problem, reference, rollout)
-        # more than once where the shortened text is tokenized into more than was left of it
+        # repeats if the shortened text is tokenized into more tokens than were kept
         while len(ids) > limit and reference:
             reference = prompts.cut(reference, len(ids) - limit)
             ids = prompts.ids(context, problem.problem, reference, rollout)
@@ -157,7 +159,7 @@ class SampleBuilder:
             if answer is None or completion is None:
                 return None
             verdict = self._graded.get((completion, answer))
-            if verdict is None:  # once: a comparison may take seconds
+            if verdict is None:  # graded only once: a comparison may take seconds
                 verdict = self._graded[completion, answer] = is_correct(self.text(completion), answer)
             return verdict
 
@@ -192,14 +194,14 @@ class SampleBuilder:
         return method.refines and self._fit(method.teacher_context, trajectory.problem, trajectory.rollout.tokens)[1]
 
     def _edit_ratio(self, trajectory: Trajectory) -> float:
-        """Share of lines that refinement changed: 0 for a copy, 1 for a text without a line of the rollout."""
+        """Share of lines that refinement changed: 0 for a copy, 1 for a text that keeps no line of the rollout."""
         assert trajectory.refinement is not None
         before, after = self.text(trajectory.rollout).splitlines(), self.text(trajectory.refinement).splitlines()
         lines = len(before) + len(after)
         return 1.0 - 2 * len(kept_lines(before, after)) / lines if lines else 0.0
 
     def pair(self, trajectory: Trajectory) -> dict[str, Any]:
-        """A y_o / y_r pair as it is kept in the run folder."""
+        """A y_o / y_r pair in the form stored in the run folder."""
         before, after = self.right(trajectory)
         return {
             "problem": trajectory.problem.problem,

@@ -1,4 +1,4 @@
-"""Where a step's trajectories come from: sampled by the present weights, or beside the step before (`staleness=1`)."""
+"""The source of a step's trajectories: sampled by the current weights, or during the previous step (`staleness=1`)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from megatron_trd.training.phases import Phases
 from megatron_trd.training.samples import SampleBuilder
 
 _T = TypeVar("_T")
-_NO_STEP = -1  # in the seeds of what is not sampled for a step
+_NO_STEP = -1  # step number in the seeds of samples that belong to no step
 
 
 class _Refitted(NamedTuple):
-    """What one engine was given."""
+    """Result of the refit of one engine."""
 
     bytes: int
     seconds: float
@@ -39,17 +39,17 @@ class _Refitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampled:
-    """A step's trajectories and what there is to say of them."""
+    """A step's trajectories and facts about them."""
 
     step: int
-    weights: int  # of the step whose weights sampled them; on-policy: the step itself
+    weights: int  # step whose weights sampled them; on-policy: the step itself
     trajectories: list[Trajectory]
     too_long: int  # problems whose prompt was dropped or cut
-    seconds: float  # it took
+    seconds: float  # that sampling took
     stats: dict[str, float]  # of the sampler
 
     def to_json(self) -> str:
-        """The whole of it, exactly."""
+        """A lossless JSON representation."""
         return json.dumps(dataclasses.asdict(self))
 
 
@@ -91,22 +91,22 @@ class Sampling:
         self.config, self.inputs, self.student, self.teacher = config, inputs, student, teacher
         self.phases, self.note = phases, note
         self.sampler = self._sampler()
-        self._refitted: list[_Refitted] = []  # for the newest sampling
+        self._refitted: list[_Refitted] = []  # for the latest sampling
         self.teacher_ahead = TeacherAhead(teacher, builder.sample) if config.overlap == "teacher" else None
-        # Tokenizers are not for two threads at once: sampling beside training has a builder of its own.
+        # Tokenizers are not thread-safe: sampling during training has a builder of its own.
         self._builder = copy.deepcopy(builder) if config.staleness else builder
         self._thread = background() if config.staleness else None
         self._ahead: Future[Sampled] | None = None
         self._ready: Sampled | None = None  # sampled ahead and not taken yet
 
     def _sampler(self) -> Sampler:
-        """One vLLM engine, and a second one where a teacher refines with an engine of its own."""
+        """One vLLM engine, and a second one if the teacher refines with an engine of its own."""
         config, inputs = self.config, self.inputs
         if one_engine(config):
             engine = Engine(inputs.student, config, inputs.max_length, sleeps=engine_sleeps(config))
             return Sampler(config, engine, engine)
-        # vLLM makes what experts need with the first engine of a process, and only if that one has experts.
-        models = {"student": inputs.student, "teacher": inputs.teacher}  # one and the same in self-distillation
+        # vLLM sets up what experts need with the first engine of a process, and only if that one has experts.
+        models = {"student": inputs.student, "teacher": inputs.teacher}  # the same model in self-distillation
         order = sorted(models, key=lambda role: models[role].arch.experts, reverse=True)
         engines = {role: Engine(models[role], config, inputs.max_length, alone=False) for role in order}
         return Sampler(config, engines["student"], engines["teacher"])
@@ -129,7 +129,7 @@ class Sampling:
         return sampled
 
     def ask(self, problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> list[Trajectory]:
-        """The present student's responses, of the same seeds whenever it is asked; between steps. Collective."""
+        """The current student's responses, with the same seeds in every call; for use between steps. Collective."""
         self.pending()  # an engine has one set of weights at a time
         self._refit()
         with self.phases.measure("sample"):
@@ -138,7 +138,7 @@ class Sampling:
         return trajectories
 
     def pending(self) -> Sampled | None:
-        """What has been sampled ahead, once it is there; a checkpoint has to hold it. Collective."""
+        """Wait for the samples drawn ahead, if any, and return them; a checkpoint must hold them. Collective."""
         if self._ahead is None:
             return self._ready
         ahead, self._ahead = self._ahead, None
@@ -149,7 +149,7 @@ class Sampling:
         return self._ready
 
     def restore(self, sampled: Sampled) -> None:
-        """Take up what a checkpoint held."""
+        """Restore samples that a checkpoint held."""
         self._ready = sampled
         for engine in self.sampler.engines:
             engine.warm_up()
@@ -170,7 +170,7 @@ class Sampling:
         return sampled
 
     def _or_rebuild(self, what: str, sample: Callable[[], _T]) -> _T:
-        """An engine that dies is rebuilt once, and the same seeds give the same tokens."""
+        """Call `sample`; an engine that dies is rebuilt once, and the same seeds give the same tokens."""
         try:
             return sample()
         except EngineDied as death:
@@ -194,11 +194,11 @@ class Sampling:
         return [problems[index] for index in indices]
 
     def _refit(self) -> None:
-        """Bring the sampler's engines to the present weights, and prove it where the configuration asks. Collective."""
-        # Three blocks, so that none counts together what follows one another in the same memory.
+        """Update the sampler's engines to the current weights, and verify them if configured. Collective."""
+        # Three blocks, so that none adds up allocations that use the same memory one after another.
         with self.phases.measure("refit"):
             self.student.offload()
-            platform.current().release_memory()  # what training leaves in torch's cache
+            platform.current().release_memory()  # what training left in torch's cache
         with self.phases.measure("refit"):
             self._refitted = [self._bring(engine, source) for engine, source in self._due()]
         with self.phases.measure("refit"):
@@ -207,17 +207,17 @@ class Sampling:
             self.sampler.student.wake("kv_cache")
 
     def _due(self) -> Iterator[tuple[Engine, loading.Source]]:
-        """Engines whose weights are not the present ones, and where these are. Nothing here keeps a source: its last
-        bucket goes with it, and is to be gone before the cache takes its memory."""
+        """Engines with outdated weights, and the source of the current ones. No reference to a source is kept here: its
+        last bucket is freed with it, which must happen before the KV cache takes the memory."""
         yield self.sampler.student, self.student.source()
         if self.sampler.teacher is not self.sampler.student:
             if self.teacher.averaged:
                 yield self.sampler.teacher, self.teacher.source()
-            elif self.sampler.teacher.empty:  # a frozen teacher's weights come once
+            elif self.sampler.teacher.empty:  # a frozen teacher's weights are sent once
                 yield self.sampler.teacher, self.inputs.teacher.source
 
     def _to_teacher(self) -> None:
-        """Give the only engine the teacher's weights, amid a sampling. Collective."""
+        """Load the teacher's weights into the only engine in the middle of sampling. Collective."""
         engine = self.sampler.student
         with self.phases.measure("refit", out_of="sample"):
             engine.forget()
@@ -229,14 +229,14 @@ class Sampling:
         engine.wake("weights")
         begin = time.perf_counter()
         sent = engine.refit(source)
-        platform.current().synchronize()  # on a GPU the copies have only been asked for
+        platform.current().synchronize()  # on a GPU the copies are asynchronous
         seconds = time.perf_counter() - begin
         return _Refitted(sent, seconds, engine.verify(source) if self.config.log.verify_refit else 0)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the refits of the newest sampling."""
-        if not self._refitted:  # what was sampled before the run was resumed
+        """Metrics of the refits for the latest sampling."""
+        if not self._refitted:  # the samples were drawn before the run was resumed
             return {}
         gib, seconds, verified = (sum(values) for values in zip(*self._refitted, strict=True))
         gib /= 2**30

@@ -1,4 +1,4 @@
-"""A run that is asked to stop finishes its step, saves and ends."""
+"""Stop requests: a run that receives one finishes its step, saves and ends."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 from megatron_trd import platform
 
-# Ctrl-C, a scheduler's stop, and the warning that a SLURM job can ask for ahead of its time limit.
+# Ctrl-C, a scheduler's stop, and the warning that a SLURM job can request ahead of its time limit.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers that a stop signal came, and lets all ranks agree on it between steps."""
+    """Records that a stop signal arrived, and lets all ranks agree on it between steps."""
 
     def __init__(self) -> None:
         self._received = False
         for number in _SIGNALS:
             signal.signal(number, self._handle)
-        # SLURM sends the warning to every process of a job's step, and it would kill those that this one starts: a
-        # blocked signal stays blocked in them. Here another thread gets it, or it stays pending.
+        # SLURM sends the warning to every process of a job's step, and it would kill the children of this one, which
+        # inherit the blocked signal. In this process another thread receives it, or it stays pending.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:

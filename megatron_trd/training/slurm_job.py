@@ -29,7 +29,7 @@ _STATE = "restarts.json"
 
 
 def begin(config: TrainConfig, ranks: int) -> Path:
-    """The new folder for this start's logs, one folder a node in it. Raises `UserError` if the run cannot start."""
+    """The new folder for this start's logs, with one folder per node. Raises `UserError` if the run cannot start."""
     check_start(config, ranks=ranks, resume=True)
     print(describe(config, ranks), file=sys.stderr)
     name = f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
@@ -39,9 +39,9 @@ def begin(config: TrainConfig, ranks: int) -> Path:
 
 
 def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
-    """What becomes of a job whose ranks ended with `status`; says why.
+    """Decide, and explain, what becomes of a job whose ranks ended with `status`.
 
-    allowed: how often in a row a job may start again without having got further.
+    allowed: how many times in a row a job may restart without progress.
     """
 
     def say(text: str) -> None:
@@ -50,7 +50,7 @@ def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
     done = max(checkpoints(config.run_dir), default=0)
     failures = dict(_failures(logs))
     rank, cause = first_cause(failures) if failures else (0, None)
-    if cause and cause.exit_code == UserError.exit_code:  # it would end the same way again
+    if cause and cause.exit_code == UserError.exit_code:  # a restart would end the same way
         say(f"megatron-trd: {cause.reason}")
         return str(cause.exit_code)
     if done >= config.steps:
@@ -62,19 +62,19 @@ def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
     why += f"; step {done} of {config.steps} is saved, logs in {logs}"
     try:
         count = _restarts(config, done)
-    except OSError as error:  # a full disk, which may be what ended the ranks too
+    except OSError as error:  # e.g. a full disk, which may also have ended the ranks
         say(f"{why}; not started again: run folder '{config.run_dir}' cannot be written: {error.strerror}")
         return "1"
     if count > allowed:
         say(f"{why}; not started again: {count - 1} restarts brought no new checkpoint")
-        return str(1 if failures else status or 1)  # srun's is of whichever node it heard from last
+        return str(1 if failures else status or 1)  # srun's status is that of the node that reported last
     limit = f", at most {allowed} times in a row without a new checkpoint, now {count}" if failures or status else ""
     say(f"{why}; starting again{limit}")
     return "requeue"
 
 
 def _failures(logs: Path) -> Iterator[tuple[int, Failure]]:
-    """Rank and failure of each rank that failed, from the events in the logs of the nodes' torchrun."""
+    """Rank and failure of each failed rank, from the events in each node's torchrun log."""
     for log in logs.glob("*/torchrun.log"):
         for line in log.read_text(errors="replace").splitlines():
             try:
@@ -83,13 +83,13 @@ def _failures(logs: Path) -> Iterator[tuple[int, Failure]]:
                     continue
                 [code] = json.loads(event["metadata"])["exit_code"]
                 record = json.loads(event["raw_error"])
-            except (ValueError, TypeError, KeyError):  # other lines, of which some are JSON too
+            except (ValueError, TypeError, KeyError):  # other lines, some of which are JSON too
                 continue
             yield event["global_rank"], Failure(code, record, _seconds(record))
 
 
 def _seconds(record: Any) -> float:
-    """When an exception was recorded, seconds since the epoch."""
+    """When an exception was recorded, in seconds since the epoch."""
     try:
         return float(record["message"]["extraInfo"]["timestamp"])
     except (TypeError, KeyError, ValueError):
@@ -97,7 +97,7 @@ def _seconds(record: Any) -> float:
 
 
 def _restarts(config: TrainConfig, done: int) -> int:
-    """How often this job has now been started again since it last got further than step `done`; remembers it."""
+    """Count, and record, the restarts of this job since it last progressed to step `done`."""
     path = Path(config.run_dir) / _STATE
     job = os.environ["SLURM_JOB_ID"]
     before = json.loads(path.read_text()) if path.is_file() else {}

@@ -20,7 +20,7 @@ from recipes.common import find_recipe
 
 
 def main() -> None:
-    """Train a recipe: every rank resolves the same configuration, rank 0 owns the run folder."""
+    """Train a recipe: every rank resolves the same configuration, and rank 0 owns the run folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", help="a recipe of recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _begin(arguments: argparse.Namespace) -> TrainConfig:
-    """The configuration, once rank 0 has checked it and owns the run folder; if it cannot, all end. Collective."""
+    """The configuration, once rank 0 has checked it and owns the run folder; if it fails, all ranks end. Collective."""
 
     def configuration() -> TrainConfig:
         return find_recipe(arguments.recipe, arguments.overrides)
@@ -59,7 +59,7 @@ def _begin(arguments: argparse.Namespace) -> TrainConfig:
     try:
         config = configuration()
         check_start(config, ranks=dist.get_world_size(), resume=arguments.resume)
-        # With the ranks there are, where the recipe leaves them open: a later start is told if they are others.
+        # Stores the actual number of ranks even if the recipe leaves it open, so that a later start can compare it.
         claim(dataclasses.replace(config, world_size=dist.get_world_size()), resume=arguments.resume)
     except UserError as error:
         dist.broadcast_object_list([str(error)], device=platform.current().device)

@@ -1,7 +1,7 @@
 """nemo-run for recipes: its command line, executors and experiments around megatron_trd's settings.
 
-What is launched is torchrun of `megatron_trd.training.worker RECIPE key=value … --resume`. The machine that submits
-needs nemo-run but no torch; the ranks need torch but no nemo-run.
+It launches torchrun with `megatron_trd.training.worker RECIPE key=value … --resume`. The submitting machine needs
+nemo-run but no torch; the ranks need torch but no nemo-run.
 """
 
 from recipes.nemo.command import main, task

@@ -1,4 +1,4 @@
-"""The command line: nemo-run's own, with settings taken and checked as `megatron-trd train` does."""
+"""The command line: nemo-run's own, with settings parsed and checked as by `megatron-trd train`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _NEMO_RUN = re.compile(r"(run\.)?(executor|plugins)[=.\[]|run\.")  # arguments o
 
 
 def task(recipe: str, *overrides: str) -> run.Script:
-    """A recipe as a nemo-run task, for experiments of one's own: `experiment.add(task("opsd_demo"), executor=…)`."""
-    arguments = [recipe, *overrides, "--resume"]  # a job that SLURM starts again goes on
+    """A recipe as a nemo-run task, for custom experiments: `experiment.add(task("opsd_demo"), executor=…)`."""
+    arguments = [recipe, *overrides, "--resume"]  # so that a job requeued by SLURM continues
     return run.Script(path="megatron_trd.training.worker", m=True, entrypoint="python", args=arguments)
 
 
@@ -74,7 +74,7 @@ class RecipeContext(RunContext):
         """Build `self.executor` and `self.plugins` from nemo-run's arguments."""
         args = [argument.removeprefix("run.") for argument in args]
         named = any(argument.startswith("executor=") for argument in args)
-        logging.getLogger("nemo_run.cli.cli_parser").setLevel(logging.CRITICAL)  # what it logs, it raises as well
+        logging.getLogger("nemo_run.cli.cli_parser").setLevel(logging.CRITICAL)  # it also raises what it logs
         try:
             self.parse_args(args if named else ["executor=local", *args])
         except CLIException as error:
@@ -91,7 +91,7 @@ class RecipeContext(RunContext):
                 print(path)
 
     def _check(self, config: TrainConfig, ranks: int) -> None:
-        """Everything that can be known to be wrong from here. Raises `UserError`."""
+        """Run all checks that are possible on this machine. Raises `UserError`."""
         executors.check_programs(self.executor)
         if not executors.shares_files(self.executor):
             return
@@ -115,7 +115,7 @@ class RecipeContext(RunContext):
             raise UserError("nobody to confirm it; add --yes") from None
 
     def _print_script(self, name: str, script: run.Script) -> None:
-        """What would be run: the command, on SLURM the batch script as `sbatch` takes it; else nemo-run's words."""
+        """Print what would be run: the command, on SLURM the batch script for `sbatch`; else nemo-run's description."""
         if isinstance(self.executor, run.LocalExecutor):
             print(shlex.join(script.to_command(with_entrypoint=True)), file=sys.__stdout__)
             return
@@ -133,7 +133,7 @@ class RecipeContext(RunContext):
         """Launch, and wait unless --detach. Raises `UserError` if it cannot be launched or does not end well."""
         wait = not self.detach or isinstance(self.executor, run.LocalExecutor)  # nemo-run does not detach from those
         accounting = executors.has_accounting(self.executor)
-        self.detach = self.detach or not accounting  # nemo-run would wait in vain, and cancel the job after a minute
+        self.detach = self.detach or not accounting  # nemo-run would fail to wait, and cancel the job after a minute
         try:
             with run.Experiment(self.name, executor=self.executor, skip_status_at_exit=not accounting) as experiment:
                 experiment.add(script, name=name, plugins=self.plugins)

@@ -1,4 +1,4 @@
-"""Executors: the two that come with the recipes, and what any executor needs before it runs one."""
+"""Executors: the two that come with the recipes, and the preparation that any executor needs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import nemo_run as run
 from megatron_trd.config import StudentConfig, TeacherConfig, TrainConfig
 from megatron_trd.errors import UserError
 
-AS_NEEDED = 0  # nodes, or ranks a node: what the recipe is made for; GPUs a node: one a rank
-_GPUS_A_NODE = 8  # where the executor does not say
+AS_NEEDED = 0  # nodes, or ranks per node: as the recipe needs; GPUs per node: one per rank
+_GPUS_A_NODE = 8  # if the executor does not specify it
 _POLL_SECONDS = 2.0
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL"}  # states of a SLURM job
 _ENDED |= {"OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -37,7 +37,7 @@ def slurm() -> Any:
         job_name_prefix="megatron-trd.",
         nodes=AS_NEEDED,
         ntasks_per_node=AS_NEEDED,
-        gpus_per_node=AS_NEEDED,  # of whole nodes SLURM gives a step no GPUs that were not asked for
+        gpus_per_node=AS_NEEDED,  # even on whole nodes, SLURM gives a step only the GPUs that were requested
         time="04:00:00",
         exclusive=True,
         mem="0",  # all of it
@@ -63,7 +63,7 @@ def allocate(executor: run.Executor, config: TrainConfig) -> int:
     if isinstance(executor, run.SlurmExecutor):
         if executor.ntasks_per_node == AS_NEEDED:
             gpus = executor.gpus_per_node or _GPUS_A_NODE
-            most = gpus - gpus % fewest if fewest < gpus else gpus  # that hold whole copies of every layout
+            most = gpus - gpus % fewest if fewest < gpus else gpus  # multiple of the ranks that fit every layout
             executor.ntasks_per_node = min(config.world_size or most, most)
         if executor.nodes == AS_NEEDED:
             executor.nodes = math.ceil((config.world_size or fewest) / executor.nproc_per_node())
@@ -83,7 +83,7 @@ def allocate(executor: run.Executor, config: TrainConfig) -> int:
 
 
 def _ranks_here(fewest: int) -> int:
-    if importlib.util.find_spec("torch") is None:  # `check_programs` says so, if it is to run
+    if importlib.util.find_spec("torch") is None:  # reported by `check_programs`, if it runs
         return fewest
     from megatron_trd import platform
 
@@ -95,13 +95,13 @@ def _text(part: StudentConfig | TeacherConfig) -> str:
 
 
 def place(executor: run.Executor, recipe: str, config: TrainConfig) -> None:
-    """Have a SLURM job's ranks start in the working directory, and stop as slowly as saving asks for.
+    """Make a SLURM job's ranks start in the working directory, and give them time to save when they stop.
 
     Raises `UserError` for relative paths if they cannot start there.
     """
     if not isinstance(executor, run.SlurmExecutor):
         return
-    executor.env_vars.setdefault("PET_SHUTDOWN_TIMEOUT", "86400")  # torchrun's: seconds from its SIGTERM to a SIGKILL
+    executor.env_vars.setdefault("PET_SHUTDOWN_TIMEOUT", "86400")  # of torchrun: seconds from SIGTERM to SIGKILL
     arguments = executor.srun_args or []
     chosen = any(argument.split("=")[0] == "--chdir" for argument in arguments)
     if shares_files(executor):
@@ -126,7 +126,7 @@ def _check_absolute(recipe: str, config: TrainConfig) -> None:
 
 
 def shares_files(executor: run.Executor) -> bool:
-    """Whether the ranks see the files of this machine as this process does."""
+    """Whether the ranks see the same files as this process."""
     if isinstance(executor, run.SlurmExecutor):
         return isinstance(executor.tunnel, run.LocalTunnel) and not executor.container_image
     return isinstance(executor, run.LocalExecutor)
@@ -140,10 +140,10 @@ def _find_torchrun(executor: run.Executor) -> None:
 
 
 def launched(executor: run.Executor, task: run.Script) -> run.Script:
-    """A task with torchrun before it where nemo-run would not launch it right.
+    """A task prefixed with torchrun if nemo-run would launch it incorrectly.
 
-    nemo-run's own torchrun launcher quotes arguments for a shell, which the script of a SLURM job is and a local job
-    never sees: `run_dir='my run'` would come with its quotes.
+    nemo-run's own torchrun launcher quotes arguments for a shell, which a SLURM job's script is, but which a local job
+    does not use: `run_dir='my run'` would keep its quotes.
     """
     if not isinstance(executor, run.LocalExecutor):
         return task
@@ -163,14 +163,14 @@ def check_programs(executor: run.Executor) -> None:
 
 
 def has_accounting(executor: run.Executor) -> bool:
-    """Whether nemo-run can ask for the job's state; on SLURM it does that by sacct alone."""
+    """Whether nemo-run can query the job's state; on SLURM it uses only sacct for that."""
     if not isinstance(executor, run.SlurmExecutor):
         return True
     return bool(executor.tunnel.run("sacct --noheader --allocations --starttime=now", warn=True).ok)
 
 
 def wait_for_job(executor: run.SlurmExecutor, job: str) -> str:
-    """State in which a job ended, as slurmctld says it; for clusters without accounting. Raises `UserError`."""
+    """Final state of a job according to slurmctld, for clusters without accounting. Raises `UserError`."""
     while True:
         shown = executor.tunnel.run(f"scontrol show job --oneliner {job}", warn=True)
         state = re.search(r"\bJobState=(\w+)", shown.stdout)
