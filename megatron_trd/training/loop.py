@@ -12,8 +12,8 @@ def train(run: Run) -> None:
     for step in range(run.steps_done, config.steps):
         with run.phases.measure("step"):
             # x ~ problems, y_o ~ student(. | x) with the current weights, and for TRD y_r ~ teacher(. | x, y_o [, y*])
-            trajectories = run.trajectories(step)
-            samples = run.builder.samples(trajectories)
+            sampled = run.sample(step)
+            samples = run.builder.samples(sampled.trajectories)
             shares = run.shares(samples)
 
             results = []
@@ -28,7 +28,7 @@ def train(run: Run) -> None:
                     results.append(run.student.train_step(samples, share, hidden, run.teacher.head))
                     run.teacher.update()
 
-        run.log(step, trajectories, samples, results)
+        run.log(step, sampled, samples, results)
 
         done, stop = step + 1, run.stop.agreed()
         if not stop or done == config.steps:  # a run stopped here evaluates when it is resumed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping
@@ -70,8 +71,6 @@ class Run:
         self.note(f"sampler started in {time.perf_counter() - begin:.1f} s")
         if self.steps_done and (ahead := checkpoint.sampled_ahead(config.run_dir, self.steps_done)):
             self.sampling.restore(sampled_from_json(ahead))
-        self.sampled: Sampled  # what the current step trains on
-        self.rollout_drift: float | None = None
 
     def evaluate(self, steps_done: int) -> None:
         """Evaluate the student on the held-out problems, if there are any and evaluation is due. Collective."""
@@ -87,16 +86,16 @@ class Run:
             self.note(self.held_out.line(steps_done, scores))
         dist.barrier()  # grading may take long, and this group has the longest timeout
 
-    def trajectories(self, step: int) -> list[Trajectory]:
-        """A step's trajectories. Collective."""
+    def sample(self, step: int) -> Sampled:
+        """A step's trajectories and what was measured of them. Collective."""
         self.teacher.forget()
-        self.sampled = self.sampling.take(step)
-        self.rollout_drift = self._rollout_drift() if self.method.refines else None
-        return self.sampled.trajectories
+        sampled = self.sampling.take(step)
+        # If the teacher refines, what is trained on says nothing about the student's sampler.
+        drift = self._rollout_drift(sampled.trajectories) if self.method.refines else None
+        return dataclasses.replace(sampled, drift=drift)
 
-    def _rollout_drift(self) -> float | None:
-        """Drift on the student's rollouts, where the samples trained on come from the teacher. Collective."""
-        rollouts = self.builder.rollouts(self.sampled.trajectories)
+    def _rollout_drift(self, trajectories: list[Trajectory]) -> float | None:
+        rollouts = self.builder.rollouts(trajectories)
         if not rollouts:
             return None
         with self.phases.measure("train"):
@@ -106,35 +105,33 @@ class Run:
         """Sample indices of each student replica, balanced by length."""
         return deal(samples, self.student.grid.layout.dp, cost=lambda sample: len(sample.tokens("student")))
 
-    def log(self, step: int, trajectories: list[Trajectory], samples: list[Sample], results: list[StepResult]) -> None:
+    def log(self, step: int, sampled: Sampled, samples: list[Sample], results: list[StepResult]) -> None:
         """Write a finished step's metrics and samples (rank 0); `results` holds one entry for each epoch over them.
 
         Raises `UserError` on every rank for a drift above `log.max_drift`.
         """
         measured = self.phases.metrics()
         if self._writers is not None:
-            metrics: dict[str, Any] = self.builder.metrics(trajectories, samples)
-            metrics |= {"overflow/prompt": self.sampled.too_long, "staleness": step - self.sampled.weights}
-            metrics |= _trained(results) | measured | self.sampling.metrics | self.sampled.stats
-            metrics |= {} if self.rollout_drift is None else {"drift/rollout": self.rollout_drift}
-            metrics |= dict(self._throughput(trajectories, metrics, len(results)))
-            pairs = [self.builder.pair(trajectory) for trajectory in trajectories[: self.config.log.samples_per_step]]
+            metrics: dict[str, Any] = self.builder.metrics(sampled.trajectories, samples)
+            metrics |= {"overflow/prompt": sampled.too_long, "staleness": step - sampled.weights}
+            metrics |= _trained(results) | measured | self.sampling.metrics | sampled.stats
+            metrics |= {} if sampled.drift is None else {"drift/rollout": sampled.drift}
+            metrics |= dict(self._throughput(sampled, metrics, len(results)))
+            shown = sampled.trajectories[: self.config.log.samples_per_step]
+            pairs = [self.builder.pair(trajectory) for trajectory in shown]
             self._writers.write(step, metrics, pairs)
         # A model that was updated after it sampled has different log-probabilities, which is no error.
-        on_policy = self.sampled.weights == step
-        drifts = {"of rollouts": self.rollout_drift if on_policy else None}
+        on_policy = sampled.weights == step
+        drifts = {"of rollouts": sampled.drift if on_policy else None}
         if results and (on_policy or (self.method.refines and self.config.frozen_teacher)):
             drifts["trained on"] = results[0].drift_mean
         _check_drift(drifts, self.config.log.max_drift)
 
-    def _throughput(
-        self, trajectories: list[Trajectory], metrics: Mapping[str, float], epochs: int
-    ) -> Iterator[tuple[str, float]]:
+    def _throughput(self, sampled: Sampled, metrics: Mapping[str, float], epochs: int) -> Iterator[tuple[str, float]]:
         """Tokens per second of sampling, the teacher and training, over all ranks."""
-        responses = [one.rollout for one in self.builder.rolled_out(trajectories)]
-        responses += [one.refinement for one in trajectories if one.refinement]
-        sampled = sum(len(response.tokens) for response in responses)
-        yield "throughput/sample", sampled / self.sampled.seconds
+        responses = [one.rollout for one in self.builder.rolled_out(sampled.trajectories)]
+        responses += [one.refinement for one in sampled.trajectories if one.refinement]
+        yield "throughput/sample", sum(len(response.tokens) for response in responses) / sampled.seconds
         if not epochs:
             return
         trained = metrics["tokens/trained"]

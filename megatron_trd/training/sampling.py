@@ -47,6 +47,7 @@ class Sampled:
     too_long: int  # problems whose prompt was dropped or cut
     seconds: float  # that sampling took
     stats: dict[str, float]  # of the sampler
+    drift: float | None = None  # mean of the student's, nats, if measured
 
     def to_json(self) -> str:
         """A lossless JSON representation."""

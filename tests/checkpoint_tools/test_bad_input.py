@@ -197,7 +197,14 @@ def test_a_folder_that_cannot_be_converted(hf: Path, tmp_path: Path, refused: Re
 
 def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path, refused: Refused) -> None:
     hf = write_model(tmp_path / "hf", vocab_size=60)
-    refused("hf-to-megatron", "--hf", hf, "--out", tmp_path / "out", parts=[str(hf), "tokenizer", "the last of config.json's vocabulary is 59"])
+    refused(
+        "hf-to-megatron",
+        "--hf",
+        hf,
+        "--out",
+        tmp_path / "out",
+        parts=[str(hf), "tokenizer", "the last of config.json's vocabulary is 59"],
+    )
 
 
 def test_a_tied_model_with_a_head_of_its_own(tmp_path: Path, tool: Tool, refused: Refused) -> None:
