@@ -95,11 +95,11 @@ class Run:
         return dataclasses.replace(sampled, drift=drift)
 
     def _rollout_drift(self, trajectories: list[Trajectory]) -> float | None:
-        rollouts = self.builder.rollouts(trajectories)
+        rollouts = self.builder.rollouts(trajectories, self.student.grid.layout.dp)
         if not rollouts:
             return None
         with self.phases.measure("train"):
-            return self.student.rollout_drift(rollouts[: self.student.grid.layout.dp])
+            return self.student.rollout_drift(rollouts)
 
     def shares(self, samples: list[Sample]) -> list[list[int]]:
         """Sample indices of each student replica, balanced by length."""

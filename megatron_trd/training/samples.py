@@ -74,11 +74,11 @@ class SampleBuilder:
         student = self.prompts.ids("vanilla", trajectory.problem.problem)
         return Sample(tuple(student), tuple(teacher), response.tokens, response.log_probs)
 
-    def rollouts(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
-        """The first rollouts of a step, each with the first `log.drift_tokens` of its tokens, for measuring drift, not
-        for training."""
+    def rollouts(self, trajectories: Sequence[Trajectory], count: int) -> list[Sample]:
+        """The first `count` rollouts of a step, each with the first `log.drift_tokens` of its tokens, for measuring
+        drift, not for training."""
         samples, most = [], self.config.log.drift_tokens
-        for trajectory in self.rolled_out(trajectories):
+        for trajectory in self.rolled_out(trajectories)[:count]:
             rollout, prompt = trajectory.rollout, self.prompts.ids("vanilla", trajectory.problem.problem)
             if rollout.tokens and most:
                 samples.append(Sample(tuple(prompt), (), rollout.tokens[:most], rollout.log_probs[:most]))
