@@ -90,8 +90,8 @@ def _check_tokenizers(student: Model, teacher: Model) -> None:
     if unknown := teacher.folder.stop_tokens - student.folder.stop_tokens:
         token = min(unknown)
         raise UserError(
-            f"teacher.model '{teacher.path}' ends its responses with {others.get(token)!r}, which the student would "
-            f"learn and not stop at: add {token} to eos_token_id in '{student.path}/generation_config.json'"
+            f"teacher.model '{teacher.path}' ends its responses with {others.get(token)!r}, at which the student "
+            f"does not stop: add {token} to eos_token_id in '{student.path}/generation_config.json'"
         )
 
 
@@ -115,8 +115,8 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError("student.sequence_parallel=true needs student.tp > 1")
     if method.teacher_context == "vanilla" and not config.teacher.model:
         raise UserError(
-            f"method {config.method} has the teacher see what the student sees, so that its own weights would teach it "
-            "nothing: set teacher.model, or take a method that shows the teacher more"
+            f"method {config.method} shows the teacher only what the student sees, so a self-teacher would teach "
+            "nothing: set teacher.model, or choose an opsd-… or trd-… method"
         )
 
 

@@ -122,9 +122,9 @@ class Run:
             self._writers.write(step, metrics, pairs)
         # A model that was updated after it sampled has different log-probabilities, which is no error.
         on_policy = sampled.weights == step
-        drifts = {"of rollouts": sampled.drift if on_policy else None}
+        drifts = {"rollouts": sampled.drift if on_policy else None}
         if results and (on_policy or (self.method.refines and self.config.frozen_teacher)):
-            drifts["trained on"] = results[0].drift_mean
+            drifts["trained tokens"] = results[0].drift_mean
         _check_drift(drifts, self.config.log.max_drift)
 
     def _throughput(self, sampled: Sampled, metrics: Mapping[str, float], epochs: int) -> Iterator[tuple[str, float]]:
@@ -187,8 +187,8 @@ def _check_drift(drifts: Mapping[str, float | None], bound: float | None) -> Non
     for which, drift in drifts.items():
         if bound is not None and drift is not None and not drift <= bound:
             raise UserError(
-                f"sampler and trainer differ by {drift:.3g} nats a token, of the tokens {which}, log.max_drift is "
-                f"{bound:g}: see whether --verify-refit finds other weights in the sampler, or raise the bound"
+                f"sampler and trainer differ by {drift:.3g} nats a token on {which}, log.max_drift is {bound:g}: "
+                "see whether --verify-refit finds other weights in the sampler, or raise the bound"
             )
 
 

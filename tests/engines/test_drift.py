@@ -88,10 +88,10 @@ def test_drift_is_a_distance(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("drift", [0.2, math.nan])
-@pytest.mark.parametrize("which", ["of rollouts", "trained on"])
+@pytest.mark.parametrize("which", ["rollouts", "trained tokens"])
 def test_a_drift_above_its_bound_or_none_at_all_is_refused(which: str, drift: float) -> None:
-    fine = {"of rollouts": 0.05, "trained on": None}
+    fine = {"rollouts": 0.05, "trained tokens": None}
     _check_drift(fine, 0.1)
     _check_drift(fine | {which: drift}, None)
-    with pytest.raises(UserError, match=f"nats a token, of the tokens {which}, log.max_drift is 0.1"):
+    with pytest.raises(UserError, match=f"nats a token on {which}, log.max_drift is 0.1"):
         _check_drift(fine | {which: drift}, 0.1)

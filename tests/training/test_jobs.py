@@ -353,7 +353,7 @@ def test_a_student_that_samples_with_old_weights_is_noticed_whoever_refines(
     """A frozen teacher's refinements say nothing of the refit: its weights are what they were."""
     run = tmp_path / "run"
     for said in run_ranks(train_with_first_weights, 2, str(unbroken[0]), str(run)):
-        assert "of the tokens of rollouts, log.max_drift is 0.0001" in said
+        assert "nats a token on rollouts, log.max_drift is 0.0001" in said
     first, second, *_ = jobs.metrics(run)
     assert first["drift/rollout"] < 1e-4 < second["drift/rollout"]
     assert second["drift/mean"] < 1e-4
