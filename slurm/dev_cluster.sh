@@ -48,6 +48,7 @@ alive() { # the process of a pid file
   [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null
 }
 
+# Job numbers differ between the clusters of a machine: a job's ranks meet at a port that follows from its number.
 configuration() {
   local i host
   host=$(hostname -s)
@@ -55,6 +56,7 @@ configuration() {
 ClusterName=trd
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
+FirstJobId=$(((port - 20000) * 100 + 1))
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge

@@ -123,7 +123,8 @@ def test_the_warning_ahead_of_the_time_limit_is_not_lost_while_the_ranks_start(
     cluster.wait_for(job, "none saved yet")
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.wait_for(job, "starting again")
-    assert "stopped on request; step 1 of 6 is saved" in cluster.output(job)
+    output = cluster.output(job)
+    assert "stopped on request; step 1 of 6 is saved" in output, output
     cluster.run("scancel", job)
 
 
