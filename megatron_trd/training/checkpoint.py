@@ -46,6 +46,11 @@ def checkpoints(run_dir: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def steps_saved(run_dir: str | Path) -> int:
+    """Steps in a run's newest checkpoint; 0 if there is none."""
+    return max(checkpoints(run_dir), default=0)
+
+
 def _folder(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step}"
 

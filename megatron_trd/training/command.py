@@ -11,7 +11,7 @@ from megatron_trd import config as configuration
 from megatron_trd.config import TrainConfig
 from megatron_trd.errors import UserError
 from megatron_trd.launch import launch
-from megatron_trd.training.checkpoint import checkpoints
+from megatron_trd.training.checkpoint import steps_saved
 from megatron_trd.training.checks import Inputs, check
 from megatron_trd.training.run_folder import check_run_folder
 
@@ -27,7 +27,7 @@ def check_start(config: TrainConfig, *, ranks: int | None = None, resume: bool =
 
 def describe(config: TrainConfig, ranks: int) -> str:
     """One line that describes a run that can start: its size and its progress."""
-    done = max(checkpoints(config.run_dir), default=0)
+    done = steps_saved(config.run_dir)
     state = f"{done} of {config.steps} steps saved" if done else f"{config.steps} steps, none saved yet"
     return f"{config.method} on {ranks} ranks, run folder {config.run_dir}: {state}"
 
@@ -39,7 +39,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> int:
     """
     inputs = check_start(config, resume=resume)
     print(describe(config, inputs.world_size), flush=True)
-    if resume and (done := max(checkpoints(config.run_dir), default=0)) >= config.steps:
+    if resume and (done := steps_saved(config.run_dir)) >= config.steps:
         return done
     logs = Path(config.run_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -47,4 +47,4 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> int:
         configuration.save(config, Path(file.name))
         arguments = ["-m", "megatron_trd.training.worker", file.name, *(["--resume"] if resume else [])]
         launch(arguments, inputs.world_size, logs)
-    return max(checkpoints(config.run_dir), default=0)
+    return steps_saved(config.run_dir)

@@ -21,7 +21,7 @@ from megatron_trd.config import TrainConfig
 from megatron_trd.errors import UserError, in_one_line
 from megatron_trd.files import replace_text
 from megatron_trd.launch import Failure, first_cause
-from megatron_trd.training.checkpoint import checkpoints
+from megatron_trd.training.checkpoint import steps_saved
 from megatron_trd.training.command import check_start, describe
 from recipes.common import find_recipe
 
@@ -47,7 +47,7 @@ def end(config: TrainConfig, logs: Path, status: int, allowed: int) -> str:
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
-    done = max(checkpoints(config.run_dir), default=0)
+    done = steps_saved(config.run_dir)
     failures = dict(_failures(logs))
     rank, cause = first_cause(failures) if failures else (0, None)
     if cause and cause.exit_code == UserError.exit_code:  # a restart would end the same way

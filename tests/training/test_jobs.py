@@ -459,10 +459,16 @@ def test_resume_with_other_settings_is_refused_and_changes_nothing(unbroken: tup
     assert (run / "config.yaml").read_bytes() == before
 
 
+def launch_program(folder: Path, text: str, ranks: int = 1) -> None:
+    """Run a program as each rank of a job."""
+    script = folder / "worker.py"
+    script.write_text(text)
+    launch([str(script)], ranks, folder / "logs")
+
+
 def test_a_rank_that_fails_takes_a_busy_one_down_within_seconds(tmp_path: Path) -> None:
     """The survivor is in a long computation of its own and deaf to SIGTERM, as a rank between steps is."""
-    script = tmp_path / "worker.py"
-    script.write_text(
+    program = (
         "import os, signal, time\n"
         "from megatron_trd.launch import run_rank\n"
         "def main():\n"
@@ -476,14 +482,13 @@ def test_a_rank_that_fails_takes_a_busy_one_down_within_seconds(tmp_path: Path) 
     )
     begin = time.monotonic()
     with pytest.raises(JobFailed, match=r"rank 1 failed: ValueError: the reason"):
-        launch([str(script)], 2, tmp_path / "logs")
+        launch_program(tmp_path, program, ranks=2)
     assert time.monotonic() - begin < 15
 
 
 def test_a_second_stop_request_ends_the_job_at_once_and_is_no_failure_of_a_rank(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
-    script = tmp_path / "worker.py"
-    script.write_text(
+    program = (
         "import pathlib, signal, time\n"
         "from megatron_trd.launch import run_rank\n"
         "def main():\n"
@@ -502,7 +507,7 @@ def test_a_second_stop_request_ends_the_job_at_once_and_is_no_failure_of_a_rank(
     asking = threading.Thread(target=ask_twice)
     asking.start()
     with pytest.raises(JobFailed, match=r"^stopped at once, as asked"):
-        launch([str(script)], 1, tmp_path / "logs")
+        launch_program(tmp_path, program)
     asking.join()
 
 
@@ -561,16 +566,13 @@ def test_a_rank_whose_reason_found_no_room_is_said_to_have_had_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-    script = tmp_path / "worker.py"
-    script.write_text("import os\nos._exit(1)\n")
     with pytest.raises(JobFailed, match=r"rank 0 failed: exit code 1; logs in .*, whose disk is full$"):
-        launch([str(script)], 1, tmp_path / "logs")
+        launch_program(tmp_path, "import os\nos._exit(1)\n")
 
 
 def test_a_rank_whose_reason_was_cut_short_is_said_to_have_left_none(tmp_path: Path) -> None:
     """As on a full disk: the file of the reason is made, and nothing goes into it."""
-    script = tmp_path / "worker.py"
-    script.write_text(
+    program = (
         "import resource\n"
         "from megatron_trd.launch import run_rank\n"
         "def main():\n"
@@ -579,12 +581,11 @@ def test_a_rank_whose_reason_was_cut_short_is_said_to_have_left_none(tmp_path: P
         "run_rank(main)\n"
     )
     with pytest.raises(JobFailed, match=r"rank 0 failed: exit code 1; logs in "):
-        launch([str(script)], 1, tmp_path / "logs")
+        launch_program(tmp_path, program)
 
 
 def test_what_torch_raises_when_it_cannot_write_is_an_error_too(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(
+    program = (
         "from megatron_trd.launch import run_rank\n"
         "from torch.distributed.checkpoint.api import CheckpointException\n"
         "def main():\n"
@@ -592,4 +593,4 @@ def test_what_torch_raises_when_it_cannot_write_is_an_error_too(tmp_path: Path) 
         "run_rank(main)\n"
     )
     with pytest.raises(JobFailed, match=r"rank 0 failed: CheckpointException: "):
-        launch([str(script)], 1, tmp_path / "logs")
+        launch_program(tmp_path, program)
