@@ -281,9 +281,8 @@ class StudentEngine:
         Uses one rollout per replica, which the caller keeps as short as possible. Collective.
         """
         totals = torch.zeros(2, dtype=torch.float64, device=platform.current().device)  # nats, tokens
-        replica, settings = self.grid.dp_rank, self.config.student
+        replica, split = self.grid.dp_rank, self.config.student.sequence_parallel
         mine = [replica] if replica < len(rollouts) else []
-        split = settings.sequence_parallel
         batches = batches_of(rollouts, mine, "student", size=1, grid=self.grid, split=split)
 
         def difference(batch: MicroBatch, hidden: Tensor) -> Tensor:
