@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_trd.config import DataConfig
+from megatron_trd.data.programs import NoTests, read_tests
 from megatron_trd.errors import UserError, line_of
 
 
@@ -23,8 +24,13 @@ class Problem:
 
     index: int
     problem: str
-    answer: str | None  # for grading; None: this data set cannot be graded
+    answer: str | None  # for grading: the answer, or a program's tests as JSON; None: this data set cannot be graded
     reference: str | None  # y*, for OPSD; None: this problem has none
+
+
+def shown_answer(data: DataConfig, problem: Problem) -> str | None:
+    """A problem's answer, for people to read; of a program nothing, since its tests may be megabytes."""
+    return problem.answer if data.task == "math" else None
 
 
 def load_problems(config: DataConfig, section: str = "data") -> list[Problem]:
@@ -104,7 +110,7 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
     where = f"data '{config.path}' problem {index + 1}"
 
-    def field(name: str | None, key: str, *, may_be_null: bool = False) -> str | None:
+    def value_of(name: str | None, key: str, *, may_be_null: bool = False) -> Any:
         if name is None:
             return None
         value = row.get(name)
@@ -115,6 +121,12 @@ def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
             found = f"field '{name}' is {nothing}" if name in row else f"no field '{name}'"
             none = "" if key == "problem_field" else ", or to null for none"
             raise UserError(f"{where}: {found}; set data.{key} to one of its fields ({', '.join(map(str, row))}){none}")
+        return value
+
+    def field(name: str | None, key: str, *, may_be_null: bool = False) -> str | None:
+        value = value_of(name, key, may_be_null=may_be_null)
+        if value is None:
+            return None
         if not isinstance(value, str | int | float):
             raise UserError(
                 f"{where}: field '{name}' is a {type(value).__name__}, not text or a number; write the text alone "
@@ -124,7 +136,14 @@ def _problem(config: DataConfig, index: int, row: Mapping[str, Any]) -> Problem:
 
     problem = field(config.problem_field, "problem_field")
     assert problem is not None
-    answer = field(config.answer_field, "answer_field")
+    if config.task == "code":
+        try:
+            tests = value_of(config.answer_field, "answer_field")
+            answer = None if tests is None else read_tests(tests, row).to_json()
+        except NoTests as error:
+            raise UserError(f"{where}: field '{config.answer_field}' holds no tests of a program: {error}") from None
+    else:
+        answer = field(config.answer_field, "answer_field")
     reference = field(config.reference_field, "reference_field", may_be_null=True)
     return Problem(index, problem, answer, reference)
 

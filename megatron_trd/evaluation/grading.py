@@ -1,4 +1,5 @@
-"""Grading: whether a response has the right answer, by math-verify on the content of its last \\boxed{}."""
+"""Grading: whether a response has the right answer, by math-verify on the content of its last \\boxed{}, or whether
+the program in it passes its tests."""
 
 from __future__ import annotations
 
@@ -11,9 +12,14 @@ import selectors
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from megatron_trd.config import DataConfig
+from megatron_trd.data.programs import ProgramTests
 from megatron_trd.errors import JobFailed, UserError
+from megatron_trd.evaluation.programs import last_program, passes
+from megatron_trd.evaluation.sandbox import no_sandbox
 
 _BOX = "\\boxed{"
 # Escaped braces do not group. `\\` is a line break, also before a brace, but in `\\boxed{` it is a doubled backslash.
@@ -29,8 +35,28 @@ def check_gradable(data: DataConfig, what: str) -> None:
     """Raise `UserError` if responses to the problems that `what` uses cannot be graded."""
     if data.answer_field is None:
         raise UserError(f"{what} needs answers to grade with: set data.answer_field to their field")
-    if data.task == "code":
-        raise UserError(f"{what}: programs cannot be graded yet, set data.task=math")
+    if data.task == "code" and (reason := no_sandbox()):
+        raise UserError(
+            f"{what} needs a sandbox to run programs in, and there is none on this machine: {reason}; "
+            "install bubblewrap, or set data.answer_field=null to train without grades"
+        )
+
+
+def are_correct(data: DataConfig, responses: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether each response is correct; `responses` are pairs of a response and its problem's `answer`.
+
+    Programs are run beside one another, one on each core of this process.
+    """
+    if data.task == "math":
+        return [is_correct(response, answer) for response, answer in responses]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(_program_is_correct, responses))
+
+
+def _program_is_correct(graded: tuple[str, str]) -> bool:
+    response, tests = graded
+    program = last_program(response)
+    return program is not None and passes(program, ProgramTests.from_json(tests))
 
 
 def is_correct(response: str, answer: str) -> bool:

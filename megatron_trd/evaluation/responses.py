@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_trd.config import TrainConfig
+from megatron_trd.config import DataConfig, TrainConfig
+from megatron_trd.data.problems import shown_answer
 from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.engines.sampler import Trajectory
-from megatron_trd.evaluation.grading import is_correct
+from megatron_trd.evaluation.grading import are_correct
 from megatron_trd.evaluation.scores import summarise
 from megatron_trd.files import replace_text
 
@@ -23,7 +24,7 @@ def write_results(
 
     `trajectories` holds `config.rollouts_per_problem` consecutive responses to each problem.
     """
-    rows = [_row(prompts, trajectory) for trajectory in trajectories]
+    rows = _rows(config.data, prompts, trajectories)
     samples = config.rollouts_per_problem
     scores = {
         "model": config.model,
@@ -41,10 +42,12 @@ def write_results(
     replace_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
 
 
-def score(prompts: PromptBuilder, trajectories: Sequence[Trajectory], samples: int, *, seed: int) -> dict[str, Any]:
+def score(
+    data: DataConfig, prompts: PromptBuilder, trajectories: Sequence[Trajectory], samples: int, *, seed: int
+) -> dict[str, Any]:
     """avg@k, pass@k, the share of truncated responses and the mean length; `trajectories` holds `samples` consecutive
     responses to each problem."""
-    return _summary([_row(prompts, trajectory) for trajectory in trajectories], samples, seed)
+    return _summary(_rows(data, prompts, trajectories), samples, seed)
 
 
 def _summary(rows: Sequence[dict[str, Any]], samples: int, seed: int) -> dict[str, Any]:
@@ -56,16 +59,20 @@ def _summary(rows: Sequence[dict[str, Any]], samples: int, seed: int) -> dict[st
     }
 
 
-def _row(prompts: PromptBuilder, trajectory: Trajectory) -> dict[str, Any]:
-    problem, completion = trajectory.problem, trajectory.rollout
-    assert problem.answer is not None  # checked before the ranks were started
-    response = prompts.tokenizer.decode(completion.tokens, skip_special_tokens=True)
-    return {
-        "index": problem.index,
-        "problem": problem.problem,
-        "answer": problem.answer,
-        "response": response,
-        "right": is_correct(response, problem.answer),
-        "truncated": completion.truncated,
-        "tokens": len(completion.tokens),
-    }
+def _rows(data: DataConfig, prompts: PromptBuilder, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    texts = [prompts.tokenizer.decode(one.rollout.tokens, skip_special_tokens=True) for one in trajectories]
+    answers = [one.problem.answer or "" for one in trajectories]  # all have one: checked before the ranks were started
+    return [
+        {
+            "index": trajectory.problem.index,
+            "problem": trajectory.problem.problem,
+            "answer": shown_answer(data, trajectory.problem),
+            "response": text,
+            "right": right,
+            "truncated": trajectory.rollout.truncated,
+            "tokens": len(trajectory.rollout.tokens),
+        }
+        for trajectory, text, right in zip(
+            trajectories, texts, are_correct(data, list(zip(texts, answers, strict=True))), strict=True
+        )
+    ]

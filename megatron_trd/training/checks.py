@@ -103,8 +103,8 @@ def _check_method(config: TrainConfig) -> None:
         )
     if config.corpus != "all" and (config.data.answer_field is None or not method.refines):
         raise UserError(f"corpus={config.corpus} needs a method that refines and data.answer_field to grade with")
-    if config.corpus != "all":
-        check_gradable(config.data, f"corpus={config.corpus}")
+    if config.data.answer_field is not None:
+        check_gradable(config.data, "data.answer_field")
     if config.teacher.model and config.teacher.weights != "frozen":
         raise UserError(
             f"teacher.weights={config.teacher.weights} is for a self-teacher; unset teacher.model or teacher.weights"

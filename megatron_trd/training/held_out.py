@@ -31,7 +31,9 @@ class HeldOut:
 
     def scores(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """`held_out/…` numbers of the responses to `problems`, in their order."""
-        found = score(self._builder, trajectories, self.config.held_out.samples, seed=self.config.seed)
+        found = score(
+            self.config.data, self._builder, trajectories, self.config.held_out.samples, seed=self.config.seed
+        )
         return {f"held_out/{key}": value for key, value in _flat(found)}
 
     def line(self, steps_done: int, scores: dict[str, float]) -> str:

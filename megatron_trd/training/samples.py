@@ -12,11 +12,11 @@ import torch.distributed as dist
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import Sample, normalize
-from megatron_trd.data.problems import Problem
+from megatron_trd.data.problems import Problem, shown_answer
 from megatron_trd.data.prompts import Context, PromptBuilder
 from megatron_trd.engines.engine import Completion
 from megatron_trd.engines.sampler import Trajectory
-from megatron_trd.evaluation.grading import is_correct
+from megatron_trd.evaluation.grading import are_correct
 from megatron_trd.methods import METHODS
 from megatron_trd.reporting.pairs import kept_lines
 from megatron_trd.training.checks import prompt_limit
@@ -34,12 +34,12 @@ class SampleBuilder:
     config: TrainConfig
     prompts: PromptBuilder  # with the student's chat template
     teacher_prompts: PromptBuilder  # with the teacher's
-    _graded: dict[tuple[Completion, str], bool] = field(default_factory=dict)  # in this step
+    # Verdicts on this step's completions, by completion and problem.
+    _graded: dict[tuple[Completion, int], bool] = field(default_factory=dict)
 
     def begin(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]], int]:
         """Problems to sample, each repeated once per rollout, their vanilla prompts, and how many of `problems` had a
         prompt that was dropped or cut."""
-        self._graded.clear()
         kept, prompts, too_long = [], [], 0
         for problem in problems:
             ids = self.prompts.ids("vanilla", problem.problem)
@@ -58,6 +58,7 @@ class SampleBuilder:
 
     def samples(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
         """Training samples of the trajectories kept by the length and corpus filters, with normalised token weights."""
+        self._graded.clear()
         samples = [self.sample(trajectory) for trajectory in self._corpus(trajectories)]
         kept = [sample for sample in samples if sample is not None]
         return normalize(kept, self.config.loss.normalize) if kept else []
@@ -101,6 +102,7 @@ class SampleBuilder:
         ranks = dist.is_initialized()
         kept: list[Any] = [None]
         if not ranks or dist.get_rank() == 0:
+            self._grade(trajectories)
             rights = {
                 "rollout_wrong": lambda before, after: not before,
                 "refinement_right": lambda before, after: bool(after),
@@ -153,17 +155,21 @@ class SampleBuilder:
 
     def right(self, trajectory: Trajectory) -> tuple[bool | None, bool | None]:
         """Whether rollout and refinement have the right answer; None where there is nothing to grade."""
-        answer = trajectory.problem.answer if self.config.data.task == "math" else None  # programs cannot be graded
+        self._grade([trajectory])
+        index = trajectory.problem.index
+        completions = (trajectory.rollout, trajectory.refinement)
+        before, after = (self._graded.get((one, index)) if one is not None else None for one in completions)
+        return before, after
 
-        def grade(completion: Completion | None) -> bool | None:
-            if answer is None or completion is None:
-                return None
-            verdict = self._graded.get((completion, answer))
-            if verdict is None:  # graded only once: a comparison may take seconds
-                verdict = self._graded[completion, answer] = is_correct(self.text(completion), answer)
-            return verdict
-
-        return grade(trajectory.rollout), grade(trajectory.refinement)
+    def _grade(self, trajectories: Sequence[Trajectory]) -> None:
+        """Grade what has not been graded in this step yet, all at once: one comparison or program may take seconds."""
+        waiting: dict[tuple[Completion, int], tuple[str, str]] = {}
+        for trajectory in trajectories:
+            problem = trajectory.problem
+            for completion in filter(None, (trajectory.rollout, trajectory.refinement)):
+                if problem.answer is not None and (completion, problem.index) not in self._graded:
+                    waiting[completion, problem.index] = (self.text(completion), problem.answer)
+        self._graded |= zip(waiting, are_correct(self.config.data, list(waiting.values())), strict=True)
 
     def text(self, completion: Completion) -> str:
         """A completion as text, without special tokens."""
@@ -173,6 +179,7 @@ class SampleBuilder:
         """Lengths, correctness before and after refinement, overflow and edit ratio of a step."""
         refined = [trajectory.refinement for trajectory in trajectories if trajectory.refinement is not None]
         rolled_out = self.rolled_out(trajectories)
+        self._grade(trajectories)
         values: dict[str, float] = {
             "samples/trained": len(samples),
             "tokens/trained": sum(len(sample.response) for sample in samples),
@@ -206,7 +213,7 @@ class SampleBuilder:
         return {
             "problem": trajectory.problem.problem,
             "reference": trajectory.problem.reference,
-            "answer": trajectory.problem.answer,
+            "answer": shown_answer(self.config.data, trajectory.problem),
             "rollout": self.text(trajectory.rollout),
             "refinement": self.text(trajectory.refinement) if trajectory.refinement else None,
             "rollout_right": before,

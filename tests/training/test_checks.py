@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_trd import platform
 from megatron_trd.config import TrainConfig, from_dict, known_keys, load, save
+from megatron_trd.data.programs import ProgramTests
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.training.checks import Inputs, check
 from megatron_trd.training.run_folder import _LAYOUT, check_run_folder, claim
@@ -97,7 +99,22 @@ def test_held_out_problems_are_read_and_not_mixed_in(run: Run, tmp_path: Path) -
     says(run(held_out={"path": str(path)}, data={"answer_field": None}), "held_out.path needs answers")
     says(run(held_out={"path": "elsewhere.jsonl"}), "elsewhere.jsonl", "no such file; set held_out.path")
     says(run(held_out={"every": 5}), "held_out.every is set", "set held_out.path")
-    says(run(held_out={"path": str(path)}, data={"task": "code"}), "programs cannot be graded")
+
+
+def test_programs_need_tests_and_a_sandbox(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "programs.jsonl"
+    path.write_text(
+        json.dumps({"problem": "Write f.", "tests": ["assert f(1) == 2"], "solution": "def f(x): ..."}) + "\n"
+    )
+    data = {"path": str(path), "task": "code", "answer_field": "tests"}
+    no_sandbox = mock.patch("megatron_trd.evaluation.grading.no_sandbox")
+    with no_sandbox as reason:
+        reason.return_value = None
+        assert check(run(data=data)).problems[0].answer == ProgramTests(code="assert f(1) == 2").to_json()
+        says(run(data=data | {"answer_field": "solution"}), str(path), "field 'solution' holds no tests", "nothing is")
+        reason.return_value = "bubblewrap (bwrap) is not installed"
+        says(run(data=data), "data.answer_field", "bubblewrap (bwrap) is not installed", "data.answer_field=null")
+        assert check(run(data=data | {"answer_field": None})).problems[0].answer is None
 
 
 # A good run

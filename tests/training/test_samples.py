@@ -13,10 +13,12 @@ import pytest
 
 from megatron_trd.config import from_dict
 from megatron_trd.data.problems import Problem
+from megatron_trd.data.programs import ProgramTests
 from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.engines.engine import Completion
 from megatron_trd.engines.sampler import Trajectory
-from megatron_trd.evaluation.grading import is_correct
+from megatron_trd.evaluation.grading import are_correct
+from megatron_trd.evaluation.sandbox import no_sandbox
 from megatron_trd.training.checks import prompt_limit
 from megatron_trd.training.samples import SampleBuilder
 from tests.data.tokenizers import END, END_OF_TEXT, ids_of, tokenizer
@@ -329,7 +331,8 @@ def corpus_of(rank: int, world: int, corpus: str) -> list[int]:
         trajectory(completion(answer(46 if before else 45)), completion(answer(46 if after else 44)), index=index)
         for index, (before, after) in enumerate(CORNERS)
     ]
-    with mock.patch("megatron_trd.training.samples.is_correct", is_correct if rank == 0 else lambda *_: False):
+    of_no_use = mock.Mock(side_effect=lambda _, responses: [False] * len(responses))
+    with mock.patch("megatron_trd.training.samples.are_correct", of_no_use if rank else are_correct):
         return [kept.index for kept in made._corpus(trajectories)]
 
 
@@ -412,9 +415,21 @@ def test_a_rollout_that_was_refined_twice_is_counted_once() -> None:
     assert found["length/rollout"] == (len(long.tokens) + len(items[2].rollout.tokens)) / 2
 
 
-def test_programs_are_not_graded() -> None:
-    made = builder("trd-opsd", data={"task": "code"})
-    assert made.right(trajectory(completion(answer(46)), completion(answer(46)))) == (None, None)
+@pytest.mark.skipif(no_sandbox() is not None, reason=f"no sandbox: {no_sandbox()}")
+def test_programs_are_graded_by_their_tests_and_once() -> None:
+    made = builder("trd-opsd", data={"task": "code"}, corpus="corrected")
+    wrong, right = (completion(f"So it is\n```python\ndef half(x):\n    return x {sign} 2\n```") for sign in ("*", "/"))
+    problem = Problem(0, "Write half.", ProgramTests(code="assert half(3) == 1.5").to_json(), "x / 2")
+    other = Problem(1, "Write double.", ProgramTests(code="assert half(3) == 6").to_json(), "x * 2")
+    items = [trajectory(wrong, right, problem), trajectory(right, right, problem), trajectory(wrong, wrong, other)]
+    with mock.patch("megatron_trd.training.samples.are_correct", side_effect=are_correct) as graded:
+        assert [sample.response for sample in made.samples(items)] == [right.tokens]
+        found = made.metrics(items, [])
+        pairs = [made.pair(item) for item in items]
+    assert [len(call.args[1]) for call in graded.call_args_list if call.args[1]] == [3]
+    assert (found["right/rollout"], found["right/refinement"]) == (2 / 3, 1.0)
+    assert [(pair["rollout_right"], pair["refinement_right"]) for pair in pairs] == [(False, True), *[(True, True)] * 2]
+    assert {pair["answer"] for pair in pairs} == {None}
 
 
 @pytest.mark.parametrize(("lines", "ordered"), [(10, True), (2000, False)])

@@ -1,0 +1,134 @@
+"""Runs a program that a model wrote, once for each input; a script that is itself run within `sandbox.py`'s confines.
+
+It reads one job as JSON from standard input and writes one line for each input: `[output]`, or `null` if the program
+failed or took too long, which is the last line then. Comparing outputs is left to the other side: a program may do
+anything to this process, and the expected outputs are not in it. It imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import platform
+import resource
+import select
+import signal
+import struct
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+_MEMORY_BYTES = 2 * 2**30
+_FILE_BYTES = 16 * 2**20  # of any one file, standard output among them
+_FILES = 64
+
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2  # linux/prctl.h, linux/seccomp.h
+_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_LOAD, _EQUAL, _ANY_BIT, _NOT_LESS, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06  # BPF_LD | BPF_W | BPF_ABS and so on
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_CLONE_THREAD = 0x00010000  # linux/sched.h
+_X32 = 0x40000000  # the bit of x86-64's second set of system calls
+# Machine -> AUDIT_ARCH of linux/audit.h, the numbers of clone and clone3, and those of fork, vfork and unshare.
+_CALLS = {"x86_64": (0xC000003E, 56, 435, (57, 58, 272)), "aarch64": (0xC00000B7, 220, 435, (97,))}
+
+
+def main() -> Callable[[], None] | None:
+    """Run the job. In each child process it returns what the child is to do, so that this ends as any program does."""
+    job = json.load(sys.stdin)
+    for given in job["inputs"]:
+        output = os.memfd_create("output")  # there is no folder to write to
+        child = os.fork()
+        if not child:
+            return _prepared(job, given, output)
+        done = _ended_well(child, job["seconds"])
+        os.lseek(output, 0, os.SEEK_SET)
+        with os.fdopen(output, "rb") as file:
+            text = file.read().decode(errors="replace")
+        print(json.dumps([text] if done else None), flush=True)
+        if not done:
+            break
+    return None
+
+
+def _ended_well(child: int, seconds: float) -> bool:
+    """Wait for a child process, and kill it when its time is over."""
+    pidfd = os.pidfd_open(child)
+    if not select.select([pidfd], [], [], seconds)[0]:
+        os.kill(child, signal.SIGKILL)
+    os.close(pidfd)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def _prepared(job: dict[str, Any], given: Any, output: int) -> Callable[[], None]:
+    """Confine this child process further; returns the program's run, whose output goes to the file `output`."""
+    given_file, nothing = os.memfd_create("input"), os.open(os.devnull, os.O_WRONLY)
+    if job["kind"] == "input":
+        with open(given_file, "wb", closefd=False) as file:
+            file.write(given.encode(errors="replace"))
+        os.lseek(given_file, 0, os.SEEK_SET)
+    os.dup2(given_file, 0)
+    os.dup2(output if job["kind"] == "input" else nothing, 1)
+    os.dup2(nothing, 2)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (it is the program's; so is the next)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    limits = {
+        resource.RLIMIT_AS: _MEMORY_BYTES,
+        resource.RLIMIT_FSIZE: _FILE_BYTES,
+        resource.RLIMIT_NOFILE: _FILES,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CPU: int(job["seconds"]) + 1,  # which several threads reach before the clock does
+    }
+    for limit, most in limits.items():
+        resource.setrlimit(limit, (most, most))
+    _forbid_processes()
+
+    def run() -> None:
+        sys.argv = ["program.py"]
+        module = types.ModuleType("__main__" if job["kind"] == "input" else "program")
+        sys.modules[module.__name__] = module
+        exec(compile(job["program"], "program.py", "exec"), module.__dict__)
+        if job["kind"] == "call":
+            function = module.__dict__.get(job["function"]) or getattr(module.__dict__["Solution"](), job["function"])
+            os.write(output, json.dumps(function(*given)).encode())
+        elif job["kind"] == "tests":
+            exec(compile(given, "tests.py", "exec"), module.__dict__)
+            os.write(output, job["passed"].encode())
+
+    return run
+
+
+def _forbid_processes() -> None:
+    """Let this process start threads and no processes: a program that forks without end would fill the machine.
+
+    Nor namespaces, in which it could mount memory.
+    """
+    architecture, clone, clone3, others = _CALLS[platform.machine()]
+    forbidden, unknown = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS  # C libraries try clone when clone3 is unknown
+    rules = [
+        (_LOAD, 0, 0, _ARCHITECTURE),
+        (_EQUAL, 1, 0, architecture),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, _NUMBER),
+        (_NOT_LESS, 0, 1, _X32),
+        (_RETURN, 0, 0, _KILL),
+        *(rule for number in others for rule in ((_EQUAL, 0, 1, number), (_RETURN, 0, 0, forbidden))),
+        (_EQUAL, 0, 1, clone3),
+        (_RETURN, 0, 0, unknown),
+        (_EQUAL, 0, 3, clone),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT),
+        (_ANY_BIT, 1, 0, _CLONE_THREAD),
+        (_RETURN, 0, 0, forbidden),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *rule) for rule in rules))
+    program = struct.pack("@HP", len(rules), ctypes.addressof(code))
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+
+if __name__ == "__main__":
+    if program := main():
+        program()

@@ -1,0 +1,75 @@
+"""Whether a program that a model wrote passes its tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import secrets
+from typing import Any
+
+from megatron_trd.data.programs import ProgramTests
+from megatron_trd.evaluation.sandbox import run_program
+
+_BLOCK = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+_PYTHON = ("python", "python3", "py")
+_CLOSE = 1e-6  # relative or absolute, where a decimal fraction is expected: what such problems usually allow
+
+
+def last_program(response: str) -> str | None:
+    """Content of the last closed ```python block, or, if there is none, of the last one of no language; else None."""
+    blocks = [(found[1].strip().lower(), found[2]) for found in _BLOCK.finditer(response)]
+    for languages in (_PYTHON, ("",)):
+        if fitting := [text for language, text in blocks if language in languages]:
+            return fitting[-1]
+    return None
+
+
+def passes(program: str, tests: ProgramTests) -> bool:
+    """Whether a program passes all its tests, run in the sandbox; one that takes too long does not."""
+    job: dict[str, Any] = {"program": program, "inputs": tests.inputs}
+    if tests.code is not None:
+        passed = secrets.token_hex()  # a program that ends early cannot say so
+        job |= {"kind": "tests", "inputs": [tests.code], "passed": passed}
+        return list(run_program(job)) == [passed]
+    job |= {"kind": "call", "function": tests.function} if tests.function else {"kind": "input"}
+    same = _same_result if tests.function else _same_text
+    with contextlib.closing(run_program(job)) as outputs:  # the program ends at its first wrong output
+        for wanted in tests.outputs:
+            found = next(outputs, None)
+            if found is None or not same(found, wanted):
+                return False
+    return True
+
+
+def _same_text(found: str, wanted: str) -> bool:
+    """Whether two outputs have the same words in the same lines, except for the last digits of decimal fractions."""
+    lines, others = ([line.split() for line in text.strip().splitlines()] for text in (found, wanted))
+    return len(lines) == len(others) and all(
+        len(words) == len(more) and all(map(_same_word, words, more)) for words, more in zip(lines, others, strict=True)
+    )
+
+
+def _same_word(found: str, wanted: str) -> bool:
+    if found == wanted:
+        return True
+    try:
+        return "." in wanted and math.isclose(float(found), float(wanted), rel_tol=_CLOSE, abs_tol=_CLOSE)
+    except ValueError:
+        return False
+
+
+def _same_result(found: str, wanted: Any) -> bool:
+    """Whether a function returned what was expected. Data sets write a result as it is or as a list of one."""
+    result = json.loads(found)
+    only = wanted[0] if isinstance(wanted, list) and len(wanted) == 1 else wanted
+    return _same_value(result, wanted) or _same_value(result, only)
+
+
+def _same_value(found: Any, wanted: Any) -> bool:
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_same_value, found, wanted))
+    if isinstance(wanted, float) and isinstance(found, int | float):
+        return math.isclose(found, wanted, rel_tol=_CLOSE, abs_tol=_CLOSE)
+    return bool(found == wanted)

@@ -1,0 +1,117 @@
+"""Runs programs that a model wrote, within bubblewrap: no network, no files but Python's own, nothing to write to.
+
+Inside, `in_sandbox.py` runs the program once for each input, with limits of memory, time and output and without the
+means to start processes. numpy is there, which some data sets' tests import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_trd.evaluation import in_sandbox
+
+SECONDS = 6.0  # for one input
+ALL_SECONDS = 60.0  # for all inputs of a program
+_START_SECONDS = 600.0  # of the first, which reads Python from a disk that may be busy
+_PACKAGES = "/packages"
+_ENVIRONMENT = {
+    "PYTHONPATH": _PACKAGES,
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONHASHSEED": "0",  # the same verdict each time
+    "PYTHONUTF8": "1",
+    "OPENBLAS_NUM_THREADS": "1",  # each thread's buffers count as memory
+}
+
+
+def run_program(job: Mapping[str, Any], seconds: float = ALL_SECONDS) -> Generator[str, None, None]:
+    """Outputs of a job of `in_sandbox`, each as soon as it is there; fewer than it has inputs if the program fails.
+
+    The program is killed after `seconds`, and when the iterator is closed.
+    """
+    with contextlib.ExitStack() as cleanup:
+        pipe = subprocess.PIPE
+        process = cleanup.enter_context(
+            subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=_environment())
+        )
+        cleanup.callback(process.kill)
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        cleanup.callback(timer.cancel)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(json.dumps({**job, "seconds": SECONDS}).encode())
+        with contextlib.suppress(ValueError):  # a line cut short by the kill
+            for line in process.stdout:
+                found = json.loads(line)
+                if found is None:
+                    return
+                yield found[0]
+
+
+@functools.cache
+def no_sandbox() -> str | None:
+    """Why programs cannot be run here, in a few words; None if they can."""
+    if _bwrap() is None:
+        return "bubblewrap (bwrap) is not installed"
+    job = {"kind": "input", "program": "print(1)", "inputs": [""], "seconds": SECONDS}
+    with tempfile.TemporaryFile() as errors:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=errors, env=_environment())
+        try:
+            said, _ = process.communicate(json.dumps(job).encode(), _START_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return f"it was not ready after {_START_SECONDS:g} s"
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+    return None if said == b'["1\\n"]\n' else (lines or [f"it ended with {process.returncode} and said nothing"])[-1]
+
+
+def _environment() -> dict[str, str]:
+    """Nothing of this process's environment, which may hold secrets, except where Python finds its libraries."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return _ENVIRONMENT | kept
+
+
+def _bwrap() -> str | None:
+    return shutil.which("bwrap")
+
+
+def _command() -> tuple[str, ...]:
+    """bubblewrap with this Python in it. Its options are those of version 0.4, which is as old as clusters have."""
+    packages = Path(np.__file__).parents[1]
+    seen: list[str | Path] = []
+    for folder in ("bin", "lib", "lib64"):
+        path = Path("/", folder)
+        if path.is_symlink():
+            seen += ["--symlink", path.readlink(), path]
+        elif path.exists():
+            seen += ["--ro-bind", path, path]
+    libraries = filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+    for name in ("/usr", "/etc/ld.so.cache", "/etc/alternatives", os.path.realpath(sys.base_prefix), *libraries):
+        seen += ["--ro-bind-try", name, name]
+    for name in ("numpy", "numpy.libs"):
+        seen += ["--ro-bind-try", packages / name, f"{_PACKAGES}/{name}"]
+    return (
+        *(_bwrap() or "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+        *map(str, seen),
+        *("--ro-bind", in_sandbox.__file__, "/in_sandbox.py", "--proc", "/proc", "--dev", "/dev", "--chdir", "/"),
+        # Without capabilities root could still write to /proc/sys.
+        *("--remount-ro", "/proc", "--remount-ro", "/dev", "--remount-ro", "/"),
+        *(os.path.realpath(sys.executable), "-s", "/in_sandbox.py"),
+    )

@@ -1,0 +1,111 @@
+"""A program is right if it passes its tests, whatever it is and does."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_trd.config import DataConfig
+from megatron_trd.data.programs import ProgramTests
+from megatron_trd.evaluation import sandbox
+from megatron_trd.evaluation.grading import are_correct
+from megatron_trd.evaluation.programs import last_program, passes
+
+pytestmark = pytest.mark.skipif(sandbox.no_sandbox() is not None, reason=f"no sandbox: {sandbox.no_sandbox()}")
+
+INPUTS = ProgramTests(inputs=("1 2\n", "30 4\n"), outputs=("3\n", "34"))
+CALLS = ProgramTests(inputs=([1, 2], [30, 4]), outputs=(3, [34]), function="add")
+ASSERTS = ProgramTests(code="import math\nassert add(1, 2) == 3\nassert math.isclose(add(1, 0.5), 1.5)")
+
+READS = "a, b = map(int, input().split())\nprint(a + b)"
+DEFINES = "def add(a, b):\n    return a + b"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        (READS, INPUTS),
+        ("import sys\nfor line in sys.stdin:\n    print(sum(map(int, line.split())), ' ')\n    exit()", INPUTS),
+        ("import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())", INPUTS),
+        ("import atexit\natexit.register(print, sum(map(int, open(0).read().split())))", INPUTS),
+        ("if __name__ == '__main__':\n    " + READS.replace("\n", "\n    "), INPUTS),
+        (
+            "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**27)\n"
+            "def main():\n    print(sum(map(int, input().split())))\nthreading.Thread(target=main).start()",
+            INPUTS,
+        ),
+        (DEFINES, CALLS),
+        ("class Solution:\n    def add(self, a, b):\n        print('adds')\n        return a + b", CALLS),
+        (
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Pair:\n"
+            "    a: int\n    b: int\ndef add(a, b):\n    pair = Pair(a, b)\n    return pair.a + pair.b",
+            CALLS,
+        ),
+        (DEFINES, ASSERTS),
+        (DEFINES + "\nif __name__ == '__main__':\n    print(add(*input().split()))", ASSERTS),
+        ("import numpy as np\ndef add(a, b):\n    return np.add(a, b)", ASSERTS),
+        ("print(10**18, '0.33333334')", ProgramTests(inputs=("",), outputs=(f"{10**18} 0.3333333333",))),
+        (
+            "def pair(x):\n    return (x, [x / 3])",
+            ProgramTests(inputs=([1],), outputs=([1, [0.33333333]],), function="pair"),
+        ),
+    ],
+)
+def test_passes(program: str, tests: ProgramTests) -> None:
+    assert passes(program, tests)
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("print(3)", INPUTS),  # right once
+        ("", INPUTS),
+        (READS + "\nraise SystemExit(1)", INPUTS),
+        (READS + "\n1 / 0", INPUTS),
+        (READS + "\nprint()\nprint('and more')", INPUTS),
+        ("a, b = map(int, input().split())\nprint(float(a + b))", INPUTS),
+        ("while True: pass", ProgramTests(inputs=("",), outputs=("",))),
+        ("def add(a, b) return a + b", CALLS),
+        ("def add(a, b):\n    return str(a + b)", CALLS),
+        ("def add(a, b):\n    return {a + b}", CALLS),  # no JSON
+        ("def sub(a, b):\n    return a + b", CALLS),
+        ("def add(a, b):\n    return [a + b] if a > 1 else a - b", CALLS),
+        ("def add(a, b):\n    return a - b", ASSERTS),
+        ("def add(a, b):\n    raise SystemExit", ASSERTS),
+        ("import os\nos._exit(0)", ASSERTS),
+        ("import os\nos.close(1)\nos.kill(os.getppid(), 9)", ASSERTS),
+        ("print(10**18 + 1)", ProgramTests(inputs=("",), outputs=(str(10**18),))),  # equal as floats
+        ("print(0.3334)", ProgramTests(inputs=("",), outputs=("0.3333333333",))),
+        ("print('0 .5')", ProgramTests(inputs=("",), outputs=("0.5",))),
+        ("print('nan')", ProgramTests(inputs=("",), outputs=("0.5",))),
+    ],
+)
+def test_does_not_pass(program: str, tests: ProgramTests, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 2.0)
+    assert not passes(program, tests)
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("So:\n```python\nprint(1)\n```\nDone.", "print(1)\n"),
+        ("```python\nprint(1)\n```\nNo:\n```Python\nprint(2)\n```", "print(2)\n"),
+        ("```py\nprint(1)\n```\nIt prints\n```\n1\n```\nand\n```text\n1\n```", "print(1)\n"),
+        ("```\nprint(1)\n```", "print(1)\n"),
+        ("   ```python3 \n   print(1)\n   ```", "   print(1)\n"),
+        ("```python\nprint('```')\n```", "print('```')\n"),
+        ("```python\nprint(1)\n```\nBetter:\n```python\nprint(2", "print(1)\n"),  # cut off
+        ("```python\nprint(1)", None),
+        ("```cpp\nint main() {}\n```", None),
+        ("print(1)", None),
+    ],
+)
+def test_the_last_closed_block_of_python_is_the_program(response: str, program: str | None) -> None:
+    assert last_program(response) == program
+
+
+def test_responses_are_graded_in_their_order() -> None:
+    data, tests = DataConfig(task="code"), CALLS.to_json()
+    right, wrong = f"```python\n{DEFINES}\n```", "```python\nadd = max\n```"
+    assert are_correct(data, [(wrong, tests), (right, tests), ("no program", tests)] * 3) == [False, True, False] * 3
+    assert are_correct(data, []) == []
+    assert are_correct(DataConfig(), [("\\boxed{1}", "1"), ("\\boxed{2}", "1")]) == [True, False]

@@ -1,0 +1,153 @@
+"""A program in the sandbox sees nothing, changes nothing, reaches nobody, and ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_trd.config import DataConfig
+from megatron_trd.errors import UserError
+from megatron_trd.evaluation import sandbox
+from megatron_trd.evaluation.grading import check_gradable
+
+needs_one = pytest.mark.skipif(sandbox.no_sandbox() is not None, reason=f"no sandbox: {sandbox.no_sandbox()}")
+
+
+def run(program: str, *inputs: str, seconds: float = 60.0) -> list[str]:
+    """Outputs of a program for inputs; for a single empty one, if there are none."""
+    return list(sandbox.run_program({"kind": "input", "program": program, "inputs": inputs or [""]}, seconds))
+
+
+@needs_one
+@pytest.mark.parametrize(
+    "forbidden",
+    [
+        "os.fork()",
+        "subprocess.run(['/bin/true'])",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "multiprocessing.get_context('spawn').Process().start()",
+        "open('/new', 'w')",
+        "open('/tmp/new', 'w')",
+        "open('/dev/new', 'w')",
+        "open('/dev/shm/new', 'w')",
+        "open('/in_sandbox.py', 'w')",
+        "open('/proc/sys/kernel/core_pattern', 'w')",
+        "open('/proc/self/oom_score_adj', 'w')",
+        "open('/etc/passwd')",
+        "open(FILE)",
+        "os.stat(os.path.dirname(FILE))",
+        "socket.create_connection(ADDRESS, timeout=5)",
+        "os.kill(PID, 0)",
+        "os.environ['TRD_SECRET']",
+        "bytearray(2 * 2**30)",
+        "mmap.mmap(-1, 2 * 2**30)",
+        "resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))",
+        "ctypes.CDLL(None).unshare(0x10000000) and 1 / 0",  # CLONE_NEWUSER
+    ],
+)
+def test_forbidden(forbidden: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("text")
+    monkeypatch.setenv("TRD_SECRET", "text")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        known = f"FILE, ADDRESS, PID = {str(secret)!r}, {server.getsockname()!r}, {os.getpid()}\n"
+        imports = "import ctypes, mmap, multiprocessing, os, resource, socket, subprocess\nprint('begun', flush=True)\n"
+        caught = f"try:\n    {forbidden}\nexcept (Exception, MemoryError) as error:\n    print(type(error).__name__)\n"
+        (output,) = run(known + imports + caught)
+        assert output.startswith("begun\n")
+        assert output.removeprefix("begun\n").strip(), "nothing was raised"
+        if "TRD_SECRET" not in forbidden and "FILE" not in forbidden:
+            return
+        exec(f"import os\nFILE = {str(secret)!r}\n{forbidden}")  # outside it works: the test is of the sandbox
+
+
+@needs_one
+def test_limits_end_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 1.0)
+    for endless in ("while True: pass", "import time; time.sleep(1e6)", "while True: print('more')", "input()"):
+        begin = time.monotonic()
+        assert run(endless) == []
+        assert time.monotonic() - begin < 30
+    waits = "import time\nfor _ in range(int(input())): time.sleep(100)\nprint('ended')"
+    assert run(waits, "0", "0", "1", "0") == ["ended\n"] * 2  # nothing is run after what failed
+
+
+@needs_one
+def test_all_inputs_together_have_a_limit_and_nothing_outlives_it() -> None:
+    begin = time.monotonic()
+    found = run("import time; time.sleep(0.2); print('ended')", *[""] * 1000, seconds=3.0)
+    assert 0 < len(found) < 20
+    assert time.monotonic() - begin < 30
+    assert not _running()
+
+
+@needs_one
+def test_who_has_seen_enough_ends_the_program() -> None:
+    outputs = sandbox.run_program({"kind": "input", "program": "print(input())", "inputs": ["1"] * 10**5})
+    assert next(outputs) == "1\n"
+    outputs.close()
+    assert not _running()
+
+
+@needs_one
+def test_the_sandbox_ends_with_whoever_asked() -> None:
+    program = "import time; time.sleep(1e6)"
+    asks = f"from tests.evaluation.test_sandbox import run\nprint('begun', flush=True)\nrun({program!r})"
+    asker = subprocess.Popen([sys.executable, "-c", asks], stdout=subprocess.PIPE)
+    assert asker.stdout is not None
+    assert asker.stdout.readline() == b"begun\n"
+    while not (found := _running(asker.pid)):
+        time.sleep(0.05)
+    asker.kill()
+    asker.communicate()
+    for pid in found:
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < deadline, "the sandbox is still there"
+            time.sleep(0.05)
+
+
+def _running(parent: int | None = None) -> list[int]:
+    """bwrap processes that a process has started; this one, if none is given."""
+    children = Path(f"/proc/{parent or os.getpid()}/task").glob("*/children")
+    pids = [int(pid) for listed in children for pid in listed.read_text().split()]
+    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "bwrap\n"]
+
+
+@pytest.mark.parametrize(
+    ("bwrap", "says"),
+    [
+        (None, "bubblewrap (bwrap) is not installed; install bubblewrap, or set data.answer_field=null"),
+        (
+            "echo 'bwrap: No permissions to create new namespace' >&2; exit 1",
+            "No permissions to create new namespace; ",
+        ),
+        ("exit 3", "it ended with 3 and said nothing; "),
+        ("echo '[\"2\\n\"]'", "it ended with 0 and said nothing; "),
+    ],
+)
+def test_without_a_sandbox_programs_are_not_run(
+    bwrap: str | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bwrap is not None:
+        (tmp_path / "bwrap").write_text(f"#!/bin/sh\ncat >/dev/null\n{bwrap}\n")
+        (tmp_path / "bwrap").chmod(0o755)
+    shell = shutil.which("cat")
+    assert shell is not None
+    (tmp_path / "cat").symlink_to(shell)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sandbox.no_sandbox.cache_clear()
+    try:
+        with pytest.raises(UserError) as refusal:
+            check_gradable(DataConfig(task="code"), "held_out.path")
+    finally:
+        sandbox.no_sandbox.cache_clear()
+    assert str(refusal.value).startswith("held_out.path needs a sandbox to run programs in, and there is none on this")
+    assert says in str(refusal.value)
