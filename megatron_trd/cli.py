@@ -86,6 +86,21 @@ def evaluate(
 
 
 @app.command()
+def fetch(
+    name: Annotated[str | None, typer.Argument(help="e.g. aime_2025; left out: prints all names")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file; left out: data/NAME.jsonl")] = None,
+) -> None:
+    """Fetch the paper's evaluation sets, and TACO, from the hub."""
+    from megatron_trd.data.published import PUBLISHED
+    from megatron_trd.data.published import fetch as fetch_problems
+
+    if name:
+        print(fetch_problems(name, out or Path("data") / f"{name}.jsonl"))
+    else:
+        print("\n".join(PUBLISHED))
+
+
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="a recipe of recipes/, or a YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. student.tp=2")] = None,
