@@ -83,6 +83,7 @@ class SamplerConfig:
     tp: Positive = 1
     temperature: Annotated[float, Field(ge=0)] = 1.0  # of rollouts and refinements (paper)
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Positive | None = None  # draw only from the most probable tokens; None: from all
     max_rollout_tokens: Positive = 16384  # paper
     max_refinement_tokens: Positive = 16384  # paper
     max_sequences: Positive = 256  # running at once in one engine

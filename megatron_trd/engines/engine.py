@@ -179,6 +179,7 @@ def _parameters(settings: SamplerConfig, max_tokens: int, seed: int) -> Any:
     return SamplingParams(
         temperature=settings.temperature,
         top_p=settings.top_p,
+        top_k=settings.top_k or 0,  # vLLM's word for all
         max_tokens=max_tokens,
         seed=seed,
         logprobs=0,  # of the sampled token only

@@ -79,6 +79,8 @@ def sample_ranks(
     found["other seed"] = Sampler(other_seed, engine, engine).sample(2, problems, PROMPTS, refine)
     nucleus = replace(random, sampler=replace(random.sampler, top_p=1e-6))
     found["nucleus"] = Sampler(nucleus, engine, engine).sample(2, problems, PROMPTS, refine)
+    best = replace(random, sampler=replace(random.sampler, top_k=1))
+    found["best"] = Sampler(best, engine, engine).sample(2, problems, PROMPTS, refine)
     return found
 
 
@@ -138,8 +140,8 @@ def test_greedy_refit_and_seeds(
     assert again == repeat, "a step's tokens are a function of its seeds"
     assert again != other
     assert found["other seed"] != again, "and of the run's"
-    greedy, nucleus = ([one.rollout.tokens for one in found[how]] for how in ("after", "nucleus"))
-    assert greedy == nucleus, "of the smallest nucleus, the most probable token is left"
+    greedy, nucleus, best = ([one.rollout.tokens for one in found[how]] for how in ("after", "nucleus", "best"))
+    assert greedy == nucleus == best, "of the smallest nucleus, and of one token, the most probable is left"
 
 
 def sample_under_pressure(rank: int, world: int, model: str) -> list[tuple[int, int]]:
