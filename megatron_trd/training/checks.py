@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_trd import platform
-from megatron_trd.config import TrainConfig
+from megatron_trd.config import DataConfig, TrainConfig
 from megatron_trd.data.problems import Problem, load_problems
 from megatron_trd.data.prompts import Context, PromptBuilder
 from megatron_trd.engines.teacher import check_teacher
@@ -31,8 +31,11 @@ class Inputs:
     max_length: int  # longest prompt and response together, tokens
 
 
-def check(config: TrainConfig) -> Inputs:
-    """Open and check everything the run needs. Raises `UserError`; loads no weights."""
+def check(config: TrainConfig, *, grades: bool = True) -> Inputs:
+    """Open and check everything the run needs. Raises `UserError`; loads no weights.
+
+    `grades`: otherwise answers are left out, which may be gigabytes of programs' tests.
+    """
     if not config.model:
         raise UserError("model is not set: give the student's Hugging Face folder (model=DIR)")
     student = open_model(config.model)
@@ -57,14 +60,15 @@ def check(config: TrainConfig) -> Inputs:
     _check_method(config)
     _check_order(config)
     check_wandb(config)
-    problems = _with_references(config, load_problems(config.data))
+    read = config.data if grades else dataclasses.replace(config.data, answer_field=None)
+    problems = _with_references(config, load_problems(read))
     for model in (student, teacher):  # check that prompts can be built
         PromptBuilder.of(model.folder, config.data).ids("vanilla", problems[0].problem)
     student.check()
     if config.teacher.model:
         teacher.check()
     teacher = teacher.with_vocabulary(student.arch.vocab_size)
-    return Inputs(student, teacher, problems, _held_out(config, student), world, max_length)
+    return Inputs(student, teacher, problems, _held_out(config, read, student), world, max_length)
 
 
 def _check_tokenizers(student: Model, teacher: Model) -> None:
@@ -134,15 +138,16 @@ def _with_references(config: TrainConfig, problems: list[Problem]) -> list[Probl
     return kept
 
 
-def _held_out(config: TrainConfig, student: Model) -> list[Problem]:
-    """The held-out problems; each must fit its prompt limit, or scores would cover only some of them."""
+def _held_out(config: TrainConfig, read: DataConfig, student: Model) -> list[Problem]:
+    """The held-out problems, with the fields that `read` names; each must fit its prompt limit, or scores would cover
+    only some of them."""
     asked = config.held_out
     if asked.path is None:
         if asked.every:
             raise UserError("held_out.every is set and there is nothing to ask: set held_out.path")
         return []
     check_gradable(config.data, "held_out.path")
-    data = dataclasses.replace(config.data, path=asked.path, name=asked.name, split=asked.split, reference_field=None)
+    data = dataclasses.replace(read, path=asked.path, name=asked.name, split=asked.split, reference_field=None)
     problems, prompts = load_problems(data, "held_out"), PromptBuilder.of(student.folder, data)
     limit = prompt_limit(config, "vanilla")
     for number, problem in enumerate(problems, 1):

@@ -37,11 +37,12 @@ from megatron_trd.training.signals import StopRequest
 class Run:
     """One training run on this rank: the operations that `training.loop` is written in."""
 
-    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+    def __init__(self, config: TrainConfig, inputs: Inputs | None = None, *, resume: bool = False) -> None:
+        """`inputs`: where they have been checked already."""
         self.config = config
         self.method = METHODS[config.method]
         self.stop = StopRequest()
-        self.inputs: Inputs = check(config)
+        self.inputs = inputs or check(config, grades=dist.get_rank() == 0)
         begin, current = time.perf_counter(), platform.current()
         current.set_up()
         torch.manual_seed(config.seed)

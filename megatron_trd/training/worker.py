@@ -13,6 +13,7 @@ from megatron_trd.config import TrainConfig
 from megatron_trd.doctor.versions import check_sampler
 from megatron_trd.errors import UserError
 from megatron_trd.launch import RefusedElsewhere, run_rank, starting
+from megatron_trd.training.checks import Inputs
 from megatron_trd.training.command import check_start
 from megatron_trd.training.run_folder import claim
 from megatron_trd.training.run_lock import release_lock
@@ -34,18 +35,19 @@ def main() -> None:
         current.set_up()
         check_sampler(current.extra, current.found)
         current.join()
-        config, first = _begin(arguments), dist.get_rank() == 0
-        run = Run(config, resume=arguments.resume)
+        config, inputs = _begin(arguments)
+        run = Run(config, inputs, resume=arguments.resume)
     train(run)
     try:
         run.close()
     finally:
-        if first:
+        if inputs is not None:
             release_lock(Path(config.run_dir))
 
 
-def _begin(arguments: argparse.Namespace) -> TrainConfig:
-    """The configuration, once rank 0 has checked it and owns the run folder; if it fails, all ranks end. Collective."""
+def _begin(arguments: argparse.Namespace) -> tuple[TrainConfig, Inputs | None]:
+    """The configuration, once rank 0 has checked it and owns the run folder, and on rank 0 the inputs that it has
+    checked; if it fails, all ranks end. Collective."""
 
     def configuration() -> TrainConfig:
         return find_recipe(arguments.recipe, arguments.overrides)
@@ -55,17 +57,17 @@ def _begin(arguments: argparse.Namespace) -> TrainConfig:
         dist.broadcast_object_list(refusal, device=platform.current().device)
         if refusal[0] is not None:
             raise RefusedElsewhere(refusal[0])
-        return configuration()
+        return configuration(), None
     try:
         config = configuration()
-        check_start(config, ranks=dist.get_world_size(), resume=arguments.resume)
+        inputs = check_start(config, ranks=dist.get_world_size(), resume=arguments.resume)
         # Stores the actual number of ranks even if the recipe leaves it open, so that a later start can compare it.
         claim(dataclasses.replace(config, world_size=dist.get_world_size()), resume=arguments.resume)
     except UserError as error:
         dist.broadcast_object_list([str(error)], device=platform.current().device)
         raise
     dist.broadcast_object_list([None], device=platform.current().device)
-    return config
+    return config, inputs
 
 
 if __name__ == "__main__":

@@ -115,6 +115,10 @@ def test_programs_need_tests_and_a_sandbox(run: Run, tmp_path: Path) -> None:
         reason.return_value = "bubblewrap (bwrap) is not installed"
         says(run(data=data), "data.answer_field", "bubblewrap (bwrap) is not installed", "data.answer_field=null")
         assert check(run(data=data | {"answer_field": None})).problems[0].answer is None
+        reason.return_value = None
+        config = run(data=data | {"max_prompt_tokens": 128}, held_out={"path": str(path)})
+        inputs = check(config, grades=False)  # on ranks that do not grade
+        assert [problem.answer for problem in (*inputs.problems, *inputs.held_out)] == [None, None]
 
 
 # A good run
