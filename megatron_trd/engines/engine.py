@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch.distributed as dist
-
 from megatron_trd import platform
 from megatron_trd.config import SamplerConfig, TrainConfig
 from megatron_trd.engines import refit
@@ -22,6 +20,7 @@ from megatron_trd.engines.work import Task
 from megatron_trd.errors import UserError
 from megatron_trd.models import loading
 from megatron_trd.models.model import Model
+from megatron_trd.parallel.objects import from_first
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ class Completion:
 @functools.cache
 def _job_name() -> str:
     """A unique name for this job, the same on all its ranks. Collective on the first call."""
-    name = [uuid.uuid4().hex]
-    dist.broadcast_object_list(name, device=platform.current().device)
-    return name[0]
+    return from_first(uuid.uuid4().hex)
 
 
 class Engine:

@@ -21,6 +21,7 @@ from megatron_trd.data.problems import Problem
 from megatron_trd.engines.engine import Completion, Engine
 from megatron_trd.engines.work import Capacity, Expectation, Load, Task, assign, at_once, name_of
 from megatron_trd.errors import UserError
+from megatron_trd.parallel.objects import from_all
 
 _ROUND = 16  # engine steps between two meetings of the groups
 _SPARE = 8  # a group takes 1/8 more requests than can run at once, so that its batch stays full until the next meeting
@@ -161,9 +162,7 @@ class Sampler:
 
     def tell(self, what: Any) -> list[Any]:
         """Gather `what` from each group's first rank, by group. Collective."""
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, what, group=self._meeting)
-        return everyone[:: self.settings.tp]
+        return from_all(what, self._meeting)[:: self.settings.tp]
 
 
 class _Step:

@@ -30,6 +30,7 @@ from megatron_trd.models.export import copy_companions, write_folder
 from megatron_trd.models.loading import named_tensors
 from megatron_trd.models.megatron_folder import COMPANIONS
 from megatron_trd.models.model import open_model
+from megatron_trd.parallel.objects import from_all, from_first
 
 _STEP = re.compile(r"step_(\d+)$")
 _SAMPLED = "sampled.json"
@@ -165,9 +166,7 @@ def _comparable(state: Any) -> Any:
 def _shared_digests(folder: Path) -> dict[str, str]:
     """Checksums of a folder's files, each computed by one rank. Collective."""
     mine = {name: digest(folder / name) for name in _share(files_of(folder))}
-    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return {name: value for part in everyone for name, value in part.items()}
+    return {name: value for part in from_all(mine) for name, value in part.items()}
 
 
 def check_files(folder: Path) -> None:
@@ -182,9 +181,7 @@ def _share(names: Iterable[str]) -> list[str]:
 
 def resume(run_dir: str | Path, student: StudentEngine, teacher: TeacherEngine) -> int:
     """Load the newest checkpoint of a run; returns the number of steps done, 0 if there is none. Collective."""
-    listed = [checkpoints(run_dir)]  # rank 0's list is used: another node may not see the newest checkpoint yet
-    dist.broadcast_object_list(listed, device=platform.current().device)
-    [found] = listed
+    found = from_first(checkpoints(run_dir))  # another node may not see the newest checkpoint yet
     if not found:
         return 0
     step, path = list(found.items())[-1]

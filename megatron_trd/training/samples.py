@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_trd import platform
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.batching import Sample, normalize
 from megatron_trd.data.problems import Problem, shown_answer
@@ -18,6 +17,7 @@ from megatron_trd.engines.engine import Completion
 from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.evaluation.grading import are_correct
 from megatron_trd.methods import METHODS
+from megatron_trd.parallel.objects import from_first
 from megatron_trd.reporting.pairs import kept_lines
 from megatron_trd.training.checks import prompt_limit
 
@@ -99,8 +99,7 @@ class SampleBuilder:
         corpus = self.config.corpus
         if corpus == "all":
             return list(trajectories)
-        ranks = dist.is_initialized()
-        kept: list[Any] = [None]
+        ranks, kept = dist.is_initialized(), []
         if not ranks or dist.get_rank() == 0:
             self._grade(trajectories)
             rights = {
@@ -108,10 +107,9 @@ class SampleBuilder:
                 "refinement_right": lambda before, after: bool(after),
                 "corrected": lambda before, after: not before and bool(after),
             }[corpus]
-            kept = [[rights(*self.right(trajectory)) for trajectory in trajectories]]
-        if ranks:
-            dist.broadcast_object_list(kept, device=platform.current().device)
-        return [trajectory for trajectory, keep in zip(trajectories, kept[0], strict=True) if keep]
+            kept = [rights(*self.right(trajectory)) for trajectory in trajectories]
+        kept = from_first(kept) if ranks else kept
+        return [trajectory for trajectory, keep in zip(trajectories, kept, strict=True) if keep]
 
     def _raw_teacher_prompt(self, problem: Problem) -> tuple[list[int] | None, bool]:
         """Teacher prompt of a raw trajectory, and whether it was too long. A refined one has none yet: its prompt is

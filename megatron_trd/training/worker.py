@@ -13,6 +13,7 @@ from megatron_trd.config import TrainConfig
 from megatron_trd.doctor.versions import check_sampler
 from megatron_trd.errors import UserError
 from megatron_trd.launch import RefusedElsewhere, run_rank, starting
+from megatron_trd.parallel.objects import from_first
 from megatron_trd.training.checks import Inputs
 from megatron_trd.training.command import check_start
 from megatron_trd.training.run_folder import claim
@@ -53,10 +54,9 @@ def _begin(arguments: argparse.Namespace) -> tuple[TrainConfig, Inputs | None]:
         return find_recipe(arguments.recipe, arguments.overrides)
 
     if dist.get_rank() > 0:
-        refusal: list[str | None] = [None]
-        dist.broadcast_object_list(refusal, device=platform.current().device)
-        if refusal[0] is not None:
-            raise RefusedElsewhere(refusal[0])
+        refusal: str | None = from_first(None)
+        if refusal is not None:
+            raise RefusedElsewhere(refusal)
         return configuration(), None
     try:
         config = configuration()
@@ -64,9 +64,9 @@ def _begin(arguments: argparse.Namespace) -> tuple[TrainConfig, Inputs | None]:
         # Stores the actual number of ranks even if the recipe leaves it open, so that a later start can compare it.
         claim(dataclasses.replace(config, world_size=dist.get_world_size()), resume=arguments.resume)
     except UserError as error:
-        dist.broadcast_object_list([str(error)], device=platform.current().device)
+        from_first(str(error))
         raise
-    dist.broadcast_object_list([None], device=platform.current().device)
+    from_first(None)
     return config, inputs
 
 

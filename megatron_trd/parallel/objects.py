@@ -1,0 +1,25 @@
+"""Values that ranks tell one another, of any type that can be pickled; the ranks of a job trust one another."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_trd import platform
+
+_T = TypeVar("_T")
+
+
+def from_first(value: _T) -> _T:
+    """The first rank's value, on every rank. Collective."""
+    held = [value]
+    dist.broadcast_object_list(held, device=platform.current().device)
+    return held[0]
+
+
+def from_all(value: _T, group: Any = None) -> list[_T]:
+    """The value of each rank of `group`, in their order. Collective."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone
