@@ -139,7 +139,7 @@ def _texts(metrics: dict[str, Any], arrow: str) -> dict[str, str]:
         "len": _before_after(metrics, "length", ".0f", arrow),
         "cut off": _before_after(metrics, "overflow", ".0f", arrow) if _cut_off(metrics) else "",
         "drift": _scientific(_largest(metrics.get("drift/mean"), metrics.get("drift/rollout")), 0),
-        "time": f"{metrics['time/step']:.1f} s" if "time/step" in metrics else "",
+        "time": f"{metrics['time/step'] + metrics.get('time/grade', 0.0):.1f} s" if "time/step" in metrics else "",
         "parts": ", ".join(f"{name} {seconds:.1f}" for name, seconds in _phases(metrics) if seconds >= 0.05),
         "tokens/s": ", ".join(
             f"{name} {metrics[f'throughput/{name}']:,.0f}"

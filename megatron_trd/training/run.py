@@ -111,9 +111,12 @@ class Run:
 
         Raises `UserError` on every rank for a drift above `log.max_drift`.
         """
+        metrics: dict[str, Any] = {}
+        if self._writers is not None:
+            with self.phases.measure("grade"):
+                metrics = self.builder.metrics(sampled.trajectories, samples)
         measured = self.phases.metrics()
         if self._writers is not None:
-            metrics: dict[str, Any] = self.builder.metrics(sampled.trajectories, samples)
             metrics |= {"overflow/prompt": sampled.too_long, "staleness": step - sampled.weights}
             metrics |= _trained(results) | measured | self.sampling.metrics | sampled.stats
             metrics |= {} if sampled.drift is None else {"drift/rollout": sampled.drift}

@@ -48,6 +48,11 @@ def test_a_plain_line_has_everything_in_the_order_of_a_step(capsys: pytest.Captu
     )
 
 
+def test_grading_that_takes_long_is_part_of_the_time_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    graded = plain(capsys, 2, METRICS | {"time/grade": 3.0})
+    assert graded.endswith("  4.9 s (sample 0.8, teacher 0.2, train 0.8, grade 3.0)\n")
+
+
 def test_responses_cut_off_are_shown_where_there_are_some(capsys: pytest.CaptureFixture[str]) -> None:
     counts = {"overflow/rollout": 32, "overflow/refinement": 0}
     assert "  len 61 -> 58  cut off 32 -> 0  drift" in plain(capsys, 0, METRICS | counts)
