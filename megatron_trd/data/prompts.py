@@ -1,9 +1,10 @@
 """All prompt templates, and the conversion of prompts to token ids.
 
 The same refinement prompt generates y_r and conditions the teacher in training. A rollout enters it as exactly the
-token ids that were sampled: the text around it is tokenized in pieces and the ids are spliced in between, so nothing is
-decoded and re-encoded between sampler and trainer. Only the chat template writes special tokens: the text `<|im_end|>`
-in a problem is encoded as characters, not as the token that would end the user's turn.
+token ids that were sampled, without the one that ended it: the text around it is tokenized in pieces and the ids are
+spliced in between, so nothing is decoded and re-encoded between sampler and trainer. Only the chat template writes
+special tokens: the text `<|im_end|>` in a problem is encoded as characters, not as the token that would end the user's
+turn.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class PromptBuilder:
         reference: str | None = None,
         rollout_ids: Sequence[int] | None = None,
     ) -> list[int]:
-        """Prompt token ids; `rollout_ids` are spliced in unchanged, except for the token that ended them."""
+        """Prompt token ids; `rollout_ids` are spliced in unchanged."""
         if (rollout_ids is not None) != ("refine" in context):
             raise ValueError(f"a {context} prompt {'shows no' if rollout_ids is not None else 'needs the'} rollout")
         before, _, after = TEMPLATES[self.task][context].partition("$rollout")
@@ -116,15 +117,10 @@ class PromptBuilder:
         return [
             *self._encode(head, special=True),
             *self._encode(Template(before).substitute(parts), start=not self.tokenizer.chat_template),
-            *self.without_eos(rollout_ids or ()),
+            *(rollout_ids or ()),
             *self._encode(Template(after).substitute(parts)),
             *self._encode(tail, special=True),
         ]
-
-    def without_eos(self, ids: Sequence[int]) -> list[int]:
-        """Response ids without the special token that ended them; a model may have several such tokens."""
-        ids = list(ids)
-        return ids[:-1] if ids and ids[-1] in self._special_ids else ids
 
     def count(self, text: str) -> int:
         """Number of tokens of a text on its own."""
@@ -135,10 +131,6 @@ class PromptBuilder:
         ids = self._encode(text)
         kept: str = self.tokenizer.decode(ids[: max(0, len(ids) - tokens)], clean_up_tokenization_spaces=False)
         return kept.rstrip("\ufffd")  # decoded from the first bytes of a character that was cut in two
-
-    @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special)
 
     @functools.cached_property
     def _frame(self) -> tuple[str, str]:

@@ -31,6 +31,11 @@ class Completion:
     log_probs: tuple[float, ...]  # of each token at temperature 1
     truncated: bool  # hit the length limit
 
+    @property
+    def body(self) -> tuple[int, ...]:
+        """The tokens without the one that ended them."""
+        return self.tokens if self.truncated else self.tokens[:-1]
+
 
 @functools.cache
 def _job_name() -> str:

@@ -54,7 +54,7 @@ class SampleBuilder:
     def refine_prompt(self, problem: Problem, rollout: Completion) -> list[int] | None:
         """Teacher prompt that shows the rollout; None if it is too long and must be dropped."""
         method = METHODS[self.config.method]
-        return self._fit(method.teacher_context, problem, rollout.tokens)[0]
+        return self._fit(method.teacher_context, problem, rollout.body)[0]
 
     def samples(self, trajectories: Sequence[Trajectory]) -> list[Sample]:
         """Training samples of the trajectories kept by the length and corpus filters, with normalised token weights."""
@@ -142,7 +142,6 @@ class SampleBuilder:
         if drop:
             return None, True
         if rollout is not None:
-            rollout = prompts.without_eos(rollout)
             rollout = rollout[: max(0, len(rollout) - over)]
             ids = prompts.ids(context, problem.problem, reference, rollout)
         # repeats if the shortened text is tokenized into more tokens than were kept
@@ -196,7 +195,7 @@ class SampleBuilder:
 
     def _refine_prompt_too_long(self, trajectory: Trajectory) -> bool:
         method = METHODS[self.config.method]
-        return method.refines and self._fit(method.teacher_context, trajectory.problem, trajectory.rollout.tokens)[1]
+        return method.refines and self._fit(method.teacher_context, trajectory.problem, trajectory.rollout.body)[1]
 
     def _edit_ratio(self, trajectory: Trajectory) -> float:
         """Share of lines that refinement changed: 0 for a copy, 1 for a text that keeps no line of the rollout."""

@@ -159,9 +159,8 @@ def test_rollout_ids_stand_untouched_between_the_same_texts(task: str, context: 
     prompts = builder(task=task)
     empty = prompts.ids(context, PROBLEM, REFERENCE, [])
     ids = prompts.ids(context, PROBLEM, REFERENCE, rollout)
-    kept = rollout[:-1] if rollout[-1:] and rollout[-1] in ids_of(*SPECIAL) else rollout
     before = encode(f"{START}user\n" + prompts.text(context, PROBLEM, REFERENCE, "\ue000").partition("\ue000")[0])
-    assert ids == before + kept + empty[len(before) :]
+    assert ids == before + rollout + empty[len(before) :]
 
 
 @pytest.mark.parametrize("context", ["refine", "refine_reference"])
@@ -173,30 +172,6 @@ def test_ids_that_do_not_survive_decoding_are_kept(context: Context) -> None:
     for rollout in (letters, half, [*half, *letters]):
         ids = builder().ids(context, PROBLEM, REFERENCE, rollout)
         assert any(ids[start : start + len(rollout)] == rollout for start in range(len(ids)))
-
-
-@pytest.mark.parametrize("end", [END, END_OF_TEXT])  # generation_config.json may name several
-def test_the_token_that_ended_a_rollout_is_left_out_once(end: str) -> None:
-    (ended,) = ids_of(end)
-    prompts = builder()
-    assert prompts.without_eos([7, ended]) == [7]
-    assert prompts.without_eos([7, ended, ended]) == [7, ended]
-    assert prompts.without_eos([ended, 7]) == [ended, 7]
-    assert prompts.without_eos([ended]) == []
-    assert prompts.without_eos([]) == []
-    without, with_end = (prompts.ids("refine", PROBLEM, None, rollout) for rollout in ([7, 8], [7, 8, ended]))
-    assert without == with_end
-
-
-def test_a_token_that_is_not_special_does_not_end_a_rollout() -> None:
-    think = ids_of("<think>")
-    assert builder().without_eos([7, *think]) == [7, *think]
-
-
-def test_the_given_rollout_is_left_alone() -> None:
-    rollout = [7, *ids_of(END)]
-    builder().ids("refine", PROBLEM, None, rollout)
-    assert rollout == [7, *ids_of(END)]
 
 
 # Chat templates

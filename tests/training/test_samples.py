@@ -74,7 +74,7 @@ def test_a_refined_sample_is_the_vanilla_prompt_the_refinement_prompt_and_the_re
     made = builder("trd-opsd")
     before, after = completion(answer(45)), completion(answer(46))
     prompt = made.refine_prompt(PROBLEM, before)
-    assert prompt == made.prompts.ids("refine_reference", PROBLEM.problem, PROBLEM.reference, before.tokens)
+    assert prompt == made.prompts.ids("refine_reference", PROBLEM.problem, PROBLEM.reference, before.body)
     (sample,) = made.samples([trajectory(before, after, prompt=prompt)])
     assert list(sample.student_prompt) == made.prompts.ids("vanilla", PROBLEM.problem)
     assert list(sample.teacher_prompt) == prompt
@@ -211,6 +211,15 @@ def test_methods_that_do_not_show_the_reference_do_not_mind_its_length() -> None
     assert (problems, too_long) == ([VERBOSE], 0)
 
 
+@pytest.mark.parametrize("tokens", [(7, EOS), (EOS, EOS), (EOS, 7), (EOS,), ids_of("<think>", END_OF_TEXT)])
+def test_a_rollout_is_shown_without_the_token_that_ended_it(tokens: Sequence[int]) -> None:
+    """A model may have several such tokens, special or not; a rollout that was cut off was ended by none of them."""
+    made = builder("trd-opd")
+    for truncated, shown in ((False, tokens[:-1]), (True, tokens)):
+        prompt = made.refine_prompt(PROBLEM, Completion(tuple(tokens), (0.0,) * len(tokens), truncated))
+        assert prompt == made.prompts.ids("refine", PROBLEM.problem, None, shown)
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_rollout_too_long_is_cut_inside_the_refinement_prompt(ended: bool) -> None:
     made = builder("trd-opd", **limits(ROOM + 20, 1, 10, "cut"))
@@ -242,7 +251,7 @@ def test_a_reference_has_a_limit_of_its_own_whatever_room_a_short_rollout_leaves
     assert cutting.begin([VERBOSE, PROBLEM])[::2] == ([VERBOSE, PROBLEM], 1)
     prompt = cutting.refine_prompt(VERBOSE, rollout)
     shown = cutting.prompts.cut(VERBOSE.reference, cutting.prompts.count(VERBOSE.reference) - 60)
-    assert prompt == cutting.prompts.ids("refine_reference", VERBOSE.problem, shown, rollout.tokens)
+    assert prompt == cutting.prompts.ids("refine_reference", VERBOSE.problem, shown, rollout.body)
 
 
 @pytest.mark.parametrize("repeated", [1, 300])  # more is over than the rollout has, and less than twice that
