@@ -25,18 +25,28 @@ _MEMORY_BYTES = 2 * 2**30
 _FILE_BYTES = 16 * 2**20  # of any one file, standard output among them
 _FILES = 64
 
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2  # linux/prctl.h, linux/seccomp.h
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 4, 22, 2  # linux/prctl.h, linux/seccomp.h
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _EQUAL, _ANY_BIT, _NOT_LESS, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06  # BPF_LD | BPF_W | BPF_ABS and so on
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 _CLONE_THREAD = 0x00010000  # linux/sched.h
 _X32 = 0x40000000  # the bit of x86-64's second set of system calls
-# Machine -> AUDIT_ARCH of linux/audit.h, the numbers of clone and clone3, and those of fork, vfork and unshare.
-_CALLS = {"x86_64": (0xC000003E, 56, 435, (57, 58, 272)), "aarch64": (0xC00000B7, 220, 435, (97,))}
+_CLONE3 = 435
+# Machine -> AUDIT_ARCH of linux/audit.h, the number of clone, and those of calls that no program needs: fork, vfork,
+# unshare; shmget, semget, msgget, memfd_create, whose memory is not limited as the process's is; ptrace;
+# socket, of which some kinds reach beyond the network's namespace; add_key, request_key, keyctl, since keys are those
+# of the user outside; bpf, perf_event_open, userfaultfd.
+_CALLS = {
+    "x86_64": (0xC000003E, 56, (57, 58, 272, 29, 64, 68, 319, 101, 41, 248, 249, 250, 321, 298, 323)),
+    "aarch64": (0xC00000B7, 220, (97, 194, 190, 186, 279, 117, 198, 217, 218, 219, 280, 241, 282)),
+}
+_ALIKE = (425, 447)  # on all machines: io_uring_setup, whose rings hold files and make sockets; memfd_secret
 
 
 def main() -> Callable[[], None] | None:
     """Run the job. In each child process it returns what the child is to do, so that this ends as any program does."""
+    # No program may trace this process or open its files: without the limits it could outlive whoever asked.
+    _prctl(_PR_SET_DUMPABLE, 0)
     job = json.load(sys.stdin)
     for given in job["inputs"]:
         output = os.memfd_create("output")  # there is no folder to write to
@@ -64,6 +74,7 @@ def _ended_well(child: int, seconds: float) -> bool:
 
 def _prepared(job: dict[str, Any], given: Any, output: int) -> Callable[[], None]:
     """Confine this child process further; returns the program's run, whose output goes to the file `output`."""
+    _prctl(_PR_SET_DUMPABLE, 1)  # else an ordinary user's program could not open /dev/stdin
     given_file, nothing = os.memfd_create("input"), os.open(os.devnull, os.O_WRONLY)
     if job["kind"] == "input":
         with open(given_file, "wb", closefd=False) as file:
@@ -83,7 +94,7 @@ def _prepared(job: dict[str, Any], given: Any, output: int) -> Callable[[], None
     }
     for limit, most in limits.items():
         resource.setrlimit(limit, (most, most))
-    _forbid_processes()
+    _forbid_calls()
 
     def run() -> None:
         sys.argv = ["program.py"]
@@ -100,12 +111,12 @@ def _prepared(job: dict[str, Any], given: Any, output: int) -> Callable[[], None
     return run
 
 
-def _forbid_processes() -> None:
+def _forbid_calls() -> None:
     """Let this process start threads and no processes: a program that forks without end would fill the machine.
 
-    Nor namespaces, in which it could mount memory.
+    Nor anything else that its limits do not cover.
     """
-    architecture, clone, clone3, others = _CALLS[platform.machine()]
+    architecture, clone, others = _CALLS[platform.machine()]
     forbidden, unknown = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS  # C libraries try clone when clone3 is unknown
     rules = [
         (_LOAD, 0, 0, _ARCHITECTURE),
@@ -114,8 +125,8 @@ def _forbid_processes() -> None:
         (_LOAD, 0, 0, _NUMBER),
         (_NOT_LESS, 0, 1, _X32),
         (_RETURN, 0, 0, _KILL),
-        *(rule for number in others for rule in ((_EQUAL, 0, 1, number), (_RETURN, 0, 0, forbidden))),
-        (_EQUAL, 0, 1, clone3),
+        *(rule for number in others + _ALIKE for rule in ((_EQUAL, 0, 1, number), (_RETURN, 0, 0, forbidden))),
+        (_EQUAL, 0, 1, _CLONE3),
         (_RETURN, 0, 0, unknown),
         (_EQUAL, 0, 3, clone),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
@@ -125,8 +136,12 @@ def _forbid_processes() -> None:
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *rule) for rule in rules))
     program = struct.pack("@HP", len(rules), ctypes.addressof(code))
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0):
-        raise OSError(ctypes.get_errno(), "seccomp")
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program)
+
+
+def _prctl(option: int, value: int, more: bytes | None = None) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, more, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl {option}")
 
 
 if __name__ == "__main__":

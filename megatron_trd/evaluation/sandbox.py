@@ -108,7 +108,8 @@ def _command() -> tuple[str, ...]:
     for name in ("numpy", "numpy.libs"):
         seen += ["--ro-bind-try", packages / name, f"{_PACKAGES}/{name}"]
     return (
-        *(_bwrap() or "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+        *(_bwrap() or "bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session"),
+        *("--cap-drop", "ALL"),
         *map(str, seen),
         *("--ro-bind", in_sandbox.__file__, "/in_sandbox.py", "--proc", "/proc", "--dev", "/dev", "--chdir", "/"),
         # Without capabilities root could still write to /proc/sys.

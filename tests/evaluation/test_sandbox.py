@@ -50,6 +50,16 @@ def run(program: str, *inputs: str, seconds: float = 60.0) -> list[str]:
         "mmap.mmap(-1, 2 * 2**30)",
         "resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))",
         "ctypes.CDLL(None).unshare(0x10000000) and 1 / 0",  # CLONE_NEWUSER
+        "ctypes.CDLL(None).ptrace(0x4206, os.getppid(), None, None) and 1 / 0",  # PTRACE_SEIZE
+        "open(f'/proc/{os.getppid()}/fd/1', 'wb', 0)",  # where outputs are read
+        "open('/proc/1/environ')",
+        "os.memfd_create('new')",
+        "ctypes.CDLL(None).shmget(0, 4096, 0o600) < 0 and 1 / 0",
+        "ctypes.CDLL(None).msgget(0, 0o600) < 0 and 1 / 0",
+        "ctypes.CDLL(None).semget(0, 1, 0o600) < 0 and 1 / 0",
+        "ctypes.CDLL(None).syscall(250 if os.uname().machine == 'x86_64' else 219, 0, -3, 1) < 0 and 1 / 0",  # keyctl
+        "ctypes.CDLL(None).syscall(425, 1, bytes(200)) < 0 and 1 / 0",  # io_uring_setup
+        "socket.socket(40, socket.SOCK_STREAM)",  # to a virtual machine's host
     ],
 )
 def test_forbidden(forbidden: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +87,11 @@ def test_limits_end_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
         assert time.monotonic() - begin < 30
     waits = "import time\nfor _ in range(int(input())): time.sleep(100)\nprint('ended')"
     assert run(waits, "0", "0", "1", "0") == ["ended\n"] * 2  # nothing is run after what failed
+
+
+@needs_one
+def test_a_program_cannot_stop_who_watches_it() -> None:
+    assert run("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\nprint('on')", seconds=10.0) == ["on\n"]
 
 
 @needs_one
