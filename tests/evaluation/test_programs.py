@@ -68,6 +68,11 @@ def test_passes(program: str, tests: ProgramTests) -> None:
         ("def add(a, b):\n    return str(a + b)", CALLS),
         ("def add(a, b):\n    return {a + b}", CALLS),  # no JSON
         ("def sub(a, b):\n    return a + b", CALLS),
+        ("def add(a, b):\n    exit()", CALLS),
+        ("print(3)\nexit()", CALLS),
+        ("import os\nos.write(3, b'[' * 10**6)\nos._exit(0)", CALLS),  # its output's file
+        ("import sys\nsys.set_int_max_str_digits(0)\ndef add(a, b):\n    return 10**5000", CALLS),
+        ("def add(a, b):\n    return 10**400", ProgramTests(inputs=([1, 2],), outputs=(3.5,), function="add")),
         ("def add(a, b):\n    return [a + b] if a > 1 else a - b", CALLS),
         ("def add(a, b):\n    return a - b", ASSERTS),
         ("def add(a, b):\n    raise SystemExit", ASSERTS),
