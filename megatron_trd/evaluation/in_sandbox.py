@@ -7,8 +7,11 @@ anything to this process, and the expected outputs are not in it. It imports the
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import errno
+import functools
+import importlib
 import json
 import os
 import platform
@@ -24,6 +27,11 @@ from typing import Any
 _MEMORY_BYTES = 2 * 2**30
 _FILE_BYTES = 16 * 2**20  # of any one file, standard output among them
 _FILES = 64
+
+_IMPORTED = (
+    *("bisect", "collections", "copy", "functools", "heapq", "itertools", "math", "operator", "random", "re", "string"),
+    *("sys", "typing"),
+)
 
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 4, 22, 2  # linux/prctl.h, linux/seccomp.h
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -48,6 +56,8 @@ def main() -> Callable[[], None] | None:
     # No program may trace this process or open its files: without the limits it could outlive whoever asked.
     _prctl(_PR_SET_DUMPABLE, 0)
     job = json.load(sys.stdin)
+    if job["kind"] == "call":
+        _known_names()  # child processes have them then, and need not import them again
     for given in job["inputs"]:
         output = os.memfd_create("output")  # there is no folder to write to
         child = os.fork()
@@ -100,15 +110,29 @@ def _prepared(job: dict[str, Any], given: Any, output: int) -> Callable[[], None
         sys.argv = ["program.py"]
         module = types.ModuleType("__main__" if job["kind"] == "input" else "program")
         sys.modules[module.__name__] = module
+        if job["kind"] == "call":
+            module.__dict__["__builtins__"] = _known_names()
+        # As here, annotations are not evaluated: what they name need not have been imported.
         exec(compile(job["program"], "program.py", "exec"), module.__dict__)
         if job["kind"] == "call":
             function = module.__dict__.get(job["function"]) or getattr(module.__dict__["Solution"](), job["function"])
-            os.write(output, json.dumps(function(*given)).encode())
+            os.write(output, json.dumps(function(*given), default=lambda value: value.tolist()).encode())  # numpy's
         elif job["kind"] == "tests":
             exec(compile(given, "tests.py", "exec"), module.__dict__)
             os.write(output, job["passed"].encode())
 
     return run
+
+
+@functools.cache
+def _known_names() -> dict[str, Any]:
+    """The built-in names, and what sites whose problems ask for a function import for every program."""
+    modules = {name: importlib.import_module(name) for name in _IMPORTED}
+    names: dict[str, Any] = {}
+    for module in modules.values():
+        exported = getattr(module, "__all__", vars(module))
+        names |= {key: vars(module)[key] for key in exported if not key.startswith("_")}
+    return names | modules | vars(builtins)
 
 
 def _forbid_calls() -> None:

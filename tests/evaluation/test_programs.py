@@ -40,6 +40,15 @@ DEFINES = "def add(a, b):\n    return a + b"
             "    a: int\n    b: int\ndef add(a, b):\n    pair = Pair(a, b)\n    return pair.a + pair.b",
             CALLS,
         ),
+        (
+            "class Solution:\n    def gcd(self, a: List[int]) -> int:\n        left = deque(a)\n"
+            "        return pow(reduce(math.gcd, left), 1, 10**9) * gcd(1, 1) if bisect.bisect(a, 0) == 0 else inf",
+            ProgramTests(inputs=([[4, 6]],), outputs=(2,), function="gcd"),
+        ),
+        (
+            "import numpy\ndef sums(a):\n    return [numpy.sum(a), numpy.cumsum(a)]",
+            ProgramTests(inputs=([[4, 6]],), outputs=([10, [4, 10]],), function="sums"),
+        ),
         (DEFINES, ASSERTS),
         (DEFINES + "\nif __name__ == '__main__':\n    print(add(*input().split()))", ASSERTS),
         ("import numpy as np\ndef add(a, b):\n    return np.add(a, b)", ASSERTS),
@@ -68,6 +77,8 @@ def test_passes(program: str, tests: ProgramTests) -> None:
         ("def add(a, b):\n    return str(a + b)", CALLS),
         ("def add(a, b):\n    return {a + b}", CALLS),  # no JSON
         ("def sub(a, b):\n    return a + b", CALLS),
+        ("", ProgramTests(inputs=([4, 6],), outputs=(2,), function="gcd")),
+        ("", ProgramTests(code="assert gcd(4, 6) == 2")),
         ("def add(a, b):\n    exit()", CALLS),
         ("print(3)\nexit()", CALLS),
         ("import os\nos.write(3, b'[' * 10**6)\nos._exit(0)", CALLS),  # its output's file
