@@ -13,6 +13,7 @@ import errno
 import functools
 import importlib
 import json
+import math
 import os
 import platform
 import resource
@@ -20,6 +21,7 @@ import select
 import signal
 import struct
 import sys
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +29,8 @@ from typing import Any
 _MEMORY_BYTES = 2 * 2**30
 _FILE_BYTES = 16 * 2**20  # of any one file, standard output among them
 _FILES = 64
+_THREADS = 256  # what the default size of a thread's stack allows in this memory; with small stacks there could be more
+_LOOK_SECONDS = 0.1  # between looks at how many there are
 
 _IMPORTED = (
     *("bisect", "collections", "copy", "functools", "heapq", "itertools", "math", "operator", "random", "re", "string"),
@@ -63,7 +67,9 @@ def main() -> Callable[[], None] | None:
         child = os.fork()
         if not child:
             return _prepared(job, given, output)
-        done = _ended_well(child, job["seconds"])
+        done = _ended_well(child, job["clock_seconds"])
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = done and used.ru_utime + used.ru_stime < job["all_seconds"]
         os.lseek(output, 0, os.SEEK_SET)
         with os.fdopen(output, "rb") as file:
             text = file.read().decode(errors="replace")
@@ -74,10 +80,13 @@ def main() -> Callable[[], None] | None:
 
 
 def _ended_well(child: int, seconds: float) -> bool:
-    """Wait for a child process, and kill it when its time is over."""
+    """Wait for a child process, and kill it when its time is over or it has too many threads."""
     pidfd = os.pidfd_open(child)
-    if not select.select([pidfd], [], [], seconds)[0]:
-        os.kill(child, signal.SIGKILL)
+    deadline = time.monotonic() + seconds
+    while not select.select([pidfd], [], [], _LOOK_SECONDS)[0]:
+        if time.monotonic() > deadline or len(os.listdir(f"/proc/{child}/task")) > _THREADS:
+            os.kill(child, signal.SIGKILL)
+            break
     os.close(pidfd)
     return os.waitpid(child, 0)[1] == 0
 
@@ -100,7 +109,7 @@ def _prepared(job: dict[str, Any], given: Any, output: int) -> Callable[[], None
         resource.RLIMIT_FSIZE: _FILE_BYTES,
         resource.RLIMIT_NOFILE: _FILES,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_CPU: int(job["seconds"]) + 1,  # which several threads reach before the clock does
+        resource.RLIMIT_CPU: math.ceil(job["seconds"]),
     }
     for limit, most in limits.items():
         resource.setrlimit(limit, (most, most))

@@ -23,8 +23,9 @@ import numpy as np
 
 from megatron_trd.evaluation import in_sandbox
 
-SECONDS = 6.0  # for one input
-ALL_SECONDS = 60.0  # for all inputs of a program
+SECONDS = 6.0  # of CPU time, for one input
+ALL_SECONDS = 60.0  # of CPU time, for all inputs of a program
+PATIENCE = 4.0  # times as long by the clock: on a busy machine a right program may have to wait
 _START_SECONDS = 600.0  # of the first, which reads Python from a disk that may be busy
 _PACKAGES = "/packages"
 _ENVIRONMENT = {
@@ -39,7 +40,8 @@ _ENVIRONMENT = {
 def run_program(job: Mapping[str, Any], seconds: float = ALL_SECONDS) -> Generator[str, None, None]:
     """Outputs of a job of `in_sandbox`, each as soon as it is there; fewer than it has inputs if the program fails.
 
-    The program is killed after `seconds`, and when the iterator is closed.
+    The program ends when it has used `seconds` of CPU time. It is killed after `PATIENCE` times that, and when the
+    iterator is closed.
     """
     with contextlib.ExitStack() as cleanup:
         pipe = subprocess.PIPE
@@ -47,13 +49,13 @@ def run_program(job: Mapping[str, Any], seconds: float = ALL_SECONDS) -> Generat
             subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=_environment())
         )
         cleanup.callback(process.kill)
-        timer = threading.Timer(seconds, process.kill)
+        timer = threading.Timer(seconds * PATIENCE, process.kill)
         timer.start()
         cleanup.callback(timer.cancel)
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(json.dumps({**job, "seconds": SECONDS}).encode())
+            process.stdin.write(_as_json(job, SECONDS * PATIENCE, seconds))
         with contextlib.suppress(ValueError):  # a line cut short by the kill
             for line in process.stdout:
                 found = json.loads(line)
@@ -67,12 +69,12 @@ def no_sandbox() -> str | None:
     """Why programs cannot be run here, in a few words; None if they can."""
     if _bwrap() is None:
         return "bubblewrap (bwrap) is not installed"
-    job = {"kind": "input", "program": "print(1)", "inputs": [""], "seconds": SECONDS}
+    job = {"kind": "input", "program": "print(1)", "inputs": [""]}
     with tempfile.TemporaryFile() as errors:
         pipe = subprocess.PIPE
         process = subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=errors, env=_environment())
         try:
-            said, _ = process.communicate(json.dumps(job).encode(), _START_SECONDS)
+            said, _ = process.communicate(_as_json(job, _START_SECONDS, ALL_SECONDS), _START_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -80,6 +82,11 @@ def no_sandbox() -> str | None:
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines()
     return None if said == b'["1\\n"]\n' else (lines or [f"it ended with {process.returncode} and said nothing"])[-1]
+
+
+def _as_json(job: Mapping[str, Any], clock_seconds: float, all_seconds: float) -> bytes:
+    limits = {"seconds": SECONDS, "clock_seconds": clock_seconds, "all_seconds": all_seconds}
+    return json.dumps({**job, **limits}).encode()
 
 
 def _environment() -> dict[str, str]:

@@ -81,6 +81,7 @@ def test_forbidden(forbidden: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @needs_one
 def test_limits_end_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "PATIENCE", 1.5)
     for endless in ("while True: pass", "import time; time.sleep(1e6)", "while True: print('more')", "input()"):
         begin = time.monotonic()
         assert run(endless) == []
@@ -95,12 +96,34 @@ def test_a_program_cannot_stop_who_watches_it() -> None:
 
 
 @needs_one
-def test_all_inputs_together_have_a_limit_and_nothing_outlives_it() -> None:
+def test_a_program_that_waits_for_its_turn_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 1.0)
+    assert run("import time; time.sleep(1.2); print('ended')") == ["ended\n"]
+
+
+@needs_one
+@pytest.mark.parametrize("waits", ["time.sleep(0.2)", "while time.process_time() < 0.2: pass"])
+def test_all_inputs_together_have_a_limit_and_nothing_outlives_it(waits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "PATIENCE", 1.0 if "sleep" in waits else 100.0)
     begin = time.monotonic()
-    found = run("import time; time.sleep(0.2); print('ended')", *[""] * 1000, seconds=3.0)
+    found = run(f"import time\n{waits}\nprint('ended')", *[""] * 1000, seconds=2.0)
     assert 0 < len(found) < 20
     assert time.monotonic() - begin < 30
     assert not _running()
+
+
+@needs_one
+def test_threads_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 40.0)
+    starts = (
+        "import threading, time\nthreading.stack_size(2**15)\nfor _ in range({}):\n"
+        "    threading.Thread(target=time.sleep, args=[0.2]).start()\n"
+    )
+    assert run(starts.format(100) + "print('ended')") == ["ended\n"]
+    endless = starts.format(10**6).replace("0.2", "1e6")
+    begin = time.monotonic()
+    assert run(endless) == []
+    assert time.monotonic() - begin < 30  # before its time is over
 
 
 @needs_one
