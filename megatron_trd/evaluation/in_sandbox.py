@@ -28,6 +28,7 @@ from typing import Any
 
 _MEMORY_BYTES = 2 * 2**30
 _FILE_BYTES = 16 * 2**20  # of any one file, standard output among them
+_STACK_BYTES = 2**27  # what Linux leaves free for it, at least; recursion through C, as in lru_cache, uses it
 _FILES = 64
 _THREADS = 256  # what the default size of a thread's stack allows in this memory; with small stacks there could be more
 _LOOK_SECONDS = 0.1  # between looks at how many there are
@@ -106,13 +107,17 @@ def _prepared(job: dict[str, Any], given: Any, output: int) -> Callable[[], None
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     limits = {
         resource.RLIMIT_AS: _MEMORY_BYTES,
+        resource.RLIMIT_STACK: _STACK_BYTES,
         resource.RLIMIT_FSIZE: _FILE_BYTES,
         resource.RLIMIT_NOFILE: _FILES,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_CPU: math.ceil(job["seconds"]),
     }
     for limit, most in limits.items():
-        resource.setrlimit(limit, (most, most))
+        there = resource.getrlimit(limit)[1]  # a job may have limits of its own, which cannot be raised
+        most = most if there == resource.RLIM_INFINITY else min(most, there)
+        # Some programs set their stack's, which is part of all memory.
+        resource.setrlimit(limit, (most, there if limit == resource.RLIMIT_STACK else most))
     _forbid_calls()
 
     def run() -> None:

@@ -33,6 +33,16 @@ DEFINES = "def add(a, b):\n    return a + b"
             "def main():\n    print(sum(map(int, input().split())))\nthreading.Thread(target=main).start()",
             INPUTS,
         ),
+        (
+            "import resource\nresource.setrlimit(resource.RLIMIT_STACK, [resource.RLIM_INFINITY] * 2)\n" + READS,
+            INPUTS,
+        ),
+        (
+            "import functools, sys\nsys.setrecursionlimit(10**6)\n@functools.lru_cache(None)\n"
+            "def add(a, b):\n    return add(a + 1, b - 1) if b else a\n"
+            "print(sum(map(int, input().split())) + add(0, 30000) - 30000)",
+            INPUTS,
+        ),
         (DEFINES, CALLS),
         ("class Solution:\n    def add(self, a, b):\n        print('adds')\n        return a + b", CALLS),
         (
