@@ -27,9 +27,8 @@ SECONDS = 6.0  # of CPU time, for one input
 ALL_SECONDS = 60.0  # of CPU time, for all inputs of a program
 PATIENCE = 4.0  # times as long by the clock: on a busy machine a right program may have to wait
 _START_SECONDS = 600.0  # of the first, which reads Python from a disk that may be busy
-_PACKAGES = "/packages"
+_BASE_PYTHON: str = getattr(sys, "_base_executable", sys.executable)  # a virtual environment's may be a copy of it
 _ENVIRONMENT = {
-    "PYTHONPATH": _PACKAGES,
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONHASHSEED": "0",  # the same verdict each time
     "PYTHONUTF8": "1",
@@ -69,7 +68,7 @@ def no_sandbox() -> str | None:
     """Why programs cannot be run here, in a few words; None if they can."""
     if _bwrap() is None:
         return "bubblewrap (bwrap) is not installed"
-    job = {"kind": "input", "program": "print(1)", "inputs": [""]}
+    job = {"kind": "input", "program": "import numpy\nprint(1)", "inputs": [""]}
     with tempfile.TemporaryFile() as errors:
         pipe = subprocess.PIPE
         process = subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=errors, env=_environment())
@@ -80,6 +79,8 @@ def no_sandbox() -> str | None:
             process.communicate()
             return f"it was not ready after {_START_SECONDS:g} s"
         errors.seek(0)
+        if said == b"null\n":
+            return "a program that imports numpy fails in it"
         lines = errors.read().decode(errors="replace").strip().splitlines()
     return None if said == b'["1\\n"]\n' else (lines or [f"it ended with {process.returncode} and said nothing"])[-1]
 
@@ -92,7 +93,12 @@ def _as_json(job: Mapping[str, Any], clock_seconds: float, all_seconds: float) -
 def _environment() -> dict[str, str]:
     """Nothing of this process's environment, which may hold secrets, except where Python finds its libraries."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return _ENVIRONMENT | kept
+    return _ENVIRONMENT | kept | {"PYTHONPATH": str(_packages())}
+
+
+def _packages() -> Path:
+    """Where numpy is: of this folder it alone is in the sandbox, in its own place, where it finds other libraries."""
+    return Path(np.__file__).parents[1]
 
 
 def _bwrap() -> str | None:
@@ -101,7 +107,6 @@ def _bwrap() -> str | None:
 
 def _command() -> tuple[str, ...]:
     """bubblewrap with this Python in it. Its options are those of version 0.4, which is as old as clusters have."""
-    packages = Path(np.__file__).parents[1]
     seen: list[str | Path] = []
     for folder in ("bin", "lib", "lib64"):
         path = Path("/", folder)
@@ -109,11 +114,13 @@ def _command() -> tuple[str, ...]:
             seen += ["--symlink", path.readlink(), path]
         elif path.exists():
             seen += ["--ro-bind", path, path]
-    libraries = filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
-    for name in ("/usr", "/etc/ld.so.cache", "/etc/alternatives", os.path.realpath(sys.base_prefix), *libraries):
+    python = [os.path.join(os.path.realpath(sys.base_prefix), folder) for folder in ("bin", "lib", "lib64")]
+    listed = filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+    home = Path(os.path.expanduser("~"))  # which, unlike Path.home, raises nothing
+    libraries = (name for name in listed if not home.is_relative_to(name))  # a slip, which would show all of it
+    numpy = [str(_packages() / name) for name in ("numpy", "numpy.libs")]
+    for name in ("/usr", "/etc/ld.so.cache", "/etc/alternatives", *python, *libraries, *numpy):
         seen += ["--ro-bind-try", name, name]
-    for name in ("numpy", "numpy.libs"):
-        seen += ["--ro-bind-try", packages / name, f"{_PACKAGES}/{name}"]
     return (
         *(_bwrap() or "bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session"),
         *("--cap-drop", "ALL"),
@@ -121,5 +128,5 @@ def _command() -> tuple[str, ...]:
         *("--ro-bind", in_sandbox.__file__, "/in_sandbox.py", "--proc", "/proc", "--dev", "/dev", "--chdir", "/"),
         # Without capabilities root could still write to /proc/sys.
         *("--remount-ro", "/proc", "--remount-ro", "/dev", "--remount-ro", "/"),
-        *(os.path.realpath(sys.executable), "-s", "/in_sandbox.py"),
+        *(os.path.realpath(_BASE_PYTHON), "-s", "/in_sandbox.py"),
     )

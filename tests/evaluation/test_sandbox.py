@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_trd.config import DataConfig
@@ -157,6 +159,37 @@ def _running(parent: int | None = None) -> list[int]:
     children = Path(f"/proc/{parent or os.getpid()}/task").glob("*/children")
     pids = [int(pid) for listed in children for pid in listed.read_text().split()]
     return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "bwrap\n"]
+
+
+@needs_one
+def test_of_python_the_sandbox_has_what_runs_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_text("text")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path}:/:lib:")
+    shows = f"import numpy, os\nprint(numpy.__file__)\nprint(os.listdir({sys.base_prefix!r}))\n"
+    (output,) = run(shows + f"print(os.path.exists({str(tmp_path / 'secret')!r}), os.path.exists('/sys'))")
+    place, folders, seen = output.splitlines()
+    assert place == np.__file__
+    assert sys.base_prefix == "/usr" or set(ast.literal_eval(folders)) <= {"bin", "lib", "lib64"}
+    assert seen == "False False"
+
+
+@needs_one
+def test_a_copied_python_runs_programs(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--copies", "--without-pip", tmp_path / "copy"], check=True)
+    asks = "from megatron_trd.evaluation import sandbox; print(sandbox.no_sandbox())"
+    path = os.pathsep.join([str(Path(sandbox.__file__).parents[2]), str(Path(np.__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": path}
+    found = subprocess.run([tmp_path / "copy/bin/python", "-c", asks], env=environment, capture_output=True, check=True)
+    assert found.stdout == b"None\n"
+
+
+@needs_one
+def test_a_sandbox_without_numpy_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy/__init__.py").write_text("raise ImportError")
+    monkeypatch.setattr(np, "__file__", str(tmp_path / "numpy/__init__.py"))
+    assert sandbox.no_sandbox.__wrapped__() == "a program that imports numpy fails in it"
 
 
 @pytest.mark.parametrize(
