@@ -12,18 +12,42 @@ from typing import Any
 from megatron_trd.data.programs import ProgramTests
 from megatron_trd.evaluation.sandbox import run_program
 
-_BLOCK = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"([ \t]*)(`{3,}(?=[^`]*$)|~{3,})(.*)")
 _PYTHON = ("python", "python3", "py")
 _CLOSE = 1e-6  # relative or absolute, where a decimal fraction is expected: what such problems usually allow
 
 
 def last_program(response: str) -> str | None:
     """Content of the last closed ```python block, or, if there is none, of the last one of no language; else None."""
-    blocks = [(found[1].strip().lower(), found[2]) for found in _BLOCK.finditer(response)]
+    blocks = _blocks(response)
     for languages in (_PYTHON, ("",)):
         if fitting := [text for language, text in blocks if language in languages]:
             return fitting[-1]
     return None
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of the closed code blocks, fenced as in CommonMark, but at any indentation.
+
+    A fence that names a language also begins a block within one: a text that thinks aloud leaves some open.
+    """
+    blocks: list[tuple[str, str]] = []
+    indent, fence, language = 0, "", ""  # of the open block; no fence if none is open
+    lines: list[str] = []
+    for line in text.split("\n"):
+        found = _FENCE.match(line.rstrip())
+        # Further in, or shorter, it is part of the program, as in a docstring.
+        if found and (not fence or (found[2].startswith(fence) and len(found[1]) <= indent + 3)):
+            named = "".join(found[3].lower().split()[:1])
+            if fence and not named:
+                blocks.append((language, "".join(lines)))
+                fence = ""
+            else:
+                indent, fence, language, lines = len(found[1]), found[2], named, []
+        elif fence:
+            before = len(line) - len(line.lstrip(" \t"))
+            lines.append(line[min(before, indent) :] + "\n")
+    return blocks
 
 
 def passes(program: str, tests: ProgramTests) -> bool:

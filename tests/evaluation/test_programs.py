@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from megatron_trd.config import DataConfig
@@ -117,7 +119,12 @@ def test_does_not_pass(program: str, tests: ProgramTests, monkeypatch: pytest.Mo
         ("```python\nprint(1)\n```\nNo:\n```Python\nprint(2)\n```", "print(2)\n"),
         ("```py\nprint(1)\n```\nIt prints\n```\n1\n```\nand\n```text\n1\n```", "print(1)\n"),
         ("```\nprint(1)\n```", "print(1)\n"),
-        ("   ```python3 \n   print(1)\n   ```", "   print(1)\n"),
+        ("1. So:\n\n   ```python3 \n   if x:\n\n       print(1)\n   ```", "if x:\n\n    print(1)\n"),
+        ("~~~python\nprint(1)\n~~~\n````\n```python\n```\n````", "print(1)\n"),
+        ("````python title='a.py'\n'''\n```\n'''\n````\n", "'''\n```\n'''\n"),
+        ('```python\n"""\n    ```\n    f(1)\n    ```\n"""\n```', '"""\n    ```\n    f(1)\n    ```\n"""\n'),
+        ("```python\nprint(\nNo.\n</think>\n```python\nprint(1)\n```", "print(1)\n"),
+        ("```python\r\nprint(1)\r\n```\r\n", "print(1)\r\n"),
         ("```python\nprint('```')\n```", "print('```')\n"),
         ("```python\nprint(1)\n```\nBetter:\n```python\nprint(2", "print(1)\n"),  # cut off
         ("```python\nprint(1)", None),
@@ -127,6 +134,12 @@ def test_does_not_pass(program: str, tests: ProgramTests, monkeypatch: pytest.Mo
 )
 def test_the_last_closed_block_of_python_is_the_program(response: str, program: str | None) -> None:
     assert last_program(response) == program
+
+
+def test_a_response_that_repeats_itself_is_read_quickly() -> None:
+    begin = time.process_time()
+    assert last_program("```python\n" * 20_000) is None
+    assert time.process_time() - begin < 2
 
 
 def test_responses_are_graded_in_their_order() -> None:
