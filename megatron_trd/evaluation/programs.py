@@ -69,10 +69,15 @@ def passes(program: str, tests: ProgramTests) -> bool:
 
 def _same_text(found: str, wanted: str) -> bool:
     """Whether two outputs have the same words in the same lines, except for the last digits of decimal fractions."""
-    lines, others = ([line.split() for line in text.strip().splitlines()] for text in (found, wanted))
-    return len(lines) == len(others) and all(
-        len(words) == len(more) and all(map(_same_word, words, more)) for words, more in zip(lines, others, strict=True)
-    )
+    if len(found) > 10 * len(wanted) + 2**20:  # more than digits and spaces explain; split, it would fill the memory
+        return False
+    lines, others = (text.strip().splitlines() for text in (found, wanted))
+    return len(lines) == len(others) and all(map(_same_line, lines, others))
+
+
+def _same_line(found: str, wanted: str) -> bool:
+    words, others = found.split(), wanted.split()
+    return len(words) == len(others) and all(map(_same_word, words, others))
 
 
 def _same_word(found: str, wanted: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import pytest
 
@@ -140,6 +141,15 @@ def test_a_response_that_repeats_itself_is_read_quickly() -> None:
     begin = time.process_time()
     assert last_program("```python\n" * 20_000) is None
     assert time.process_time() - begin < 2
+
+
+def test_what_a_program_prints_without_end_is_not_taken_apart() -> None:
+    tracemalloc.start()
+    try:
+        assert not passes("print('0\\n' * (8 * 10**6))", ProgramTests(inputs=("",), outputs=("1",)))
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()
 
 
 def test_responses_are_graded_in_their_order() -> None:
