@@ -42,7 +42,8 @@ for i in "${!points[@]}"; do
   check_here
 done
 mkdir -p "$folder"
-printf '%s\n' "${points[@]}" >"$folder/points.tsv"
-TRD_POINTS=$(realpath "$folder/points.tsv")
+# A task reads its line when it starts, or is requeued: another sweep into this folder must not replace the file.
+TRD_POINTS=$(mktemp --suffix=.tsv "$(realpath "$folder")/points-XXXXXX")
 export TRD_POINTS
+printf '%s\n' "${points[@]}" >"$TRD_POINTS"
 exec sbatch --array="0-$((${#points[@]} - 1))${TRD_AT_ONCE:+%$TRD_AT_ONCE}" "${options[@]}" "${script[@]}"

@@ -151,6 +151,18 @@ def test_what_has_no_script_of_its_own_is_told_to_the_one_for_all(recipe: str, t
     assert folder.name.startswith(Path(recipe).stem)
 
 
+def test_a_second_sweep_into_a_folder_leaves_the_first_one_s_runs_alone(tmp_path: Path) -> None:
+    """Tasks that wait, or are requeued, read the overrides of their run after the second sweep was submitted."""
+    path = program(tmp_path / "printing" / "sbatch", 'echo "$TRD_POINTS"')
+    files = []
+    for seeds in ("0,1", "2"):
+        done = script("sweep.sh", "opsd_demo", f"seed={seeds}", "run_dir=a sweep", folder=tmp_path, PATH=path)
+        assert done.returncode == 0, done.stderr
+        files.append(Path(done.stdout.removesuffix("\n")))
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    assert [line.split("\t")[0] for line in lines] == ["seed=0", "seed=1", "seed=2"]
+
+
 @pytest.mark.parametrize(
     ("options", "variables", "ranks"),
     [
