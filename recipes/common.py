@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from megatron_trd.config import (
     TrainConfig,
 )
 from megatron_trd.errors import UserError, in_one_line
+from megatron_trd.reporting.metrics import METRICS_FILE
 
 _FOLDER = Path(__file__).parent
 _NO_RECIPES = ("__init__", "common")
@@ -38,9 +40,12 @@ def find_recipe(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
 
 
 def _find(name: str) -> TrainConfig:
-    if name.endswith((".yaml", ".yml")):
-        return configuration.load(Path(name))
     path = Path(name)
+    if name.endswith((".yaml", ".yml")):
+        config = configuration.load(path)
+        # A run's own file: what it says of the folder may be old, if it was moved, or relative to another directory.
+        of_run = path.name == "config.yaml" and (path.parent / METRICS_FILE).is_file()
+        return dataclasses.replace(config, run_dir=str(path.parent)) if of_run else config
     stem = path.stem
     elsewhere = path.parent != Path() and path.parent.resolve() != _FOLDER.resolve()
     if stem not in recipe_names() or elsewhere:

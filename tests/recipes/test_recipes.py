@@ -129,6 +129,19 @@ def test_no_recipe_repeats_a_default() -> None:
     assert found == []
 
 
+def test_a_run_s_own_file_means_the_folder_that_it_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder was moved, or its `run_dir` is relative to another directory than this one."""
+    run = tmp_path / "moved"
+    run.mkdir()
+    configuration.save(find_recipe("opsd_demo", ["run_dir=runs/before"]), run / "config.yaml")
+    assert find_recipe(str(run / "config.yaml")).run_dir == "runs/before", "a file of the user's, not of a run"
+    (run / "metrics.jsonl").touch()
+    assert find_recipe(str(run / "config.yaml")).run_dir == str(run)
+    assert find_recipe(str(run / "config.yaml"), ["run_dir=next"]).run_dir == "next"
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("moved/config.yaml").run_dir == "moved"
+
+
 def test_recipes_need_neither_torch_nor_nemo_run(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom recipes.common import find_recipe, recipe_names\n"
