@@ -138,7 +138,7 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
         if signals.asked and all(failure.exitcode == -signal.SIGTERM for failure in result.failures.values()):
             return  # stopped before the ranks were ready to save
         rank, failure = first_cause({rank: _failure(result.failures[rank]) for rank in failed or result.failures})
-        if failure.exit_code == UserError.exit_code:
+        if failure.exit_code == UserError.exit_code and failure.message:  # a full disk may have taken the message
             raise UserError(failure.reason)
         full = ", whose disk is full" if shutil.disk_usage(attempt).free < _REASON_BYTES else ""
         raise JobFailed(f"rank {rank} failed: {failure.reason}; logs in {attempt}{full}")

@@ -562,12 +562,13 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     jobs.wait_for(lambda: not any(Path("/proc", path.name).exists() for path in pids.iterdir()))
 
 
+@pytest.mark.parametrize("code", [1, 2])  # 2: that of bad input, which has a reason otherwise
 def test_a_rank_whose_reason_found_no_room_is_said_to_have_had_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-    with pytest.raises(JobFailed, match=r"rank 0 failed: exit code 1; logs in .*, whose disk is full$"):
-        launch_program(tmp_path, "import os\nos._exit(1)\n")
+    with pytest.raises(JobFailed, match=rf"rank 0 failed: exit code {code}; logs in .*, whose disk is full$"):
+        launch_program(tmp_path, f"import os\nos._exit({code})\n")
 
 
 def test_a_rank_whose_reason_was_cut_short_is_said_to_have_left_none(tmp_path: Path) -> None:
