@@ -249,6 +249,11 @@ class CheckpointReader:
             with (self.path / place.relative_path).open("rb") as file:
                 view = _create_file_view(file, place.offset, place.length)
                 return torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        except FileNotFoundError:  # it was there when the checkpoint was opened
+            raise UserError(
+                f"checkpoint '{self.path}' was removed while it was read: a run that goes on keeps its newest "
+                "checkpoint.keep and the multiples of checkpoint.keep_every"
+            ) from None
         except Exception as error:  # torch.load raises many kinds for damaged bytes
             raise UserError(
                 f"'{self.path / place.relative_path}' is damaged: {key} cannot be read: {line_of(error, 120)}"

@@ -20,7 +20,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from checkpoint_tools import common, hf_to_megatron, megatron_to_hf
+from megatron_trd.errors import UserError
 from megatron_trd.files import SUMS
+from megatron_trd.models.dist_checkpoint import CheckpointReader
 from tests.checkpoint_tools.commands import Tool, last_line, process, says
 from tests.checkpoint_tools.folders import (
     Malicious,
@@ -453,6 +455,13 @@ def test_a_checkpoint_that_cannot_be_converted(megatron: Path, tmp_path: Path, t
     before = snapshot(tmp_path)
     says(last_line(tool("megatron-to-hf", "--megatron", megatron, "--out", tmp_path / "out")), [str(megatron), *parts])
     assert snapshot(tmp_path) == before
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_called_damaged(megatron: Path) -> None:
+    reader = CheckpointReader(megatron)
+    shutil.rmtree(megatron)
+    with pytest.raises(UserError, match=r"megatron' was removed while it was read: .*checkpoint\.keep"):
+        reader.read("decoder.final_layernorm.weight", ())
 
 
 @pytest.mark.parametrize("command", ["megatron-to-hf", "verify"])
