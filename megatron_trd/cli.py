@@ -119,13 +119,11 @@ def plan(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="folder of a training run")]) -> None:
-    """Write report.html of a run."""
-    from megatron_trd.reporting.report import write_report
+def report(run_dirs: Annotated[list[Path], typer.Argument(help="folders of training runs, to be compared")]) -> None:
+    """Write report.html of a run into its folder, or of several into the folder that holds them."""
+    from megatron_trd.reporting.report import report_runs
 
-    name = run_dir.resolve().name
-    write_report(run_dir / "report.html", {name: run_dir}, title=name)
-    print(run_dir / "report.html")
+    print(report_runs(run_dirs))
 
 
 @app.command()

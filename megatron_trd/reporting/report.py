@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +68,23 @@ _PLOTS = (
     _Plot("Gradient norm", "before clipping", ("grad_norm",)),
     _Plot("Drift", "mean |Δ log p| of sampler and trainer, nats", ("drift/mean", "drift/rollout"), "log"),
 )
+
+
+def report_runs(run_dirs: Sequence[Path]) -> Path:
+    """Write `report.html` of a run into its folder, or of several into the folder that holds them; returns its path.
+
+    Raises `UserError` as `write_report` does.
+    """
+    if len(run_dirs) == 1:
+        [folder], name = run_dirs, run_dirs[0].resolve().name
+        runs = {name: folder}
+    else:
+        folder = Path(os.path.commonpath([path.resolve().parent for path in run_dirs]))
+        name = folder.name
+        runs = {str(path.resolve().relative_to(folder)): path for path in run_dirs}  # unlike their names, all differ
+    path = folder / "report.html"
+    write_report(path, runs, title=name)
+    return path
 
 
 def write_report(

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_trd.errors import UserError
 from megatron_trd.reporting.metrics import MetricsWriter, SampleWriter
-from megatron_trd.reporting.report import write_report
+from megatron_trd.reporting.report import report_runs, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 ATTACK = "<script>alert('x')</script>"
@@ -128,6 +128,19 @@ def render(path: Path, runs: dict[str, Path], **arguments: Any) -> tuple[str, Pa
     write_report(path, runs, title="A report", **arguments)
     html = path.read_text()
     return html, Page(html)
+
+
+def test_runs_of_one_name_are_compared_in_the_folder_that_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in "first", "second":
+        make_run(tmp_path / folder / "seed=0")
+    monkeypatch.chdir(tmp_path / "first")
+    assert report_runs([Path("seed=0")]) == Path("seed=0/report.html")
+    path = report_runs([Path("seed=0"), Path("../second/seed=0")])
+    assert path == tmp_path / "report.html"
+    page = Page(path.read_text())
+    assert [text for text in page.within("b") if "seed" in text] == ["first/seed=0", "second/seed=0"]
 
 
 def test_one_run_without_scores_or_samples(tmp_path: Path) -> None:
