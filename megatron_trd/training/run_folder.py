@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def claim(config: TrainConfig, *, resume: bool) -> None:
         if changes:
             print(f"going on with {', '.join(changes)}: the same training, no longer to the same bits", flush=True)
         configuration.save(config, folder / "config.yaml")
+        # Left by a killed run under teacher.hidden_in=disk: this one may have fewer ranks, or keep nothing on disk.
+        shutil.rmtree(folder / "hidden", ignore_errors=True)
     except BaseException:
         release_lock(folder)
         raise

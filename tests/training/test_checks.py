@@ -622,6 +622,17 @@ def test_a_run_folder_is_made_when_it_is_claimed(run: Run, tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.yaml"]
 
 
+def test_a_killed_run_s_hidden_states_do_not_outlast_a_resume_on_fewer_ranks(run: Run, tmp_path: Path) -> None:
+    """`teacher.hidden_in=disk`; each rank's part may be gigabytes."""
+    config = run(run_dir=str(tmp_path))
+    claim(config, resume=False)
+    release_lock(tmp_path)
+    (tmp_path / "hidden" / "7").mkdir(parents=True)
+    claim(config, resume=True)
+    release_lock(tmp_path)
+    assert not (tmp_path / "hidden").exists()
+
+
 @pytest.mark.parametrize("folder", ["/", "", "."])
 def test_a_folder_of_everything_is_no_run_folder(run: Run, folder: str) -> None:
     assert "set another one" in user_error(check_run_folder, run(run_dir=folder), resume=False)
