@@ -95,7 +95,7 @@ export_active_jobs() {
 
 train() {
   (($# >= 1)) || fail "usage: sbatch slurm/train.sh RECIPE|FILE.yaml [key=value ...]"
-  local recipe=$1 overrides=("${@:2}") points doctor status=0 verdict
+  local recipe=$1 overrides=("${@:2}") points doctor status=0 line verdict
   if [[ -n ${TRD_POINTS:-} ]]; then # a sweep: this task's line of the file
     mapfile -t points <"$TRD_POINTS"
     IFS=$'\t' read -ra points <<<"${points[SLURM_ARRAY_TASK_ID]}"
@@ -111,8 +111,9 @@ train() {
   fi
   "${all[@]}" ranks megatron_trd.training.worker "$recipe" "${overrides[@]}" --resume &
   wait_for_ranks $! || status=$?
+  until line=$(job_line); do sleep 5; done # slurmctld may be restarting, and only it can requeue the job
   # Cancelled, or pre-empted and requeued by SLURM itself: there is nothing to decide.
-  [[ $(job_line) == *" JobState=RUNNING "* ]] || exit "$status"
+  [[ $line == *" JobState=RUNNING "* ]] || exit "$status"
   verdict=$("${first[@]}" once megatron_trd.training.slurm_job end --logs="$TRD_LOGS" --status="$status" \
     --restarts="${TRD_MAX_RESTARTS:-3}" "$recipe" "${overrides[@]}") || exit
   [[ $verdict == requeue ]] || exit "$verdict"

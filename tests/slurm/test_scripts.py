@@ -250,6 +250,17 @@ def test_what_a_job_tells_its_ranks(cluster: Cluster, tmp_path: Path) -> None:
     assert "usage: sbatch slurm/train.sh RECIPE|FILE.yaml [key=value ...]" in output
 
 
+def test_a_job_that_saved_goes_on_though_slurmctld_does_not_answer_at_first(tmp_path: Path) -> None:
+    """Its ranks ended well, with steps left: a job that then ended too, with exit code 0, would count as done."""
+    silent = "[ -e asked ] || { touch asked; exit 1; }"
+    path = program(tmp_path / "fake" / "scontrol", f'{silent}; echo "$1 JobState=RUNNING "')
+    program(tmp_path / "fake" / "srun", 'case "$*" in *" begin "*) echo "$PWD";; *" end "*) echo requeue;; esac')
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "TRD_RANKS_PER_NODE": "1"}
+    done = script("common.sh", "train", "x", folder=tmp_path, PATH=path, TRD_HEAD_ADDRESS="a", TRD_DOCTOR="skip", **job)
+    assert done.stdout == "requeue JobState=RUNNING \n", done.stderr
+    assert done.returncode == 0
+
+
 def test_a_job_refuses_bad_input_once_and_for_all(cluster: Cluster, tmp_path: Path) -> None:
     """Plain `sbatch` checks nothing: the job does, before its ranks start, and does not start itself again."""
     run = tmp_path / "run"
