@@ -37,8 +37,8 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> int:
 
     Raises `UserError` for bad input and `JobFailed` if a rank died.
     """
-    inputs = check_start(config, resume=resume)
-    print(describe(config, inputs.world_size), flush=True)
+    world_size = check_start(config, resume=resume).world_size  # not the problems: there may be gigabytes of them
+    print(describe(config, world_size), flush=True)
     if resume and (done := steps_saved(config.run_dir)) >= config.steps:
         return done
     logs = Path(config.run_dir) / "logs"
@@ -46,5 +46,5 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> int:
     with tempfile.NamedTemporaryFile(dir=logs, prefix="config-", suffix=".yaml") as file:
         configuration.save(config, Path(file.name))
         arguments = ["-m", "megatron_trd.training.worker", file.name, *(["--resume"] if resume else [])]
-        launch(arguments, inputs.world_size, logs)
+        launch(arguments, world_size, logs)
     return steps_saved(config.run_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_trd import platform
 from megatron_trd.config import TrainConfig, from_dict, known_keys, load, save
 from megatron_trd.data.programs import ProgramTests
 from megatron_trd.models.folder import ModelFolder
+from megatron_trd.training import command
 from megatron_trd.training.checks import Inputs, check
 from megatron_trd.training.run_folder import _LAYOUT, check_run_folder, claim
 from megatron_trd.training.run_lock import release_lock
@@ -631,6 +633,23 @@ def test_a_killed_run_s_hidden_states_do_not_outlast_a_resume_on_fewer_ranks(run
     claim(config, resume=True)
     release_lock(tmp_path)
     assert not (tmp_path / "hidden").exists()
+
+
+def test_the_launcher_does_not_hold_the_problems_while_the_ranks_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Inputs]] = []
+    held: list[Inputs | None] = []
+
+    def noted(config: TrainConfig) -> Inputs:
+        inputs = check(config)
+        made.append(weakref.ref(inputs))
+        return inputs
+
+    monkeypatch.setattr(command, "check", noted)
+    monkeypatch.setattr(command, "launch", lambda *_: held.append(made[0]()))
+    command.run_training(run(run_dir=str(tmp_path / "run")))
+    assert held == [None]
 
 
 @pytest.mark.parametrize("folder", ["/", "", "."])
