@@ -63,15 +63,26 @@ class MetricsWriter:
 
 
 class SampleWriter:
-    """Writes the y_o / y_r pairs of a step to `samples/step_<step>.jsonl`."""
+    """Writes the y_o / y_r pairs of a step to `samples/step_<step>.jsonl`.
 
-    def __init__(self, folder: Path) -> None:
+    `resume_from` as for `MetricsWriter`: the files of that step and later ones are removed.
+    """
+
+    def __init__(self, folder: Path, *, resume_from: int) -> None:
         self._folder = folder / SAMPLES_FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
+        for step, path in sample_files(folder):
+            if step >= resume_from:
+                path.unlink()
 
     def write(self, step: int, pairs: list[dict[str, Any]]) -> None:
         """Write the pairs of a step (from 0), one JSON object per line, replacing an earlier file of that step."""
         replace_text(self._folder / f"step_{step:05d}.jsonl", "".join(map(_line, pairs)))
+
+
+def sample_files(folder: Path) -> list[tuple[int, Path]]:
+    """Steps whose pairs a run kept, and their files, in the order of the steps."""
+    return sorted((int(path.stem.split("_")[1]), path) for path in (folder / SAMPLES_FOLDER).glob("step_*.jsonl"))
 
 
 def read_metrics(folder: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_trd.errors import UserError
-from megatron_trd.reporting.metrics import SAMPLES_FOLDER
+from megatron_trd.reporting.metrics import sample_files
 
 Mark = Literal["", "slip", "after", "changed"]
 
@@ -59,14 +59,15 @@ def make_pair(values: dict[str, Any]) -> Pair:
 
 def newest_pairs(folder: Path) -> list[dict[str, Any]]:
     """Pairs of the last step in a run's `samples/`; empty if the run kept none or does not refine."""
-    files = sorted((folder / SAMPLES_FOLDER).glob("step_*.jsonl"), key=lambda path: int(path.stem.split("_")[1]))
+    files = sample_files(folder)
     if not files:
         return []
+    _, newest = files[-1]
     try:
-        lines = files[-1].read_text(encoding="utf-8").splitlines()
+        lines = newest.read_text(encoding="utf-8").splitlines()
         return with_refinement([json.loads(line) for line in lines])
     except ValueError as error:
-        raise UserError(f"'{files[-1]}' cannot be read ({error}): remove it") from None
+        raise UserError(f"'{newest}' cannot be read ({error}): remove it") from None
 
 
 def with_refinement(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -223,7 +223,7 @@ class _Writers:
         self.metrics = writer(resume_from=steps_done)
         unasked = steps_done if asks else steps_done + 1
         self.held_out = writer(resume_from=unasked, file=HELD_OUT_FILE) if config.held_out.path else None
-        self.samples = SampleWriter(folder)
+        self.samples = SampleWriter(folder, resume_from=steps_done)
         self.progress = Progress(config.steps, title=config.method, start=steps_done)
         self.progress.__enter__()
         if self.wandb is not None and self.wandb.url:

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_trd.errors import UserError
-from megatron_trd.reporting.metrics import MetricsWriter, SampleWriter, read_metrics
+from megatron_trd.reporting.metrics import MetricsWriter, SampleWriter, read_metrics, sample_files
 
 
 def write(folder: Path, steps: range, *, resume_from: int, loss: float, tensorboard: bool = False) -> None:
@@ -88,12 +88,21 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 
 
 def test_samples_of_a_step_replace_those_of_an_earlier_try(tmp_path: Path) -> None:
-    writer = SampleWriter(tmp_path)
+    writer = SampleWriter(tmp_path, resume_from=0)
     writer.write(12, [{"problem": "1 + 1", "rollout": "a\nb"}, {"problem": "2 + 2", "rollout": "ü"}])
     writer.write(12, [{"problem": "3 + 3", "rollout_right": None}])
     (path,) = (tmp_path / "samples").iterdir()
     assert path.name == "step_00012.jsonl"
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"problem": "3 + 3", "rollout_right": None}]
+
+
+def test_samples_of_steps_that_are_repeated_are_removed_with_their_metrics(tmp_path: Path) -> None:
+    """Or a report would show pairs of a model that was given up."""
+    writer = SampleWriter(tmp_path, resume_from=0)
+    for step in (9, 10, 11, 100_000):
+        writer.write(step, [{"problem": "1 + 1"}])
+    SampleWriter(tmp_path, resume_from=10)
+    assert sample_files(tmp_path) == [(9, tmp_path / "samples" / "step_00009.jsonl")]
 
 
 def test_a_folder_without_metrics_is_a_user_error(tmp_path: Path) -> None:

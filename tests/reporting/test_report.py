@@ -257,8 +257,8 @@ def test_a_right_rollout_has_no_mark(tmp_path: Path) -> None:
 
 def test_pairs_come_from_the_last_step_of_the_first_run(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    SampleWriter(second).write(200000, [make_pair(problem="of the second run")])
-    samples = SampleWriter(first)
+    SampleWriter(second, resume_from=0).write(200000, [make_pair(problem="of the second run")])
+    samples = SampleWriter(first, resume_from=0)
     samples.write(99999, [make_pair(problem="an earlier step")])
     samples.write(100000, [make_pair(problem="raw", refinement=None), *(make_pair(problem=f"p{n}") for n in range(4))])
     _, page = render(tmp_path / "report.html", {"a": first, "b": second})
