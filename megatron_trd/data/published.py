@@ -113,7 +113,7 @@ def _live_code_bench(row: Row) -> dict[str, str | None]:
     cases = json.loads(row["public_test_cases"]) + _unpacked(row["private_test_cases"])
     tests: dict[str, Any] = {key: [case[key.removesuffix("s")] for case in cases] for key in ("inputs", "outputs")}
     if cases and cases[0]["testtype"] == "functional":  # each line is an argument, in JSON
-        tests["inputs"] = [[json.loads(line) for line in given.splitlines()] for given in tests["inputs"]]
+        tests["inputs"] = [[json.loads(line) for line in given.split("\n") if line] for given in tests["inputs"]]
         tests["outputs"] = [json.loads(result) for result in tests["outputs"]]
         tests["fn_name"] = json.loads(row["metadata"])["func_name"]
     return _program(_with_starter(row["question_content"], row["starter_code"]), tests)
@@ -129,7 +129,7 @@ def _program(problem: str, tests: Any) -> dict[str, str | None]:
     try:
         read_tests(tests, {})
     except NoTests:
-        raise _LeftOut("without tests") from None
+        raise _LeftOut("without tests that can be read") from None
     return {"problem": problem, "answer": tests if isinstance(tests, str) else json.dumps(tests)}
 
 

@@ -22,6 +22,11 @@ HUMAN_EVAL = "def check(candidate):\n    assert candidate(1) == 2\n"
         ("assert f(1) == 2", {}, ProgramTests(code="assert f(1) == 2")),
         ("[f(1) for _ in [1, 2]]", {}, ProgramTests(code="[f(1) for _ in [1, 2]]")),
         (["assert f(1) == 2", "assert f(2) == 3"], {}, ProgramTests(code="assert f(1) == 2\nassert f(2) == 3")),
+        (
+            ["assert f(root) == 2"],
+            {"test_imports": ["import math"], "test_setup_code": "root = Node(1)"},
+            ProgramTests(code="import math\nroot = Node(1)\nassert f(root) == 2"),
+        ),
         (HUMAN_EVAL, {"entry_point": "f"}, ProgramTests(code=f"{HUMAN_EVAL}\n\ncheck(f)\n")),
         ("assert f(1) == 2", {"entry_point": "f"}, ProgramTests(code="assert f(1) == 2")),
         (
@@ -34,6 +39,7 @@ HUMAN_EVAL = "def check(candidate):\n    assert candidate(1) == 2\n"
             {},
             ProgramTests(inputs=("1",), outputs=("2",)),
         ),
+        ({"inputs": ["1"], "outputs": ["2"], "fn_name": ""}, {}, ProgramTests(inputs=("1",), outputs=("2",))),
         (
             json.dumps({"fn_name": "f", "inputs": [[1, [2]]], "outputs": [[3]]}),
             {},
@@ -56,6 +62,10 @@ def test_the_forms_that_data_sets_have(value: Any, row: dict[str, Any], tests: P
         ("5", "nothing is checked: 5"),  # an answer, or what a program should print
         (HUMAN_EVAL, r"nothing is checked: def check\(candidate\)"),
         ("import unittest\nclass Test(unittest.TestCase):\n    def test(self): assert f(1)", "nothing is checked: "),
+        ("if __name__ == '__main__':\n    assert f(1)", "nothing is checked: "),
+        (f'{{"fn_name": "f", "inputs": [[1]], "outputs": [{"9" * 5000}]}}', r"^Exceeds the limit \(4300 digits\)"),
+        ("[" * 10**5, "^maximum recursion depth exceeded"),
+        ("assert x" + ".a" * 10**5, "no Python: "),
         (7, "got int"),
         ([], "got list"),
         ([1, 2], "got list"),

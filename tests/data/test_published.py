@@ -85,7 +85,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], str, str, str]] = {
                 "question_content": "Add.",
                 "starter_code": "class Solution:\n    def add(self, a: int, b: List[int]) -> int:\n        ",
                 "public_test_cases": json.dumps([case("1\n[2]", "3", "functional")]),
-                "private_test_cases": packed(json.dumps([case("1\n[2, 3]", "6", "functional")])),
+                "private_test_cases": packed(json.dumps([case("1\n[2, 3]\n", "6", "functional")])),
                 "metadata": json.dumps({"func_name": "add"}),
             },
             BENCH
@@ -155,6 +155,14 @@ def test_what_is_fetched_is_read_and_graded(name: str, tmp_path: Path, monkeypat
     for text, verdict in ((right, True), (wrong, False)):
         graded = [(form.format(text), problem.answer or "") for problem in problems]
         assert are_correct(data, graded) == [verdict] * len(problems)
+
+
+def test_arguments_are_lines_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [case('"a\u2028b"\n', "3", "functional")]
+    row = ROWS["live_code_bench_v6"][0][0] | {"public_test_cases": json.dumps(cases), "private_test_cases": "[]"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [row])
+    fetch("live_code_bench_v6", tmp_path / "out")
+    assert json.loads(json.loads((tmp_path / "out").read_text())["answer"])["inputs"] == [["a\u2028b"]]
 
 
 def test_only_what_the_model_is_asked_for_is_in_the_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
