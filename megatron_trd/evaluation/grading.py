@@ -28,6 +28,7 @@ _BRACES = re.compile(r"\\boxed\{|\\\\(?!boxed\{)|\\[{}]|[{}]")
 _SPACED_NUMBER = re.compile(r"(?<![\w.^}\])])\d{1,3}(?:(?:\\[,;: ]|[~\s])+\d{3})+(?!\d)")
 _SECONDS = 5.0  # for one comparison
 _START_SECONDS = 600.0  # to start, which reads sympy's many files, at worst from a busy network disk
+_PROGRAMS = 16  # at once: each may use 2 GiB
 _LONGEST = 1000  # characters of an answer worth comparing
 
 
@@ -45,11 +46,11 @@ def check_gradable(data: DataConfig, what: str) -> None:
 def are_correct(data: DataConfig, responses: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether each response is correct; `responses` are pairs of a response and its problem's `answer`.
 
-    Programs are run beside one another, one on each core of this process.
+    Programs are run beside one another, one on each core of this process, up to a number that bounds their memory.
     """
     if data.task == "math":
         return [is_correct(response, answer) for response, answer in responses]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(min(_PROGRAMS, len(os.sched_getaffinity(0)))) as pool:
         return list(pool.map(_program_is_correct, responses))
 
 

@@ -11,16 +11,18 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from megatron_trd.errors import JobFailed
 from megatron_trd.evaluation import in_sandbox
 
 SECONDS = 6.0  # of CPU time, for one input
@@ -40,12 +42,12 @@ def run_program(job: Mapping[str, Any], seconds: float = ALL_SECONDS) -> Generat
     """Outputs of a job of `in_sandbox`, each as soon as it is there; fewer than it has inputs if the program fails.
 
     The program ends when it has used `seconds` of CPU time. It is killed after `PATIENCE` times that, and when the
-    iterator is closed.
+    iterator is closed. Raises `JobFailed` if it could not be run, as when the user may have no more processes.
     """
     with contextlib.ExitStack() as cleanup:
-        pipe = subprocess.PIPE
+        pipe, errors = subprocess.PIPE, cleanup.enter_context(tempfile.TemporaryFile())
         process = cleanup.enter_context(
-            subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=_environment())
+            subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=errors, env=_environment())
         )
         cleanup.callback(process.kill)
         timer = threading.Timer(seconds * PATIENCE, process.kill)
@@ -55,12 +57,23 @@ def run_program(job: Mapping[str, Any], seconds: float = ALL_SECONDS) -> Generat
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
             process.stdin.write(_as_json(job, SECONDS * PATIENCE, seconds))
+        verdict = False
         with contextlib.suppress(ValueError):  # a line cut short by the kill
             for line in process.stdout:
                 found = json.loads(line)
                 if found is None:
                     return
                 yield found[0]
+                verdict = True
+        # The script inside says how each input ended, whatever the program does; only a kill for time stops it.
+        if not verdict and process.wait() != -signal.SIGKILL:
+            raise JobFailed(f"programs cannot be run, their sandbox fails: {_last_line(errors, process.returncode)}")
+
+
+def _last_line(errors: IO[bytes], code: int) -> str:
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"it ended with {code} and said nothing"
 
 
 @functools.cache
@@ -78,11 +91,9 @@ def no_sandbox() -> str | None:
             process.kill()
             process.communicate()
             return f"it was not ready after {_START_SECONDS:g} s"
-        errors.seek(0)
         if said == b"null\n":
             return "a program that imports numpy fails in it"
-        lines = errors.read().decode(errors="replace").strip().splitlines()
-    return None if said == b'["1\\n"]\n' else (lines or [f"it ended with {process.returncode} and said nothing"])[-1]
+        return None if said == b'["1\\n"]\n' else _last_line(errors, process.returncode)
 
 
 def _as_json(job: Mapping[str, Any], clock_seconds: float, all_seconds: float) -> bytes:

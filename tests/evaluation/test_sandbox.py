@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_trd.config import DataConfig
-from megatron_trd.errors import UserError
+from megatron_trd.errors import JobFailed, UserError
 from megatron_trd.evaluation import sandbox
 from megatron_trd.evaluation.grading import check_gradable
 
@@ -134,6 +134,15 @@ def test_who_has_seen_enough_ends_the_program() -> None:
     assert next(outputs) == "1\n"
     outputs.close()
     assert not _running()
+
+
+def test_a_sandbox_that_fails_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails = "cat >/dev/null; echo 'bwrap: Creating new namespace failed: nesting depth' >&2; exit 1"
+    monkeypatch.setattr(sandbox, "_command", lambda: ("/bin/sh", "-c", fails))
+    with pytest.raises(JobFailed, match="programs cannot be run, their sandbox fails: bwrap: Creating new namespace"):
+        run("print(1)")
+    monkeypatch.setattr(sandbox, "_command", lambda: ("/bin/sleep", "100"))
+    assert run("print(1)", seconds=0.1) == [], "a program that is killed for its time is wrong"
 
 
 @needs_one
