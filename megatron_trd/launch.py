@@ -96,16 +96,22 @@ def _remove_broken(record: Path) -> None:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Disable garbage collection while a rank imports modules and builds its objects.
+    """Disable garbage collection, and wandb, while a rank imports modules and builds its objects.
 
     Collecting over some six thousand modules would take a fifth to a third of the time (measured).
     """
     # vLLM's own setting, but vLLM makes it after megatron-core has had torch read it: 32 processes per rank on a GPU.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     gc.disable()
+    # megatron-core imports wandb, if it is there, and does not use it here: half a second, and two folders in /tmp that
+    # a rank leaves behind. `reporting.wandb_run` brings it back.
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("wandb", None)
     try:
         yield
     finally:
+        if modules.get("wandb") is None:
+            modules.pop("wandb", None)
         gc.enable()
 
 

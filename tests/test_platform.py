@@ -116,3 +116,19 @@ def test_a_rank_compiles_in_its_own_process() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_COMPILE_THREADS"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["1"]
+
+
+def test_a_rank_that_starts_leaves_no_folders_behind(tmp_path: Path) -> None:
+    """It ends without exit handlers, and wandb, which megatron-core imports, makes two folders for each process."""
+    code = (
+        "import os, sys\n"
+        "from megatron_trd.launch import starting\n"
+        "with starting():\n"
+        "    import megatron.core.models.gpt\n"
+        "print(sys.modules.get('wandb'), flush=True)\n"
+        "os._exit(0)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == ["None"], found.stderr
+    assert list(tmp_path.iterdir()) == []

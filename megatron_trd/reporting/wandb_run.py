@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.machinery
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from megatron_trd.files import replace_text
 
 def check_wandb(config: TrainConfig) -> None:
     """Raise `UserError` if `log.wandb` is set and the package is missing."""
-    spec = importlib.util.find_spec("wandb")
+    spec = importlib.machinery.PathFinder.find_spec("wandb")  # also while ranks start, when it is hidden
     if config.log.wandb and (spec is None or spec.origin is None):  # a folder that wandb has made here is no package
         raise UserError(f"log.wandb={config.log.wandb} needs a package: pip install wandb; or unset it")
 
@@ -27,6 +28,8 @@ def open_wandb(config: TrainConfig) -> Any:
     """
     if not config.log.wandb:
         return None
+    if "wandb" in sys.modules and sys.modules["wandb"] is None:  # hidden by `launch.starting`
+        del sys.modules["wandb"]
     import wandb
 
     folder = Path(config.run_dir)

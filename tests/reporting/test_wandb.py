@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.machinery
 import os
 import subprocess
 import sys
@@ -20,10 +20,14 @@ import sys
 from pathlib import Path
 from megatron_trd.config import from_dict
 from megatron_trd.reporting.metrics import MetricsWriter
-from megatron_trd.reporting.wandb_run import open_wandb
+from megatron_trd.launch import starting
+from megatron_trd.reporting.wandb_run import check_wandb, open_wandb
 
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
-run = open_wandb(from_dict({"run_dir": str(folder), "log": {"wandb": "trd"}, "optimizer": {"lr": 3e-5}}, "test"))
+with starting():
+    config = from_dict({"run_dir": str(folder), "log": {"wandb": "trd"}, "optimizer": {"lr": 3e-5}}, "test")
+    check_wandb(config)
+    run = open_wandb(config)
 writer = MetricsWriter(folder, tensorboard=False, resume_from=step, wandb=run)
 writer.write(step, {"loss": 0.125 * (step + 1), "right/rollout": 0.5, "note": "no number"})
 writer.close()
@@ -61,7 +65,7 @@ def test_no_account_and_no_package_are_one_line_each(tmp_path: Path, monkeypatch
     assert "UserError: log.wandb=trd: No API key configured" in done.stderr.splitlines()[-1]
     config = from_dict({"log": {"wandb": "trd"}}, "test")
     check_wandb(config)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.machinery.PathFinder, "find_spec", lambda _: None)
     check_wandb(from_dict({}, "test"))
     with pytest.raises(UserError, match=r"log.wandb=trd needs a package: pip install wandb"):
         check_wandb(config)
