@@ -82,7 +82,9 @@ def _claimed(out: Path, config: TrainConfig) -> Iterator[None]:
     make_folder(out)
     take_lock(out)
     try:
-        if (out / "config.yaml").exists():
+        if (out / "scores.json").exists() and (
+            out / "config.yaml"
+        ).exists():  # one that was stopped has nothing to lose
             _check_same(configuration.load(out / "config.yaml"), config, out)
         configuration.save(config, out / "config.yaml")
         (out / "scores.json").unlink(missing_ok=True)  # an old score must not be taken for this evaluation's
@@ -97,7 +99,8 @@ def _check_same(there: TrainConfig, config: TrainConfig, out: Path) -> None:
     before, now = configuration.flatten(there), configuration.flatten(config)
     for key, value in now.items():
         if value != before[key] and key != "run_dir":  # the same folder under any path
-            raise UserError(f"'{out}' was begun with {key}={before[key]}, not {value}: give another --out")
+            name = "--samples" if key == "rollouts_per_problem" else key
+            raise UserError(f"'{out}' was begun with {name}={before[key]}, not {value}: give another --out")
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

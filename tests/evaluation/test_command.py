@@ -41,9 +41,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def evaluate(
-    model: str = "a/student", data: str = "a/test.jsonl", *, out: Path | None = None, seed: int = 0
+    model: str = "a/student", data: str = "a/test.jsonl", *, out: Path | None = None, samples: int = 2, seed: int = 0
 ) -> dict[str, Any]:
-    return command.run_evaluation(Path(model), data, 2, out, seed, ["sampler.max_rollout_tokens=8"])
+    return command.run_evaluation(Path(model), data, samples, out, seed, ["sampler.max_rollout_tokens=8"])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,7 @@ def evaluate(
         ({"data": "b/test.jsonl"}, "data.path=a/test.jsonl, not b/test.jsonl"),
         ({"model": "b/student"}, "model=a/student, not b/student"),
         ({"seed": 1}, "seed=0, not 1"),
+        ({"samples": 4}, "--samples=2, not 4"),
     ],
 )
 def test_another_evaluation_does_not_write_over_one(launched: list[str], other: dict[str, Any], says: str) -> None:
@@ -64,6 +65,13 @@ def test_another_evaluation_does_not_write_over_one(launched: list[str], other: 
     assert before.keys() == {"config.yaml", "scores.json"}
     evaluate(**other, out=Path("other"))
     assert len(launched) == 2
+
+
+def test_an_evaluation_that_was_stopped_is_not_in_the_way_of_another(launched: list[str]) -> None:
+    evaluate()
+    (FOLDER / "scores.json").unlink()
+    evaluate(samples=4)
+    assert load(FOLDER / "config.yaml").rollouts_per_problem == 4
 
 
 def test_the_same_evaluation_may_run_again(launched: list[str]) -> None:
