@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -120,8 +120,8 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
 
     Raises `JobFailed` if a rank died, and the `UserError` that a rank ended with.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    attempt = tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs)
+    attempt = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+    attempt.mkdir(parents=True)
     redirects = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(ranks)}
     meeting_point = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port of its own
     environment = _environment(ranks, meeting_point.port)
@@ -132,8 +132,10 @@ def launch(arguments: list[str], ranks: int, logs: Path) -> None:
         entrypoint=sys.executable,
         args=dict.fromkeys(range(ranks), tuple(arguments)),
         envs={rank: environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
-        logs_specs=DefaultLogsSpecs(log_dir=attempt, redirects=redirects),
+        logs_specs=DefaultLogsSpecs(log_dir=str(attempt), redirects=redirects),
     )
+    for folder in attempt.iterdir():  # torch's, closed to a group that shares its runs
+        folder.chmod(attempt.stat().st_mode)
     failed = _quick_close(context)
     with signals.to(context):
         while (result := context.wait(timeout=_POLL_SECONDS)) is None:

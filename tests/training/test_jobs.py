@@ -466,6 +466,18 @@ def launch_program(folder: Path, text: str, ranks: int = 1) -> None:
     launch([str(script)], ranks, folder / "logs")
 
 
+def test_logs_may_be_read_by_whom_the_user_allows(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        launch_program(tmp_path, "import sys\nprint('said', file=sys.stderr)\n")
+    finally:
+        os.umask(before)
+    (log,) = tmp_path.glob("logs/*/*/attempt_0/0/stderr.log")
+    assert log.read_text() == "said\n"
+    folders = [folder for folder in log.parents if folder.is_relative_to(tmp_path / "logs")]
+    assert {oct(folder.stat().st_mode & 0o777) for folder in folders} == {"0o750"}
+
+
 def test_a_rank_that_fails_takes_a_busy_one_down_within_seconds(tmp_path: Path) -> None:
     """The survivor is in a long computation of its own and deaf to SIGTERM, as a rank between steps is."""
     program = (
