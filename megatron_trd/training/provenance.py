@@ -102,6 +102,8 @@ def _of_problems(problems: Iterable[Problem]) -> str:
 def _code() -> str:
     """This project's version and, in a git checkout, its commit, with `+` if files have been changed since."""
     root = Path(megatron_trd.__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps somewhere in a checkout of another project
+        return megatron_trd.__version__
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -109,7 +111,7 @@ def _code() -> str:
 
     try:
         commit = git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
+    except (OSError, subprocess.SubprocessError):  # no git
         return megatron_trd.__version__
     return f"{megatron_trd.__version__} {commit}"
 

@@ -67,6 +67,16 @@ def test_without_git_the_version_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     assert provenance._code() == megatron_trd.__version__
 
 
+def test_another_project_s_checkout_is_not_taken_for_this_one_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(megatron_trd, "__file__", str(tmp_path / "venv" / "megatron_trd" / "__init__.py"))
+    assert provenance._code() == megatron_trd.__version__
+
+
 def test_what_has_not_changed_may_go_on(config: TrainConfig) -> None:
     record_start(config, inputs(config), 4)
     check_inputs(config, inputs(config))
