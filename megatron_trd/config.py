@@ -67,6 +67,9 @@ class TeacherConfig:
     # `frozen` is the authors' choice (their self-teacher is the student with its adapter off).
     weights: Literal["frozen", "live", "ema"] = "frozen"
     ema_decay: Fraction = 0.99  # ema <- decay * ema + (1 - decay) * student, after each step
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict
+    )  # for its prompts, over data.chat_template_kwargs
     tp: Positive = 1
     pp: Positive = 1
     ep: Positive = 1
@@ -315,7 +318,7 @@ def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
             if not isinstance(target.get(parent), dict):
                 raise UserError(f"override '{override}': unknown key '{key}'; {_nearest(key)}")
             target = target[parent]
-        if last not in target and parents != ["data", "chat_template_kwargs"]:
+        if last not in target and parents[-1:] != ["chat_template_kwargs"]:
             raise UserError(f"override '{override}': unknown key '{key}'; {_nearest(key)}")
         if isinstance(target.get(last), dict) and last in _SECTIONS:
             raise UserError(f"override '{override}': '{key}' is a section; set one of its keys, e.g. {key}.…=value")

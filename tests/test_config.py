@@ -91,6 +91,7 @@ def _values(hint: Any) -> st.SearchStrategy[Any]:
         ("data.split=train[:10]", "data.split", "train[:10]"),
         ("data.chat_template_kwargs.enable_thinking=false", "data.chat_template_kwargs", {"enable_thinking": False}),
         ("data.chat_template_kwargs.budget=1e-3", "data.chat_template_kwargs", {"budget": 1e-3}),
+        ("teacher.chat_template_kwargs.thinking=true", "teacher.chat_template_kwargs", {"thinking": True}),
         ("data.chat_template_kwargs={a: 1, b: x}", "data.chat_template_kwargs", {"a": 1, "b": "x"}),
     ],
 )

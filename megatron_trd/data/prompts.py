@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Template
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -74,12 +74,13 @@ class PromptBuilder:
     chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, model: ModelFolder, data: DataConfig) -> Self:
+    def of(cls, model: ModelFolder, data: DataConfig, chat_template_kwargs: Mapping[str, Any] | None = None) -> Self:
         """A builder of the prompts that `data` configures, for a model's tokenizer.
 
+        `chat_template_kwargs` of this model take precedence over those of `data`.
         Raises `UserError` for a tokenizer that begins every text with a space: each piece of a prompt would have one.
         """
-        builder = cls(model.tokenizer, data.task, data.chat_template_kwargs)
+        builder = cls(model.tokenizer, data.task, data.chat_template_kwargs | dict(chat_template_kwargs or {}))
         (first, *_) = builder.tokenizer.convert_ids_to_tokens(builder._encode("a")) or [""]
         if first.startswith(_SPACES):
             raise UserError(

@@ -62,8 +62,8 @@ def check(config: TrainConfig, *, grades: bool = True) -> Inputs:
     check_wandb(config)
     read = config.data if grades else dataclasses.replace(config.data, answer_field=None)
     problems = _with_references(config, load_problems(read))
-    for model in (student, teacher):  # check that prompts can be built
-        PromptBuilder.of(model.folder, config.data).ids("vanilla", problems[0].problem)
+    for model, own in ((student, {}), (teacher, config.teacher.chat_template_kwargs)):  # prompts can be built
+        PromptBuilder.of(model.folder, config.data, own).ids("vanilla", problems[0].problem)
     student.check()
     if config.teacher.model:
         teacher.check()

@@ -53,7 +53,8 @@ class Run:
         self.teacher = TeacherEngine(config, self.student, self.inputs.teacher)
         self.steps_done = checkpoint.resume(config.run_dir, self.student, self.teacher) if resume else 0
         prompts = PromptBuilder.of(self.inputs.student.folder, config.data)
-        teacher_prompts = PromptBuilder.of(self.inputs.teacher.folder, config.data)
+        own = config.teacher.chat_template_kwargs
+        teacher_prompts = PromptBuilder.of(self.inputs.teacher.folder, config.data, own)
         self.builder = SampleBuilder(config, prompts, teacher_prompts)
         self.held_out = HeldOut(config, self.inputs.held_out, prompts)
         # An engine starts only if its share of the memory is free, which requires these to be offloaded.

@@ -17,7 +17,7 @@ from megatron_trd.data.prompts import TEMPLATES, Context
 from tests.engines.reference import forward_kl, load, response_logits
 
 PAD, EOS = 0, 1
-CHAT_TEMPLATE = "<pad>{{ messages[0]['content'] }}<eos>{% if add_generation_prompt %}answer:{% endif %}"
+CHAT_TEMPLATE = "<pad>{{ messages[0]['content'] }}<eos>{% if add_generation_prompt %}answer:{{ begin }}{% endif %}"
 CONTEXTS: dict[str, Context] = {"trd-opd": "refine", "trd-opsd": "refine_reference"}
 
 
@@ -62,8 +62,10 @@ class Replay:
         reference = problem["solution"][: self.settings["data"]["max_reference_tokens"]]
         text = TEMPLATES["math"][context].replace("$problem", problem["problem"]).replace("$reference", reference)
         before, _, after = text.partition("$rollout")
-        head, tail, answer = ([self.vocabulary[letter] for letter in part] for part in (before, after, "answer:"))
-        return [PAD, *head, *(token for token in rollout if token != EOS), *tail, EOS, *answer]
+        of_teacher = {} if context == "vanilla" else self.settings["teacher"]["chat_template_kwargs"]
+        answer = "answer:" + (self.settings["data"]["chat_template_kwargs"] | of_teacher)["begin"]
+        head, tail, answered = ([self.vocabulary[letter] for letter in part] for part in (before, after, answer))
+        return [PAD, *head, *(token for token in rollout if token != EOS), *tail, EOS, *answered]
 
     def train(self, trained: Sequence[tuple[list[int], list[int], list[int]]]) -> dict[str, float]:
         """One optimizer step, after which an averaged teacher follows."""

@@ -62,9 +62,10 @@ def write_job(folder: Path, method: str) -> dict[str, Any]:
     fixed = {"method": method, "run_dir": str(folder / "run"), "optimizer": OPTIMIZER, "held_out": {}, "checkpoint": {}}
     job = jobs.write_job(folder, fields=fields, **fixed, **CASES[method])
     settings: dict[str, Any] = yaml.safe_load(job.read_text())
-    settings["data"] |= {"max_reference_tokens": 12, "shuffle": False}
+    settings["data"] |= {"max_reference_tokens": 12, "shuffle": False, "chat_template_kwargs": {"begin": "1"}}
+    settings["teacher"]["chat_template_kwargs"] = {}
     if method == "trd-opd":
-        settings["teacher"]["model"] = str(folder / "teacher")
+        settings["teacher"] |= {"model": str(folder / "teacher"), "chat_template_kwargs": {"begin": "2"}}
         settings["data"]["overlong"] = "drop"
     job.write_text(yaml.safe_dump(settings))
     for weights in folder.glob("*/model.safetensors"):
