@@ -67,9 +67,7 @@ class TeacherConfig:
     # `frozen` is the authors' choice (their self-teacher is the student with its adapter off).
     weights: Literal["frozen", "live", "ema"] = "frozen"
     ema_decay: Fraction = 0.99  # ema <- decay * ema + (1 - decay) * student, after each step
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict
-    )  # for its prompts, over data.chat_template_kwargs
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # take precedence over data's
     tp: Positive = 1
     pp: Positive = 1
     ep: Positive = 1
