@@ -45,6 +45,12 @@ def record_start(config: TrainConfig, inputs: Inputs, ranks: int) -> None:
         file.write(b"\n" * begun + json.dumps(row).encode() + b"\n")
 
 
+def same_inputs(config: TrainConfig, inputs: Inputs) -> set[str]:
+    """Keys of the configuration whose models and problems are those of the run's last start, though perhaps moved."""
+    before = _newest(Path(config.run_dir, STARTS_FILE))
+    return {key for key, now in _digests(config, inputs).items() if before.get(key) == now}
+
+
 def check_inputs(config: TrainConfig, inputs: Inputs) -> None:
     """Raise `UserError` if a run that goes on from a checkpoint would go on with other models or problems: a frozen
     teacher would be another one, and the problems of the remaining steps others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from megatron_trd import config as configuration
@@ -29,8 +30,10 @@ _LAYOUT = {  # these too: they decide where and in which parts the same is compu
 _PROBE_BYTES = 1 << 20
 
 
-def claim(config: TrainConfig, *, resume: bool) -> None:
+def claim(config: TrainConfig, *, resume: bool, same: Collection[str] = ()) -> None:
     """Make this process the owner of the run folder and write the run's configuration into it.
+
+    `same`: keys that name what the run was begun with, wherever that is now (`provenance.same_inputs`).
 
     Raises `UserError` as `check_run_folder` does; an existing run is then left unchanged.
     """
@@ -38,7 +41,7 @@ def claim(config: TrainConfig, *, resume: bool) -> None:
     make_folder(folder)
     take_lock(folder)
     try:
-        changes = _check_begun(config, folder, resume)
+        changes = _check_begun(config, folder, resume, same)
         if changes:
             print(f"going on with {', '.join(changes)}: the same training, no longer to the same bits", flush=True)
         configuration.save(config, folder / "config.yaml")
@@ -49,34 +52,38 @@ def claim(config: TrainConfig, *, resume: bool) -> None:
         raise
 
 
-def check_run_folder(config: TrainConfig, resume: bool) -> None:
-    """Raise `UserError` if the run folder cannot be written, is in use, or holds a run that would be overwritten."""
+def check_run_folder(config: TrainConfig, resume: bool, same: Collection[str] = ()) -> None:
+    """Raise `UserError` if the run folder cannot be written, is in use, or holds a run that would be overwritten.
+
+    `same`: as for `claim`.
+    """
     folder = Path(config.run_dir)
     # first: a folder that is not readable, or whose name is too long, cannot even be inspected
     made = make_folder(folder)
     check_lock(folder)
-    _check_begun(config, folder, resume)
+    _check_begun(config, folder, resume, same)
     with contextlib.suppress(OSError):  # another run may use it by now
         for empty in made:
             empty.rmdir()
 
 
-def _check_begun(config: TrainConfig, folder: Path, resume: bool) -> list[str]:
+def _check_begun(config: TrainConfig, folder: Path, resume: bool, same: Collection[str]) -> list[str]:
     """Settings that differ from those the run was begun with, as text."""
     begun = folder / "config.yaml"
     if not begun.exists():
         return []
     if not resume:
         raise UserError(f"run folder '{folder}' holds a run already: add --resume to go on, or set another run_dir=")
-    return _changes(configuration.load(begun), config, folder)
+    return _changes(configuration.load(begun), config, folder, same)
 
 
-def _changes(begun: TrainConfig, config: TrainConfig, folder: Path) -> list[str]:
+def _changes(begun: TrainConfig, config: TrainConfig, folder: Path, same: Collection[str]) -> list[str]:
     """A run must continue as it began, or its checkpoints, data order and learning rates would not match."""
     before, now = configuration.flatten(begun), configuration.flatten(config)
     if config.world_size is None:  # decided when the ranks start
         now["world_size"] = before["world_size"]
-    changed = [key for key, value in now.items() if value != before[key] and not key.startswith(_MAY_CHANGE)]
+    different = [key for key, value in now.items() if value != before[key] and key not in same]
+    changed = [key for key in different if not key.startswith(_MAY_CHANGE)]
     for key in changed:
         if key not in _LAYOUT:
             raise UserError(

@@ -16,7 +16,7 @@ from megatron_trd.launch import RefusedElsewhere, run_rank, starting
 from megatron_trd.parallel.objects import from_first
 from megatron_trd.training.checks import Inputs
 from megatron_trd.training.command import check_start
-from megatron_trd.training.provenance import record_start
+from megatron_trd.training.provenance import record_start, same_inputs
 from megatron_trd.training.run_folder import claim
 from megatron_trd.training.run_lock import release_lock
 from recipes.common import find_recipe
@@ -63,7 +63,8 @@ def _begin(arguments: argparse.Namespace) -> tuple[TrainConfig, Inputs | None]:
         config = configuration()
         inputs = check_start(config, ranks=dist.get_world_size(), resume=arguments.resume)
         # Stores the actual number of ranks even if the recipe leaves it open, so that a later start can compare it.
-        claim(dataclasses.replace(config, world_size=dist.get_world_size()), resume=arguments.resume)
+        owned = dataclasses.replace(config, world_size=dist.get_world_size())
+        claim(owned, resume=arguments.resume, same=same_inputs(config, inputs))
         record_start(config, inputs, dist.get_world_size())
     except UserError as error:
         from_first(str(error))

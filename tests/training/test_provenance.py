@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 
 import megatron_trd
-from megatron_trd.config import TrainConfig, from_dict, to_dict
+from megatron_trd.config import TrainConfig, from_dict, load, to_dict
 from megatron_trd.data.problems import Problem
 from megatron_trd.training import provenance
-from megatron_trd.training.provenance import STARTS_FILE, check_inputs, record_start
+from megatron_trd.training.provenance import STARTS_FILE, check_inputs, record_start, same_inputs
+from megatron_trd.training.run_folder import check_run_folder, claim
+from megatron_trd.training.run_lock import release_lock
 from tests.data.errors import user_error
 
 WEIGHTS = bytes(5 * 2**20)
@@ -114,6 +117,22 @@ def test_a_run_does_not_go_on_with_something_else(config: TrainConfig, key: str,
     assert f"remove '{config.run_dir}/{STARTS_FILE}'" in says
     (Path(config.run_dir) / "checkpoints/step_2/metadata.json").unlink()  # it begins anew then
     check_inputs(config, now)
+
+
+def test_models_and_problems_may_be_moved(config: TrainConfig) -> None:
+    claim(config, resume=False)
+    release_lock(Path(config.run_dir))
+    record_start(config, inputs(config), 4)
+    moved = Path(config.model).rename(Path(config.model).with_name("moved"))
+    now = dataclasses.replace(config, model=str(moved), data=dataclasses.replace(config.data, path="moved.jsonl"))
+    assert same_inputs(now, inputs(now)) == {"model", "teacher.model", "data.path", "held_out.path"}
+    assert "was begun with model=" in user_error(check_run_folder, now, True)
+    check_run_folder(now, True, same_inputs(now, inputs(now)))
+    claim(now, resume=True, same=same_inputs(now, inputs(now)))
+    release_lock(Path(config.run_dir))
+    assert load(Path(config.run_dir, "config.yaml")).model == str(moved)
+    _changed(now.model, 0)
+    assert same_inputs(now, inputs(now)) == {"teacher.model", "data.path", "held_out.path"}
 
 
 def _changed(folder: str, place: int) -> None:
