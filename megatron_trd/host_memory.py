@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_trd.parallel.objects import from_all, from_first
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _MOST_BYTES = 2**31 - 1  # an int
 _YIELDS = 10  # times that a waiting rank yields the processor before it sleeps
@@ -89,10 +91,8 @@ def barrier(group: Any) -> Barrier | None:
         descriptor = os.memfd_create("megatron-trd")
         os.truncate(descriptor, _LINE * (1 + group.size()))
         os.pwrite(descriptor, mark, 0)
-    name: list[Any] = [(f"/proc/{os.getpid()}/fd/{descriptor}", mark)]
-    dist.broadcast_object_list(name, group=group, group_src=0)
-    memory = _marked(*name[0])
-    together = all(_told(memory is not None, group))
+    memory = _marked(*from_first((f"/proc/{os.getpid()}/fd/{descriptor}", mark), group))
+    together = all(from_all(memory is not None, group))
     if group.rank() == 0:
         os.close(descriptor)
     return Barrier(memory, group) if memory is not None and together else None
@@ -104,13 +104,6 @@ def _marked(path: str, mark: bytes) -> Tensor | None:
         if memory[: len(mark)] == mark:
             return torch.frombuffer(memory, dtype=torch.uint8)
     return None
-
-
-def _told(what: Any, group: Any) -> list[Any]:
-    """Gather `what` from each rank of `group`."""
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, what, group=group)
-    return everyone
 
 
 class Peers:
@@ -138,7 +131,7 @@ def show(named: Mapping[str, Tensor], group: Any) -> Peers | None:
     """
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in named.values()}
     together = barrier(group)
-    if not all(_told(together is not None and _fit(list(storages.values()), group.size()), group)):
+    if not all(from_all(together is not None and _fit(list(storages.values()), group.size()), group)):
         return None
     assert together is not None
     numbers = {pointer: number for number, pointer in enumerate(storages)}
@@ -151,7 +144,7 @@ def show(named: Mapping[str, Tensor], group: Any) -> Peers | None:
     files = [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in descriptors]
     tensors: list[Mapping[str, Tensor]] = []
     foreign = 0
-    for rank, (files_of_rank, where_of_rank) in enumerate(_told((files, where), group)):
+    for rank, (files_of_rank, where_of_rank) in enumerate(from_all((files, where), group)):
         if rank == group.rank():
             tensors.append(named)
             continue

@@ -68,7 +68,7 @@ def test_layers_that_can_sum_their_gradients_in_main_grad_do() -> None:
 def test_a_sampler_for_another_platform_is_refused_with_the_cure(
     platform: type[Platform], installed: dict[str, str], complaint: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_trd.doctor.versions._version", installed.get)
+    monkeypatch.setattr("megatron_trd.doctor.versions.installed", installed.get)
     with pytest.raises(UserError, match=complaint) if complaint else contextlib.nullcontext():
         check_sampler(platform.extra, platform.found)
 

@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,27 +58,28 @@ def fetch(name: str, out: Path) -> str:
     """
     if name not in PUBLISHED:
         raise UserError(f"'{name}' is not known; known are {', '.join(PUBLISHED)}")
+    published = PUBLISHED[name]
     try:
-        rows = PUBLISHED[name].rows()
+        rows = published.rows()
     except Exception as error:  # datasets raises many kinds of exceptions
         raise UserError(
-            f"'{PUBLISHED[name].where}' cannot be fetched: {line_of(error)}; run this where the hub can be reached "
+            f"'{published.where}' cannot be fetched: {line_of(error)}; run this where the hub can be reached "
             f"and copy {out}"
         ) from None
-    left_out: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
     written = 0
 
     def lines() -> Iterator[str]:
         nonlocal written
         for number, row in enumerate(rows, 1):
             try:
-                line = json.dumps(PUBLISHED[name].convert(row)) + "\n"
+                line = json.dumps(published.convert(row)) + "\n"
             except _LeftOut as reason:
-                left_out[str(reason)] = left_out.get(str(reason), 0) + 1
+                left_out[str(reason)] += 1
                 continue
             except Exception as error:
                 raise UserError(
-                    f"'{PUBLISHED[name].where}' problem {number} is not in the form that it was published in: "
+                    f"'{published.where}' problem {number} is not in the form that it was published in: "
                     f"{type(error).__name__}: {line_of(error)}; convert it yourself, as docs/data.md says"
                 ) from None
             written += 1
@@ -101,7 +103,7 @@ def _amo_bench(row: Row) -> dict[str, str | None]:
 
 def _human_eval(row: Row) -> dict[str, str | None]:
     problem = f"Write a program in which this function is complete:\n\n```python\n{row['prompt'].rstrip()}\n```"
-    return _program(problem, f"{row['test']}\n\ncheck({row['entry_point']})\n")
+    return _program(problem, row["test"], row)
 
 
 def _mbpp(row: Row) -> dict[str, str | None]:
@@ -125,12 +127,12 @@ def _taco(row: Row) -> dict[str, str | None]:
     return made | {"solution": solutions[0] if solutions else None}
 
 
-def _program(problem: str, tests: Any) -> dict[str, str | None]:
+def _program(problem: str, tests: Any, row: Row | None = None) -> dict[str, str | None]:
     try:
-        read_tests(tests, {})
+        read = read_tests(tests, row or {})
     except NoTests:
         raise _LeftOut("without tests that can be read") from None
-    return {"problem": problem, "answer": tests if isinstance(tests, str) else json.dumps(tests)}
+    return {"problem": problem, "answer": read.code or (tests if isinstance(tests, str) else json.dumps(tests))}
 
 
 def _with_starter(problem: str, starter: str | None) -> str:

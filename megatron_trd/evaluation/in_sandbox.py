@@ -156,6 +156,7 @@ def _forbid_calls() -> None:
     """
     architecture, clone, others = _CALLS[platform.machine()]
     forbidden, unknown = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS  # C libraries try clone when clone3 is unknown
+    refused = dict.fromkeys(others + _ALIKE, forbidden) | {_CLONE3: unknown}
     rules = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_EQUAL, 1, 0, architecture),
@@ -163,9 +164,7 @@ def _forbid_calls() -> None:
         (_LOAD, 0, 0, _NUMBER),
         (_NOT_LESS, 0, 1, _X32),
         (_RETURN, 0, 0, _KILL),
-        *(rule for number in others + _ALIKE for rule in ((_EQUAL, 0, 1, number), (_RETURN, 0, 0, forbidden))),
-        (_EQUAL, 0, 1, _CLONE3),
-        (_RETURN, 0, 0, unknown),
+        *(rule for number, how in refused.items() for rule in ((_EQUAL, 0, 1, number), (_RETURN, 0, 0, how))),
         (_EQUAL, 0, 3, clone),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
         (_ANY_BIT, 1, 0, _CLONE_THREAD),

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,12 +44,7 @@ def run_program(job: Mapping[str, Any], seconds: float = ALL_SECONDS) -> Generat
     The program ends when it has used `seconds` of CPU time. It is killed after `PATIENCE` times that, and when the
     iterator is closed. Raises `JobFailed` if it could not be run, as when the user may have no more processes.
     """
-    with contextlib.ExitStack() as cleanup:
-        pipe, errors = subprocess.PIPE, cleanup.enter_context(tempfile.TemporaryFile())
-        process = cleanup.enter_context(
-            subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=errors, env=_environment())
-        )
-        cleanup.callback(process.kill)
+    with _started() as (process, errors), contextlib.ExitStack() as cleanup:
         timer = threading.Timer(seconds * PATIENCE, process.kill)
         timer.start()
         cleanup.callback(timer.cancel)
@@ -70,6 +65,20 @@ def run_program(job: Mapping[str, Any], seconds: float = ALL_SECONDS) -> Generat
             raise JobFailed(f"programs cannot be run, their sandbox fails: {_last_line(errors, process.returncode)}")
 
 
+@contextlib.contextmanager
+def _started() -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """A sandbox that waits for its job, and where its errors go; killed at the end of the block."""
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=errors, env=_environment()) as process,
+    ):
+        try:
+            yield process, errors
+        finally:
+            process.kill()
+
+
 def _last_line(errors: IO[bytes], code: int) -> str:
     errors.seek(0)
     lines = errors.read().decode(errors="replace").strip().splitlines()
@@ -82,14 +91,10 @@ def no_sandbox() -> str | None:
     if _bwrap() is None:
         return "bubblewrap (bwrap) is not installed"
     job = {"kind": "input", "program": "import numpy\nprint(1)", "inputs": [""]}
-    with tempfile.TemporaryFile() as errors:
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=errors, env=_environment())
+    with _started() as (process, errors):
         try:
             said, _ = process.communicate(_as_json(job, _START_SECONDS, ALL_SECONDS), _START_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
             return f"it was not ready after {_START_SECONDS:g} s"
         if said == b"null\n":
             return "a program that imports numpy fails in it"

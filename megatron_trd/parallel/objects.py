@@ -6,15 +6,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_trd import platform
-
 _T = TypeVar("_T")
 
 
-def from_first(value: _T) -> _T:
-    """The first rank's value, on every rank. Collective."""
+def from_first(value: _T, group: Any = None) -> _T:
+    """The value of the first rank of `group`, on each of its ranks. Collective."""
     held = [value]
-    dist.broadcast_object_list(held, device=platform.current().device)
+    dist.broadcast_object_list(held, group=group, group_src=0)
     return held[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_trd import platform
 from megatron_trd.config import DataConfig, TrainConfig
@@ -29,6 +29,7 @@ class Inputs:
     held_out: list[Problem]
     world_size: int
     max_length: int  # longest prompt and response together, tokens
+    digests: dict[str, str] = field(default_factory=dict)  # of what they hold, added where a run starts
 
 
 def check(config: TrainConfig, *, grades: bool = True) -> Inputs:

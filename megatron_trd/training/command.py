@@ -13,7 +13,7 @@ from megatron_trd.errors import UserError
 from megatron_trd.launch import launch
 from megatron_trd.training.checkpoint import steps_saved
 from megatron_trd.training.checks import Inputs, check
-from megatron_trd.training.provenance import check_inputs, same_inputs
+from megatron_trd.training.provenance import check_inputs, digests, same_inputs
 from megatron_trd.training.run_folder import check_run_folder
 
 
@@ -22,6 +22,7 @@ def check_start(config: TrainConfig, *, ranks: int | None = None, resume: bool =
     if ranks is not None and config.world_size not in (None, ranks):
         raise UserError(f"world_size={config.world_size}, but the job has {ranks} ranks: change one of the two")
     inputs = check(dataclasses.replace(config, world_size=ranks or config.world_size))
+    inputs = dataclasses.replace(inputs, digests=digests(config, inputs))
     check_run_folder(config, resume, same_inputs(config, inputs))
     check_inputs(config, inputs)
     return inputs

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 
 from blake3 import blake3
@@ -18,6 +17,7 @@ import megatron_trd
 from megatron_trd import config as configuration
 from megatron_trd.config import TrainConfig
 from megatron_trd.data.problems import Problem
+from megatron_trd.doctor.versions import installed
 from megatron_trd.errors import UserError
 from megatron_trd.training.checkpoint import steps_saved
 from megatron_trd.training.checks import Inputs
@@ -27,17 +27,17 @@ _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tr
 _END_BYTES = 2**20  # at each end of a file: other weights differ in all of it, and models may be hundreds of gigabytes
 
 
-def record_start(config: TrainConfig, inputs: Inputs, ranks: int) -> None:
-    """Add this start to the run folder's list."""
+def record_start(config: TrainConfig, inputs: Inputs) -> None:
+    """Add this start, with its number of ranks in `config`, to the run folder's list."""
     row = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "steps_done": steps_saved(config.run_dir),
         "code": _code(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-        "inputs": _digests(config, inputs),
-        "config": configuration.to_dict(config) | {"world_size": ranks},
+        "packages": {name: version for name in _PACKAGES if (version := installed(name))},
+        "inputs": inputs.digests,
+        "config": configuration.to_dict(config),
     }
     with Path(config.run_dir, STARTS_FILE).open("ab+") as file:
         file.seek(-1 if file.tell() else 0, os.SEEK_END)
@@ -48,7 +48,7 @@ def record_start(config: TrainConfig, inputs: Inputs, ranks: int) -> None:
 def same_inputs(config: TrainConfig, inputs: Inputs) -> set[str]:
     """Keys of the configuration whose models and problems are those of the run's last start, though perhaps moved."""
     before = _newest(Path(config.run_dir, STARTS_FILE))
-    return {key for key, now in _digests(config, inputs).items() if before.get(key) == now}
+    return {key for key, now in inputs.digests.items() if before.get(key) == now}
 
 
 def check_inputs(config: TrainConfig, inputs: Inputs) -> None:
@@ -56,7 +56,7 @@ def check_inputs(config: TrainConfig, inputs: Inputs) -> None:
     teacher would be another one, and the problems of the remaining steps others."""
     path = Path(config.run_dir, STARTS_FILE)
     before = _newest(path) if steps_saved(config.run_dir) else {}
-    for key, now in _digests(config, inputs).items():
+    for key, now in inputs.digests.items():
         if before.get(key, now) != now:
             raise UserError(
                 f"what is in {key} '{configuration.flatten(config)[key]}' is not what the run was begun with: put that "
@@ -74,7 +74,7 @@ def _newest(path: Path) -> dict[str, str]:
     return {}
 
 
-def _digests(config: TrainConfig, inputs: Inputs) -> dict[str, str]:
+def digests(config: TrainConfig, inputs: Inputs) -> dict[str, str]:
     """Key of the configuration that names an input -> digest of what is in it."""
     found = {"model": _of_files(inputs.student.path), "data.path": _of_problems(inputs.problems)}
     if config.teacher.model:
@@ -120,10 +120,3 @@ def _code() -> str:
     except (OSError, subprocess.SubprocessError):  # no git
         return megatron_trd.__version__
     return f"{megatron_trd.__version__} {commit}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -65,7 +65,7 @@ def _begin(arguments: argparse.Namespace) -> tuple[TrainConfig, Inputs | None]:
         # Stores the actual number of ranks even if the recipe leaves it open, so that a later start can compare it.
         owned = dataclasses.replace(config, world_size=dist.get_world_size())
         claim(owned, resume=arguments.resume, same=same_inputs(config, inputs))
-        record_start(config, inputs, dist.get_world_size())
+        record_start(owned, inputs)
     except UserError as error:
         from_first(str(error))
         raise

@@ -15,7 +15,7 @@ import megatron_trd
 from megatron_trd.config import TrainConfig, from_dict, load, to_dict
 from megatron_trd.data.problems import Problem
 from megatron_trd.training import provenance
-from megatron_trd.training.provenance import STARTS_FILE, check_inputs, record_start, same_inputs
+from megatron_trd.training.provenance import STARTS_FILE, check_inputs, digests, record_start, same_inputs
 from megatron_trd.training.run_folder import check_run_folder, claim
 from megatron_trd.training.run_lock import release_lock
 from tests.data.errors import user_error
@@ -41,7 +41,9 @@ def inputs(config: TrainConfig, **changed: Any) -> Any:
     problems = [Problem(index, f"{index} + 1 = ?", str(index + 1), "so") for index in range(3)]
     values: dict[str, Any] = {"problems": problems, "held_out": problems[:1]} | changed
     models = {"student": Path(config.model), "teacher": Path(config.teacher.model or "")}
-    return SimpleNamespace(**{name: SimpleNamespace(path=path) for name, path in models.items()}, **values)
+    found: Any = SimpleNamespace(**{name: SimpleNamespace(path=path) for name, path in models.items()}, **values)
+    found.digests = digests(config, found)
+    return found
 
 
 def rows(config: TrainConfig) -> list[dict[str, Any]]:
@@ -50,8 +52,8 @@ def rows(config: TrainConfig) -> list[dict[str, Any]]:
 
 def test_every_start_is_a_line(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    record_start(config, inputs(config), 4)
-    record_start(config, inputs(config), 2)
+    record_start(dataclasses.replace(config, world_size=4), inputs(config))
+    record_start(dataclasses.replace(config, world_size=2), inputs(config))
     first, second = rows(config)
     assert (first["slurm_job"], first["steps_done"]) == ("17", 2)
     assert first["config"] == to_dict(config) | {"world_size": 4}
@@ -81,7 +83,7 @@ def test_another_project_s_checkout_is_not_taken_for_this_one_s(
 
 
 def test_what_has_not_changed_may_go_on(config: TrainConfig) -> None:
-    record_start(config, inputs(config), 4)
+    record_start(dataclasses.replace(config, world_size=4), inputs(config))
     check_inputs(config, inputs(config))
     corrected = [Problem(index, f"{index} + 1 = ?", "another answer", "so") for index in range(3)]
     check_inputs(config, inputs(config, problems=corrected))
@@ -109,7 +111,7 @@ def test_what_has_not_changed_may_go_on(config: TrainConfig) -> None:
     ],
 )
 def test_a_run_does_not_go_on_with_something_else(config: TrainConfig, key: str, change: Any) -> None:
-    record_start(config, inputs(config), 4)
+    record_start(dataclasses.replace(config, world_size=4), inputs(config))
     changed = change(config)
     now = inputs(config, **(changed if isinstance(changed, dict) else {}))
     says = user_error(check_inputs, config, now)
@@ -122,7 +124,7 @@ def test_a_run_does_not_go_on_with_something_else(config: TrainConfig, key: str,
 def test_models_and_problems_may_be_moved(config: TrainConfig) -> None:
     claim(config, resume=False)
     release_lock(Path(config.run_dir))
-    record_start(config, inputs(config), 4)
+    record_start(dataclasses.replace(config, world_size=4), inputs(config))
     moved = Path(config.model).rename(Path(config.model).with_name("moved"))
     now = dataclasses.replace(config, model=str(moved), data=dataclasses.replace(config.data, path="moved.jsonl"))
     assert same_inputs(now, inputs(now)) == {"model", "teacher.model", "data.path", "held_out.path"}
@@ -144,12 +146,12 @@ def _changed(folder: str, place: int) -> None:
 def test_a_line_that_was_cut_short_is_passed_over(config: TrainConfig) -> None:
     path = Path(config.run_dir, STARTS_FILE)
     check_inputs(config, inputs(config))  # a run of an earlier version has no list
-    record_start(config, inputs(config), 4)
+    record_start(dataclasses.replace(config, world_size=4), inputs(config))
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:100])
     _changed(config.model, 0)
     assert "what is in model" in user_error(check_inputs, config, inputs(config))
-    record_start(config, inputs(config), 4)
+    record_start(dataclasses.replace(config, world_size=4), inputs(config))
     first, cut, last = path.read_bytes().splitlines(keepends=True)
     assert (first, cut) == (whole, whole[:100] + b"\n")
     assert json.loads(last)["inputs"]["model"] != json.loads(first)["inputs"]["model"]
