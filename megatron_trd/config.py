@@ -59,12 +59,29 @@ class StudentConfig:
 
 
 @dataclass(config=_STRICT, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters of the student's linear layers: `W + alpha / rank * B A`, of which only A and B are trained.
+
+    Attention has them (q, k, v, o) and a dense feed-forward (gate, up, down); experts, routers, norms, embedding and
+    head stay as they are.
+    """
+
+    rank: NonNegative = 0  # rows of A, columns of B (paper: 64); 0: no adapters, all weights are trained
+    alpha: Annotated[float, Field(gt=0)] | None = None  # None: twice the rank (paper)
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A."""
+        return (self.alpha or 2.0 * self.rank) / self.rank
+
+
+@dataclass(config=_STRICT, kw_only=True)
 class TeacherConfig:
     """Megatron engine of the teacher: its own TP x PP grid over the same ranks."""
 
     model: str | None = None  # Hugging Face folder; None: the student's own weights (self-distillation)
     # Weights of a self-teacher: the student's at step 0, the student's current ones, or their moving average.
-    # `frozen` is the authors' choice (their self-teacher is the student with its adapter off).
+    # `frozen` is the authors' choice; with `lora.rank` it is the student without its adapters, and takes no memory.
     weights: Literal["frozen", "live", "ema"] = "frozen"
     ema_decay: Fraction = 0.99  # ema <- decay * ema + (1 - decay) * student, after each step
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # take precedence over data's
@@ -216,6 +233,7 @@ class TrainConfig:
     world_size: Positive | None = None  # ranks; None: this machine's GPUs, on a CPU the fewest that fit every layout
     seed: NonNegative = 0
     student: StudentConfig = Field(default_factory=StudentConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -233,8 +251,14 @@ class TrainConfig:
 
     @property
     def live_teacher(self) -> bool:
-        """Whether the student itself is the teacher, without a second copy of its weights."""
+        """Whether the student itself, as it is, is the teacher."""
         return self.teacher.model is None and self.teacher.weights == "live"
+
+    @property
+    def shared_teacher(self) -> bool:
+        """Whether the teacher is computed by the student's engine: the student itself, or without its adapters."""
+        without_adapters = self.teacher.model is None and self.teacher.weights == "frozen" and self.lora.rank > 0
+        return self.live_teacher or without_adapters
 
     @property
     def averaged_teacher(self) -> bool:
