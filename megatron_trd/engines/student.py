@@ -19,7 +19,7 @@ from megatron_trd.engines.schedule import batches_of, run_schedule
 from megatron_trd.errors import UserError
 from megatron_trd.losses import FusedDivergence, fused_linear_divergence, vocab_parallel_log_prob
 from megatron_trd.methods import METHODS
-from megatron_trd.models import loading
+from megatron_trd.models import loading, lora
 from megatron_trd.models.architecture import build_model, transformer_config
 from megatron_trd.models.gathering import SpreadWeights
 from megatron_trd.models.model import Model
@@ -81,6 +81,8 @@ class StudentEngine:
     def __init__(self, config: TrainConfig, model: Model, grid: Grid) -> None:
         self.folder, self.arch, self.grid, self.config = model.folder, model.arch, grid, config
         self.method = METHODS[config.method]
+        rank = config.lora.rank
+        self._adapters = lora.all_adapter_slots(model.arch, rank) if rank else []
         with platform.current().megatron():
             self.model: Any = self._build_model(model.source)  # megatron-core is not typed
             self.optimizer = self._build_optimizer()
@@ -98,8 +100,13 @@ class StudentEngine:
         )
         model = build_model(self.arch, self.grid, mcore_config, with_head=True)
         platform.current().sum_gradients_in_fp32(model)
+        if self._adapters:
+            lora.add_adapters(model, self.arch, self.grid, self.config.lora, split=settings.sequence_parallel)
         self._named = loading.local_parameters(model, self.arch, self.grid)
         loading.load(self._named, self.arch, self.grid, source)
+        if self._adapters:
+            fresh = lora.fresh(self.config.seed)
+            loading.load(self._named, self.arch, self.grid, fresh, table=self._adapters)
         # megatron-core (0.16) marks experts as reduced over their own replicas only for ep > 1. It does not mark
         # transformer-engine's experts as different on each rank, so the gradient norm would leave out those of all
         # tensor-parallel ranks but the first.
@@ -195,9 +202,13 @@ class StudentEngine:
         network = self.model.module
         return network.shared_embedding_or_output_weight() if self.arch.tied else network.output_layer.weight
 
-    def source(self) -> loading.Source:
-        """Full Hugging Face tensors of the current weights. Collective; see `GatheredSource` for their validity."""
-        return self._weights.source()
+    def source(self, *, adapted: bool = True) -> loading.Source:
+        """Full Hugging Face tensors of the current weights, adapters merged into them unless `adapted` is false.
+        Collective; see `GatheredSource` for their validity."""
+        base = self._weights.source()
+        if not (adapted and self._adapters):
+            return base
+        return lora.AdaptedSource(base, self._weights.source(self._adapters), self.arch, self.config.lora)
 
     def train_step(
         self,

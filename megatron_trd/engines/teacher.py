@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from megatron_trd.engines.schedule import batches_of, run_schedule
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.errors import UserError
 from megatron_trd.methods import swaps_weights
-from megatron_trd.models import loading, weights
+from megatron_trd.models import loading, lora, weights
 from megatron_trd.models.architecture import Architecture, build_model, transformer_config
 from megatron_trd.models.gathering import GatheredSource, SpreadWeights
 from megatron_trd.models.model import Model
@@ -27,11 +28,14 @@ from megatron_trd.parallel.grid import Grid, teacher_grid
 
 
 class TeacherEngine:
-    """A teacher without gradients: a separate checkpoint, or the student's own weights (frozen, live or averaged)."""
+    """A teacher without gradients: a separate checkpoint, or the student's own weights (frozen, live or averaged).
+
+    `shared`: it is computed by the student's engine; a frozen one without the student's adapters.
+    """
 
     def __init__(self, config: TrainConfig, student: StudentEngine, model: Model) -> None:
         self.config, self.student = config, student
-        self.live, self.averaged = config.live_teacher, config.averaged_teacher
+        self.shared, self.averaged = config.shared_teacher, config.averaged_teacher
         self.grid: Grid = student.grid
         self.arch, self.folder = model.arch, model.folder
         self.model: torch.nn.Module = student.model
@@ -43,7 +47,7 @@ class TeacherEngine:
         self._makers: dict[str, int] = {}
         self._made: dict[str, Tensor] = {}
         self._memory = Offload(self._own_tensors)
-        if not self.live:
+        if not self.shared:
             self._build()
             self.load(model.source)
 
@@ -98,7 +102,7 @@ class TeacherEngine:
             self._memory.away()
 
     def _own_tensors(self) -> Iterator[Tensor]:
-        if not self.live:
+        if not self.shared:
             yield from self._named.values()
             yield from self._average.values()  # if they are the weights themselves, storages are not moved twice
             yield from (head for head in (self._head, self._head_average) if head is not None)
@@ -106,7 +110,7 @@ class TeacherEngine:
     @property
     def head(self) -> Tensor | None:
         """`[padded vocab / student tp, hidden_T]` on the student's last stage, None elsewhere."""
-        if self.live:
+        if self.shared:
             return None if self.student.head is None else self.student.head.detach()
         return self._head
 
@@ -126,7 +130,9 @@ class TeacherEngine:
         """Full Hugging Face tensors of the current weights, like `StudentEngine.source`, for a teacher whose weights
         are loaded into an engine repeatedly; the head is the loss's own."""
         self._memory.back()
-        return self.student.source() if self.live else self._source(self._weights, self._head)
+        if self.shared:
+            return self.student.source(adapted=self.config.live_teacher)
+        return self._source(self._weights, self._head)
 
     def averages(self) -> loading.Source:
         """The same for the averages, float32."""
@@ -197,13 +203,14 @@ class TeacherEngine:
         settings, layout = self.config.teacher, self.grid.layout
         shares = deal(samples, layout.dp, cost=lambda sample: len(sample.tokens("teacher")))
         mine = shares[self.grid.dp_rank]
-        split = self.live and self.config.student.sequence_parallel
+        split = self.shared and self.config.student.sequence_parallel
         batches = batches_of(samples, mine, "teacher", size=settings.micro_batch_size, grid=self.grid, split=split)
 
         def of_responses(batch: MicroBatch, hidden: Tensor) -> Tensor:
-            return batch.select(self.student.whole_sequence(hidden) if self.live else hidden)
+            return batch.select(self.student.whole_sequence(hidden) if self.shared else hidden)
 
-        outputs = run_schedule(self.model, self.grid, batches, keep=of_responses)
+        with contextlib.nullcontext() if self.config.live_teacher else lora.without_adapters():
+            outputs = run_schedule(self.model, self.grid, batches, keep=of_responses)
         for batch, hidden in zip(batches, outputs, strict=bool(outputs)):
             parts = hidden.split(batch.lengths)
             if batch.samples:

@@ -7,7 +7,7 @@ over a grid.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
@@ -166,14 +166,16 @@ def load(
     grid: Grid,
     source: Source,
     *,
+    table: Sequence[Slot] | None = None,
     decay: float = 0.0,
     all_slots: bool = False,
 ) -> None:
     """Fill this rank's tensors, named as by `local_parameters`: `tensor <- decay * tensor + (1 - decay) * source`.
 
-    `all_slots`: request every slot from `source` in order, required if it is collective; otherwise only local ones.
+    `table`: the slots to fill, if not the whole model's. `all_slots`: request every slot from `source` in order,
+    required if it is collective; otherwise only local ones.
     """
-    for slot in slots(arch):
+    for slot in table or slots(arch):
         tensor = find(slot, named)
         if tensor is None and not all_slots:
             continue

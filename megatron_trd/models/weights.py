@@ -7,6 +7,7 @@ and its `kind`, which says how the tensors are laid out in it and how tensor par
 |--------------|---------------------------|------------------------------------------------------------------------|
 | `replicated` | one                       | the same on every rank                                                 |
 | `row`        | `[out, in]`               | columns cut over ranks                                                 |
+| `column`     | `[out, in]`               | rows cut over ranks (adapters only: `models/lora.py`)                  |
 | `qkv`        | q, k, v                   | rows grouped by key/value head: (q of the group, k, v), groups cut     |
 | `gated`      | gate, up                  | rank's rows of gate above rank's rows of up                            |
 | `vocab`      | `[vocab, hidden]`         | rows padded with zeros to a multiple of the ranks, then cut            |
@@ -30,7 +31,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from megatron_trd.models.architecture import Architecture
 
-Kind = Literal["replicated", "row", "qkv", "gated", "vocab"]
+Kind = Literal["replicated", "row", "column", "qkv", "gated", "vocab"]
 Place = Literal["first", "layer", "last"]  # pipeline stage that holds the parameter
 # Sizes of an architecture that the tables name; `size_of` gives their value.
 Dim = Literal["hidden", "queries", "keys", "head_dim", "ffn", "experts", "expert_ffn"]
@@ -51,6 +52,11 @@ class Row:
     def of_expert(self) -> bool:
         """Whether each expert of the layer has one."""
         return "{expert}" in self.megatron[0]
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is the weight of a linear layer that tensor parallelism cuts."""
+        return self.kind in ("row", "qkv", "gated") and all(len(shape) == 2 for shape in self.hf.values())
 
 
 @dataclass(frozen=True)
@@ -215,9 +221,9 @@ def parts(slot: Slot, arch: Architecture, rank: int, tp: int) -> list[tuple[int,
     match slot.kind:
         case "replicated" | "row":
             return [(0, 0, slot.shapes[0][0])]
-        case "gated":
+        case "column" | "gated":
             rows = slot.shapes[0][0] // tp
-            return [(part, rank * rows, rows) for part in (0, 1)]
+            return [(part, rank * rows, rows) for part in range(len(slot.hf))]
         case "qkv":
             sizes, groups = _group_rows(slot, arch), arch.kv_heads // tp
             return [

@@ -184,8 +184,8 @@ def _check_order(config: TrainConfig) -> None:
             raise UserError(
                 f"{key}=true lends memory to the sampler, and {other} needs it meanwhile: set one of the two"
             )
-    if config.teacher.offload and config.live_teacher:
-        raise UserError("teacher.offload=true: a live teacher has no weights of its own; see student.offload")
+    if config.teacher.offload and config.shared_teacher:
+        raise UserError("teacher.offload=true: this teacher has no weights of its own; see student.offload")
 
 
 def _world_size(config: TrainConfig) -> int:
