@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_trd import platform
 from megatron_trd.models.architecture import build_model, transformer_config
 from megatron_trd.models.folder import ModelFolder
+from megatron_trd.models.lora import add_adapters
 from megatron_trd.models.megatron_folder import MegatronFolder, load_model
 from megatron_trd.parallel.grid import student_grid
 
@@ -71,6 +72,8 @@ def _megatron_logits(checkpoint: MegatronFolder, ids: Tensor) -> Tensor:
         ids = ids.to(current.device)
         with current.megatron():
             model: Any = build_model(arch, grid, transformer_config(arch, grid), with_head=True)
+            if checkpoint.adapters:
+                add_adapters(model, arch, grid, checkpoint.adapters.lora, split=False)
             load_model(checkpoint.path, model)
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
             hidden: Tensor = model(ids, positions, None)

@@ -1,6 +1,6 @@
 """Megatron distributed checkpoint -> Hugging Face folder.
 
-    python -m checkpoint_tools.megatron_to_hf --megatron DIR --out DIR [--max-shard-size 5GB] [--weights ema]
+    python -m checkpoint_tools.megatron_to_hf --megatron DIR --out DIR [--max-shard-size 5GB] [--weights ema|adapters]
 
 The checkpoint may be of any layout: one that `hf_to_megatron` wrote, a training run's `checkpoints/step_N`, or
 megatron-core's own (with `--like` for its configuration and tokenizer).
@@ -16,6 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.filesize import decimal
 from torch import Tensor
 
 from checkpoint_tools.common import (
@@ -35,9 +36,12 @@ from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.export import MAX_SHARD_BYTES, FolderWriter, exported_tensors, main_dtype
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import check_folder, check_tokenizer, exported_pieces, folder_pieces
+from megatron_trd.models.lora import all_adapter_slots
 from megatron_trd.models.megatron_folder import MegatronFolder
+from megatron_trd.models.peft_format import write_adapters
 from megatron_trd.models.weights import Slot, exported_slots
 
+_WEIGHTS_HELP = "model; ema: the averaged teacher of a run; adapters: those of a run with lora.rank, in PEFT's format"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -46,7 +50,7 @@ def command(
     out: Annotated[Path, typer.Option(help="new Hugging Face folder")],
     max_shard_size: Annotated[str, typer.Option(help="of one safetensors file, e.g. 500MB")] = "5GB",
     dtype: DtypeOption = None,
-    weights: Annotated[str, typer.Option(help="model, or ema: the averaged teacher of a run")] = "model",
+    weights: Annotated[str, typer.Option(help=_WEIGHTS_HELP)] = "model",
     like: Annotated[Path | None, typer.Option(help="Hugging Face folder with config.json and tokenizer to use")] = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -76,6 +80,9 @@ def convert(
     dry_run: bool = False,
 ) -> None:
     """Write `out` whole or not at all. Raises `UserError` for bad input; then nothing is written."""
+    if weights == "adapters":
+        _convert_adapters(MegatronFolder(megatron, like), out, dtype, force=force, dry_run=dry_run)
+        return
     source = _open(megatron, weights, like)
     if source.companions.has_tokenizer:  # weights alone are a model too
         check_tokenizer(source.companions, source.arch)
@@ -96,6 +103,24 @@ def convert(
         writer.close(source.companions, main_dtype(infos))
 
 
+def _convert_adapters(
+    checkpoint: MegatronFolder, out: Path, dtype: torch.dtype | None, *, force: bool, dry_run: bool
+) -> None:
+    """Write the adapters of a checkpoint, without the weights that they are for."""
+    config, arch, reader = checkpoint.adapters, checkpoint.arch, checkpoint.reader
+    if config is None:
+        raise UserError(f"checkpoint '{checkpoint.path}' has no adapters; leave --weights out for the whole model")
+    check_places(out, checkpoint.path)
+    slots = all_adapter_slots(arch, config.lora.rank)
+    kept = dtype or reader.dtype(slots[0].key)
+    size = sum(slot.size for slot in slots) * kept.itemsize
+    if dry_run:
+        print(f"{len(slots)} tensors, {decimal(size)}, {kept}, for '{config.base}'")
+        return
+    with summary(out, len(slots), size), whole_folder(out, size=size, force=force) as new, checked(checkpoint.path):
+        write_adapters(new, config, arch, lambda slot: reader.read(slot.key, slot.index).to(kept))
+
+
 @dataclass(frozen=True)
 class _Source:
     """Source of the tensors: the checkpoint itself, or the folder of an averaged teacher in it."""
@@ -112,7 +137,7 @@ def _open(megatron: Path, weights: str, like: Path | None) -> _Source:
         reader = checkpoint.reader
         return _Source(checkpoint.companions, checkpoint.arch, lambda slot: reader.dtype(slot.key), checkpoint.pieces)
     if weights != "ema":
-        raise UserError(f"--weights {weights} is not known; use model or ema")
+        raise UserError(f"--weights {weights} is not known; use model, ema or adapters")
     if not (megatron / "ema").is_dir():
         raise UserError(f"checkpoint '{megatron}' has no averaged teacher (ema/); leave --weights out for the student")
     folder = ModelFolder(megatron / "ema")

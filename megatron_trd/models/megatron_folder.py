@@ -16,6 +16,8 @@ from megatron_trd.models.architecture import Architecture, read_architecture
 from megatron_trd.models.dist_checkpoint import CheckpointReader
 from megatron_trd.models.folder import ModelFolder
 from megatron_trd.models.loading import Source, checkpoint_source, exported_pieces
+from megatron_trd.models.lora import AdaptedSource, adapter_slots, all_adapter_slots
+from megatron_trd.models.peft_format import read_config
 from megatron_trd.models.weights import Slot, exported_slots
 
 COMPANIONS = "hf"  # subfolder with config.json and tokenizer
@@ -24,6 +26,8 @@ _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # other tensors are
 
 class MegatronFolder:
     """Opens a checkpoint of any layout. Raises `UserError` if it is incomplete or not of the architecture it declares.
+
+    Adapters, if it has any (`adapters`), are merged into the weights that are read from it.
 
     `like`: a Hugging Face folder with configuration and tokenizer, for a checkpoint without its own.
     """
@@ -40,11 +44,13 @@ class MegatronFolder:
             )
         self.companions = ModelFolder(like or self.path / COMPANIONS)
         self.arch: Architecture = read_architecture(self.companions)
+        self.adapters = read_config(self.path / COMPANIONS)
         self._check()
 
     def _check(self) -> None:
         where = f"checkpoint '{self.path}'"
-        expected = {slot.key: (*slot.stack, *slot.whole) for slot in exported_slots(self.arch)}
+        adapters = all_adapter_slots(self.arch, self.adapters.lora.rank) if self.adapters else []
+        expected = {slot.key: (*slot.stack, *slot.whole) for slot in (*exported_slots(self.arch), *adapters)}
         vocabularies = {slot.key for slot in exported_slots(self.arch) if slot.kind == "vocab"}
         for key, shape in expected.items():
             found = self.reader.size(key)
@@ -75,15 +81,19 @@ class MegatronFolder:
     @functools.cached_property
     def source(self) -> Source:
         """Full Hugging Face tensors of a slot."""
-        return checkpoint_source(self.reader, self.arch)
+        read = checkpoint_source(self.reader, self.arch)
+        return AdaptedSource(read, read, self.arch, self.adapters.lora) if self.adapters else read
 
     def pieces(self, slot: Slot) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, next rows) of a slot, in order."""
+        if self.adapters and slot in adapter_slots(self.arch, self.adapters.lora.rank):
+            return zip(slot.hf, self.source(slot), strict=True)
         return exported_pieces(self.reader.pieces(slot.key, slot.index), slot, self.arch)
 
 
 def load_model(path: Path, model: Any) -> None:
-    """Load a checkpoint with megatron-core itself, into a model of any layout that has its head. Collective.
+    """Load a checkpoint with megatron-core itself, into a model of any layout that has its head, and its adapters.
+    Collective.
 
     Raises `UserError` for a checkpoint that is broken, or holds more than tensors and plain values.
     """

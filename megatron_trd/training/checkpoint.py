@@ -1,9 +1,10 @@
 """Checkpoints of a run: Megatron distributed checkpoints that appear whole or not at all.
 
-`<run_dir>/checkpoints/step_N` holds the student, its optimizer and schedule (megatron-core `torch_dist`), the student's
-configuration and tokenizer (`hf/`, so that `checkpoint_tools.megatron_to_hf` needs nothing else), an averaged teacher
-as a Hugging Face folder (`ema/`), and the checksum of every file. All randomness in a run is a function of (seed,
-step), so the step number alone gives the position in the data and in sampling.
+`<run_dir>/checkpoints/step_N` holds the student (with adapters: its base weights too), its optimizer and schedule
+(megatron-core `torch_dist`), the student's configuration and tokenizer, so that `checkpoint_tools.megatron_to_hf` needs
+nothing else (`hf/`), an averaged teacher as a Hugging Face folder (`ema/`), and the checksum of every file. All
+randomness in a run is a function of (seed, step), so the step number alone gives the position in the data and in
+sampling.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_trd import platform
-from megatron_trd.config import CheckpointConfig
+from megatron_trd.config import CheckpointConfig, LoraConfig
 from megatron_trd.engines.student import StudentEngine
 from megatron_trd.engines.teacher import TeacherEngine
 from megatron_trd.errors import JobFailed, UserError, line_of
@@ -30,6 +31,7 @@ from megatron_trd.models.export import copy_companions, write_folder
 from megatron_trd.models.loading import named_tensors
 from megatron_trd.models.megatron_folder import COMPANIONS
 from megatron_trd.models.model import open_model
+from megatron_trd.models.peft_format import AdapterConfig, read_config
 from megatron_trd.parallel.objects import from_all, from_first
 
 _STEP = re.compile(r"step_(\d+)$")
@@ -120,6 +122,9 @@ def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngi
     if dist.get_rank() == 0:
         (folder / COMPANIONS).mkdir()
         copy_companions(student.folder, folder / COMPANIONS, platform.current().dtype)
+        if student.config.lora.rank:
+            base = str(student.folder.path.resolve())
+            AdapterConfig(student.config.lora, base).write(folder / COMPANIONS, student.arch)
         if sampled_ahead is not None:
             (folder / _SAMPLED).write_text(sampled_ahead)
     dist.barrier()
@@ -208,6 +213,7 @@ def load(path: Path, student: StudentEngine) -> None:
     from megatron.core import dist_checkpointing
 
     check_files(path)
+    _check_adapters(path, student.config.lora)
     CheckpointReader(path).check_objects()
     with platform.current().megatron():
         state = dist_checkpointing.load(_state(student, 0, loading=True), str(path))
@@ -215,6 +221,15 @@ def load(path: Path, student: StudentEngine) -> None:
         _load_optimizer(student, state["optimizer"])
         student.scheduler.num_steps = 0  # it adds the saved count to its own, which began with the first step's rate
         student.scheduler.load_state_dict(state["scheduler"])
+
+
+def _check_adapters(path: Path, now: LoraConfig) -> None:
+    """Raise `UserError` if a checkpoint's adapters are not such as the run has."""
+    saved = read_config(path / COMPANIONS)
+    was, has = ((lora.rank, lora.scale) if lora and lora.rank else None for lora in (saved and saved.lora, now))
+    if was != has:
+        said = f"lora.rank={saved.lora.rank} lora.alpha={saved.lora.alpha:g}" if saved else "lora.rank=0"
+        raise UserError(f"checkpoint '{path}' was saved with {said}: set that, or another run_dir=")
 
 
 def _load_optimizer(student: StudentEngine, state: Any) -> None:

@@ -1,19 +1,23 @@
-"""Low-rank adapters at many layouts, against PEFT's in float64."""
+"""Low-rank adapters at many layouts, against PEFT's: a step, what is sampled, and what is exported."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_trd.models import lora
+from megatron_trd.data.problems import Problem
+from megatron_trd.models import loading, lora
+from megatron_trd.models.weights import exported_slots
 from tests.distributed import run_ranks
-from tests.engines import reference
+from tests.engines import reference, test_sampler
 from tests.engines.test_numerics import LR, WEIGHT_DECAY, compare_ranks, full_tensors, layout, make_samples, prepare
 from tests.models import write_model
 
@@ -167,3 +171,131 @@ def test_layouts_agree_with_peft_in_float64(
         assert result["merged"].keys() == want["merged"].keys(), case
         for name, tensor in result["merged"].items():
             assert torch.allclose(tensor.double(), want["merged"][name], atol=2e-5), (case, name)
+
+
+SMALL = 40_000  # bytes a bucket: a layer takes several
+
+
+def gather(rank: int, world: int, model: str, cases: list[dict[str, Any]]) -> list[Any]:
+    """Rank function: for each layout and way to gather, the merged weights and those without adapters, and whether the
+    pieces of a tensor, put together, are the tensor."""
+    from megatron.core import parallel_state
+
+    from megatron_trd import platform
+
+    current = platform.current()
+    current.set_up()
+    found = []
+    for case in cases:
+        for peers in (current.peers, lambda *_: None):
+            with mock.patch.object(lora, "fresh", filled), mock.patch.object(current, "peers", peers):
+                student, _, *_ = prepare(model, None, case)
+            student._weights.bucket_bytes = SMALL
+            source, again = student.source(), student.source()
+            same = True
+            for slot in exported_slots(student.arch):
+                full = [tensor.clone() for tensor in source(slot)]
+                put = [torch.full_like(tensor, torch.nan) for tensor in full]
+                copied = sum(piece.copy_to(put[piece.index]) for piece in loading.piecewise(again)(slot))
+                same = same and copied == slot.size and all(map(torch.equal, put, full))
+            base = {
+                name: full.clone() for name, full in loading.named_tensors(student.arch, student.source(adapted=False))
+            }
+            found.append((full_tensors(student), base, same))
+            parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_merged_weights_are_peft_s_at_every_layout_and_without_shared_memory(models: dict[str, Path]) -> None:
+    cases = [adapted(2, 2), adapted(4, 1, micro_batch_size=1), adapted(1, 2)]
+    model = write_model(models["untied"].parent / "four", num_key_value_heads=4, tie_word_embeddings=True)
+    want = dict(with_peft(model).merge_and_unload().named_parameters())
+    stored = load_file(model / "model.safetensors")
+    for found in run_ranks(gather, 4, str(model), cases):
+        for merged, base, same in found:
+            assert same
+            assert merged.keys() == base.keys() == want.keys()
+            assert all(base[name].equal(stored[name]) for name in stored)
+            for name, tensor in merged.items():
+                assert torch.allclose(tensor.double(), want[name], atol=1e-6), name
+                assert tensor.equal(stored[name]) == ("proj" not in name), name
+
+
+def sample_ranks(rank: int, world: int, model: str, student_settings: dict[str, Any], sampler_tp: int) -> Any:
+    """Rank function: greedy trajectories of the student, and then of its frozen teacher, and whether every tensor in
+    the engine is the trainer's."""
+    from megatron_trd import platform
+    from megatron_trd.config import from_dict
+    from megatron_trd.engines import refit
+    from megatron_trd.engines.engine import Engine
+    from megatron_trd.engines.sampler import Sampler
+    from megatron_trd.engines.student import StudentEngine
+    from megatron_trd.engines.teacher import TeacherEngine
+    from megatron_trd.models.model import open_model
+    from megatron_trd.parallel.grid import student_grid
+
+    platform.current().set_up()
+    config = test_sampler.make_config(model, student_settings, sampler_tp=sampler_tp, temperature=0.0)
+    values = asdict(config) | {"lora": {"rank": RANK, "alpha": ALPHA}}
+    config = from_dict(values, "test")
+    opened = open_model(model)
+    with mock.patch.object(lora, "fresh", filled):
+        student = StudentEngine(config, opened, student_grid(config.student.tp, config.student.pp, 1, seed=0))
+    teacher = TeacherEngine(config, student, opened)
+    engine = Engine(opened, config, max_length=320)
+    problems = [Problem(index, "", None, None) for index in range(len(test_sampler.PROMPTS))]
+
+    def refine(problem: Problem, rollout: Any) -> list[int] | None:
+        return None if problem.index == 3 else [9, *rollout.tokens, 10]
+
+    found = []
+    for source in (student.source, teacher.source):
+        engine.refit(source())
+        same = refit.verify(engine.llm, opened.arch, source())
+        sampled = Sampler(config, engine, engine).sample(0, problems, test_sampler.PROMPTS, refine)
+        found.append((sampled, all(same.values())))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "family", "settings", "sampler_tp", "tied"),
+    [
+        (4, "qwen3", {"tp": 2, "pp": 2}, 1, True),
+        (4, "qwen3", {"tp": 2, "pp": 2}, 2, False),
+        (2, "qwen3_moe", {"tp": 2, "sequence_parallel": True}, 1, False),
+    ],
+)
+def test_the_sampler_has_the_merged_weights_and_the_teacher_s(
+    tmp_path: Path, ranks: int, family: str, settings: dict[str, Any], sampler_tp: int, tied: bool
+) -> None:
+    model = write_model(tmp_path / "model", family=family, tie_word_embeddings=tied)
+    merged = with_peft(model).merge_and_unload().float()
+    merged.save_pretrained(tmp_path / "merged")
+    for (rollouts, same), (refinements, same_as_teacher) in run_ranks(
+        sample_ranks, ranks, str(model), settings, sampler_tp
+    ):
+        assert same
+        assert same_as_teacher
+        test_sampler.check_greedy(rollouts, tmp_path / "merged")
+        test_sampler.check_greedy(refinements, model)
+
+
+def test_a_new_adapter_changes_nothing_and_is_the_same_at_every_layout(models: dict[str, Path]) -> None:
+    from megatron_trd.models.model import open_model
+
+    arch = open_model(models["untied"]).arch
+    for slot in lora.all_adapter_slots(arch, RANK):
+        [first], [again], [other] = lora.fresh(1)(slot), lora.fresh(1)(slot), lora.fresh(2)(slot)
+        assert first.shape == slot.shapes[0]
+        assert first.equal(again)
+        if "lora_B" in slot.hf[0]:
+            assert not first.any()
+        else:
+            assert not first.equal(other)
+            bound = first.shape[1] ** -0.5
+            assert 0.9 * bound < first.abs().max() <= bound
+    names = [slot.hf[0] for slot in lora.all_adapter_slots(arch, RANK)]
+    assert (
+        len({tuple(lora.fresh(1)(slot)[0].flatten()[:3].tolist()) for slot in lora.all_adapter_slots(arch, RANK)})
+        > len(names) // 2
+    )

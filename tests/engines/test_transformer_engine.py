@@ -23,6 +23,7 @@ from megatron_trd.planning.devices import TRANSFORMER_ENGINE
 from tests.checkpoint_tools.folders import assert_same_model, write_bits
 from tests.checkpoint_tools.test_layouts import EXPERTS, MODELS, YARN, load_and_save, saved
 from tests.distributed import run_ranks
+from tests.engines import test_lora
 from tests.engines.test_numerics import (
     EXPERT_CASES,
     compare_in_bf16,
@@ -87,6 +88,21 @@ def test_layouts_agree_with_dense_float64(
         found = run_ranks(with_its_layers, world, torch.float32, run_layouts, str(student), path, chosen)
         want = expected(student, Path(path) if path else student)
         compare_ranks(found, want, chosen)
+
+
+ADAPTED = [
+    ("qwen3", "live", test_lora.adapted(2, 1, "live", sequence_parallel=True, recompute=True)),
+    ("qwen2", "frozen", test_lora.adapted(1, 2)),
+    ("qwen3_moe", "frozen", test_lora.adapted(2, 1, sequence_parallel=True, micro_batch_size=1)),
+]
+
+
+@pytest.mark.parametrize(("family", "weights", "case"), ADAPTED)
+def test_adapters_agree_with_peft_in_float64(tmp_path: Path, family: str, weights: str, case: dict[str, Any]) -> None:
+    """Its layers normalise their own input, which an adapter needs normalised too."""
+    student = write_model(tmp_path / "student", family=family, seed=7)
+    found = run_ranks(with_its_layers, 2, torch.float32, test_lora.run_adapted, str(student), None, [case])
+    compare_ranks(found, test_lora.expected(student, None, weights), [case])
 
 
 IN_BF16 = [
