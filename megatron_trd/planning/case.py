@@ -42,7 +42,7 @@ class Case:
     @property
     def teacher_layout(self) -> Layout:
         own = self.config.teacher
-        return self.student_layout if self.config.live_teacher else Layout(own.tp, own.pp, self.cluster.world, own.ep)
+        return self.student_layout if self.config.shared_teacher else Layout(own.tp, own.pp, self.cluster.world, own.ep)
 
     @property
     def refines(self) -> bool:

@@ -114,7 +114,7 @@ def _of_rank(case: Case, student_stage: int, teacher_stage: int) -> dict[str, Pa
     received = _received(case, student_stage)
     beside = _teacher_parts(case, teacher_stage, 0.0) if case.config.overlap == "teacher" else {}
     return {
-        "refit": refitting | buckets,
+        "refit": refitting | buckets | _merged(case),
         "sample": sampling | beside | (buckets if swaps else {}),
         "teacher": training | _teacher_parts(case, teacher_stage, received),
         "train": training | {"teacher's hidden states": received} | _train_parts(case, student_stage),
@@ -125,21 +125,35 @@ def _resident(case: Case, student_stage: int, teacher_stage: int) -> Parts:
     """Memory in use in every phase."""
     stack, layout = case.stack, case.student_layout
     own = sizes.of_rank(case.student, layout, student_stage, with_head=True)
+    adapters, trained = _adapters(case), trained_values(case, student_stage)
     return {
-        "student weights": own.total * stack.weight_bytes,
-        "gradients": own.total * _GRADIENT_BYTES,
-        "optimizer": optimizer_values(case, own) * stack.optimizer_bytes,
+        "student weights": (own.total + adapters) * stack.weight_bytes,
+        "gradients": trained.total * _GRADIENT_BYTES,
+        "optimizer": optimizer_values(case, trained) * stack.optimizer_bytes,
         "teacher weights": _teacher_values(case, student_stage, teacher_stage) * _teacher_bytes(case),
         "process": case.device.efficiency.context_gib * GIB,
     }
 
 
-def optimizer_values(case: Case, own: sizes.Parameters) -> float:
-    """Parameters whose optimizer state a rank holds: its shard over the replicas of each, or all its parameters."""
-    if not case.config.student.distributed_optimizer:
-        return own.total
+def _adapters(case: Case) -> int:
+    """Values of the student's adapters on a rank, the same on every stage."""
     layout = case.student_layout
-    return own.shared / layout.dp + own.experts * layout.ep / (layout.tp * layout.dp)
+    return sizes.adapters_of_layer(case.student, case.config.lora.rank, layout.tp) * (case.student.layers // layout.pp)
+
+
+def trained_values(case: Case, stage: int) -> sizes.Parameters:
+    """Parameters of a rank that have gradients and optimizer state: all, or the adapters alone where there are any."""
+    if case.config.lora.rank:
+        return sizes.Parameters(_adapters(case))
+    return sizes.of_rank(case.student, case.student_layout, stage, with_head=True)
+
+
+def optimizer_values(case: Case, trained: sizes.Parameters) -> float:
+    """Parameters whose optimizer state a rank holds: its shard over the replicas of each, or all that are trained."""
+    if not case.config.student.distributed_optimizer:
+        return trained.total
+    layout = case.student_layout
+    return trained.shared / layout.dp + trained.experts * layout.ep / (layout.tp * layout.dp)
 
 
 def _teacher_bytes(case: Case) -> int:
@@ -150,7 +164,7 @@ def _teacher_bytes(case: Case) -> int:
 
 def _teacher_values(case: Case, student_stage: int, teacher_stage: int) -> float:
     """Values of the teacher's body, and those of its head on the student's last stage."""
-    if case.config.live_teacher:
+    if case.config.shared_teacher:
         return 0.0
     body = sizes.of_rank(case.teacher, case.teacher_layout, teacher_stage, with_head=False).total
     last = student_stage == case.student_layout.pp - 1
@@ -167,8 +181,9 @@ def _train_parts(case: Case, stage: int) -> Parts:
     in_flight = min(-(-sequences // batch), layout.pp - stage)
     split = layout.tp if settings.sequence_parallel else 1
     layer = sizes.kept_by_layer(
-        case.student, layout, int(work.longest.student), stack, sequence_parallel=settings.sequence_parallel
-    )
+        case.student, layout, int(work.longest.student), stack,
+        sequence_parallel=settings.sequence_parallel, adapter_rank=case.config.lora.rank,
+    )  # fmt: skip
     kept = hidden / split * stack.weight_bytes if settings.recompute else layer
     layers = in_flight * case.student.layers // layout.pp * kept * tokens
     # Backward works on one layer: its gradients, and its kept values if they are recomputed.
@@ -183,13 +198,14 @@ def _train_parts(case: Case, stage: int) -> Parts:
 
 def _loss(case: Case, tokens: int) -> float:
     """Chunks of logits, or the tensor returned to autograd for the head's gradient, which itself is in Megatron's
-    buffer; both sides' selected hidden states, and their gradient."""
+    buffer (with adapters the head has none); both sides' selected hidden states, and their gradient."""
     narrow, tp, settings = case.stack.weight_bytes, case.student_layout.tp, case.config
     hidden = tokens * ((4 + 2 * narrow) * case.student.hidden_size + narrow * case.teacher.hidden_size)
     width = case.student.padded_vocab(tp) // tp
     top_k = METHODS[settings.method].divergence.arguments(settings.loss)["top_k"]
     logits = loss_chunks(tokens, width, settings.loss.chunk_tokens, tp, case.stack, top_k or 0)
-    return max(logits, narrow * sizes.head_shard(case.student, tp)) + hidden
+    gradient = 0 if settings.lora.rank else narrow * sizes.head_shard(case.student, tp)
+    return max(logits, gradient) + hidden
 
 
 def loss_chunks(tokens: int, width: int, chunk_tokens: int | None, tp: int, stack: Stack, top_k: int = 0) -> float:
@@ -208,7 +224,7 @@ def _teacher_parts(case: Case, stage: int, received: float) -> Parts:
     layout, work, stack, size = case.teacher_layout, case.work, case.stack, case.config.teacher.micro_batch_size
     sequences = work.of_replica(layout.dp)
     tokens = min(size, sequences) * work.longest.teacher
-    split = case.config.live_teacher and case.config.student.sequence_parallel
+    split = case.config.shared_teacher and case.config.student.sequence_parallel
     layer = sizes.kept_by_layer(case.teacher, layout, int(work.longest.teacher), stack, sequence_parallel=split)
     last = stage == layout.pp - 1
     made = (tokens + _at_once(case, sequences) * work.longest.response) * _hidden_bytes(case) if last else 0.0
@@ -249,6 +265,14 @@ def _bucket(case: Case, arch: Architecture, layout: Layout) -> float:
     bucket = max(limit, largest, experts)
     bucket = min(bucket, sizes.whole(arch).total * stack.weight_bytes)
     return largest + bucket
+
+
+def _merged(case: Case) -> Parts:
+    """The largest parameter with adapters while they are merged into it: their product and the sum, in float32. That is
+    in the student's refit; the teacher's, during sampling, has nothing to merge."""
+    if not case.config.lora.rank:
+        return {}
+    return {"merged parameter": 2 * 4 * max(slot.size for slot in sizes.adapted(case.student))}
 
 
 def copy_ranks(layout: Layout) -> int:

@@ -80,7 +80,7 @@ def _students(case: Case) -> Iterator[StudentConfig]:
 
 
 def _teachers(case: Case) -> Iterator[TeacherConfig]:
-    if case.config.live_teacher:  # on the student's grid
+    if case.config.shared_teacher:  # on the student's grid
         yield case.config.teacher
         return
     for tp, pp, ep in _splits(case, case.teacher):

@@ -15,6 +15,8 @@ from megatron_trd.reporting.progress import PHASES
 
 Parts = dict[str, float]  # seconds by part
 
+# A refit writes and reads in float32 the product of each adapter, and its sum with the weight.
+_MERGED_BYTES = 2 * 4 + 2 * 4
 # A gradient is read and reset; master weights and two moments in float32 are read and written; the weight is written.
 _OPTIMIZER_BYTES = 4 + 4 + 2 * 12 + 2
 
@@ -41,7 +43,17 @@ def _refit(case: Case) -> Parts:
         exchange, loading = _gathered(case, arch, layout)
         parts["exchange"] += exchange
         parts["loading"] += loading
+    if case.config.lora.rank:
+        parts["merging adapters"] = _merging(case)
     return parts
+
+
+def _merging(case: Case) -> float:
+    """Seconds in which each rank multiplies all adapters out and adds them to their weights."""
+    device, efficiency = case.device, case.device.efficiency
+    values = sum(slot.size for slot in sizes.adapted(case.student)) * case.student.layers
+    products = 2 * case.config.lora.rank * values / (device.flops * efficiency.forward)
+    return products + _MERGED_BYTES * values / (device.bandwidth * efficiency.copying)
 
 
 def _gathered(case: Case, arch: Architecture, layout: Layout) -> tuple[float, float]:
@@ -131,9 +143,10 @@ def _teacher(case: Case) -> Parts:
     """Forward passes over whole sequences; hidden states are sent to the student's last stages."""
     config, layout, work = case.config, case.teacher_layout, case.work
     share = work.busiest_share(work.mean.teacher, work.longest.teacher, layout.dp)
-    split = case.config.live_teacher and config.student.sequence_parallel
+    split, length = config.shared_teacher and config.student.sequence_parallel, work.mean.teacher
+    flops = sizes.forward_flops(case.teacher, length, case.stack, tp=layout.tp, sequence_parallel=split)
     micro = config.teacher.micro_batch_size
-    parts = _passes(case, case.teacher, layout, share, work.mean.teacher, micro, passes=1, split=split)
+    parts = _passes(case, case.teacher, layout, share, length, micro, flops=flops, passes=1, split=split)
     sent = work.of_replica(case.student_layout.dp) * work.mean.response * case.teacher.hidden_size
     sent *= case.stack.weight_bytes * config.student.tp  # each tensor-parallel rank of the stage gets them
     parts["hidden states"] = sent / case.cluster.link(1, case.cluster.world)
@@ -141,27 +154,46 @@ def _teacher(case: Case) -> Parts:
 
 
 def _train(case: Case) -> Parts:
-    """Forward, backward as two of it, recomputation as one; the loss; gradients over replicas; the optimizer."""
+    """Forward, backward, recomputation; the loss; gradients over replicas; the optimizer."""
     config, layout, work = case.config, case.student_layout, case.work
     device, efficiency = case.device, case.device.efficiency
     share = work.busiest_share(work.mean.student, work.longest.student, layout.dp)
-    passes = 4 if config.student.recompute else 3
-    settings = config.student
+    settings, passes = config.student, _train_passes(config)
     parts = _passes(
         case, case.student, layout, share, work.mean.student, settings.micro_batch_size,
-        passes=passes, split=settings.sequence_parallel,
+        flops=_train_flops(case), passes=passes, split=settings.sequence_parallel,
     )  # fmt: skip
-    # Logits of both sides, and the two gradients of the student.
-    head = 6 * sizes.head_shard(case.student, layout.tp) + 2 * sizes.head_shard(case.teacher, layout.tp)
+    # Logits of both sides, and the gradients of the student's hidden states and, without adapters, of its head.
+    student = 4 if config.lora.rank else 6
+    head = student * sizes.head_shard(case.student, layout.tp) + 2 * sizes.head_shard(case.teacher, layout.tp)
     tokens = share * work.mean.response
     parts["loss"] = tokens * head / (device.flops * efficiency.head)
-    own = sizes.of_rank(case.student, layout, 0, with_head=True)
-    parts["gradients over replicas"] = _reduction(case, own, layout, config)
-    state = memory.optimizer_values(case, own) * _OPTIMIZER_BYTES
+    trained = memory.trained_values(case, 0)
+    parts["gradients over replicas"] = _reduction(case, trained, layout, config)
+    state = memory.optimizer_values(case, trained) * _OPTIMIZER_BYTES
     parts["optimizer"] = state / (device.bandwidth * efficiency.copying)
     if case.config.averaged_teacher:
         parts["teacher's average"] = sum(_gathered(case, case.student, layout))
+        if config.lora.rank:
+            parts["teacher's average"] += _merging(case)
     return parts
+
+
+def _train_passes(config: TrainConfig) -> int:
+    """Forward passes that take as long as training: backward counts as two, recomputation as one."""
+    return 4 if config.student.recompute else 3
+
+
+def _train_flops(case: Case) -> float:
+    """FLOPs of all layers to train on one sequence, on each rank of a tensor-parallel group. With adapters, backward
+    leaves out the gradients of the weights: one pass of the products with them, none of attention's."""
+    config, tp, length = case.config, case.student_layout.tp, case.work.mean.student
+    rank, passes, split = config.lora.rank, _train_passes(config), config.student.sequence_parallel
+    forward = sizes.forward_flops(case.student, length, case.stack, tp=tp, sequence_parallel=split)
+    if not rank:
+        return passes * forward
+    adapters = sizes.adapter_flops(case.student, length, rank, tp)
+    return passes * (forward + adapters) - sizes.weight_flops(case.student, length, tp=tp, sequence_parallel=split)
 
 
 def _passes(
@@ -172,16 +204,20 @@ def _passes(
     length: float,
     micro_batch: int,
     *,
+    flops: float,
     passes: int,
     split: bool,
 ) -> Parts:
-    """Seconds of `passes` forward passes' worth of work for `share` sequences on each pipeline of a layout."""
+    """Seconds of `passes` forward passes for `share` sequences, of `flops` each in all, on each pipeline of a layout.
+
+    Communication and the host's time are taken to be the same with adapters, whose many small products and sums replace
+    those of the weights' gradients.
+    """
     device, efficiency = case.device, case.device.efficiency
     reached = efficiency.forward if passes == 1 else efficiency.training
     batches = max(1.0, share / micro_batch)
     layers = arch.layers / layout.pp
-    flops = sizes.forward_flops(arch, length, device.stack, tp=layout.tp, sequence_parallel=split)
-    products = passes * share * flops / layout.pp / (device.flops * reached)
+    products = share * flops / layout.pp / (device.flops * reached)
     communication = passes * layers * share * _layer_communication(case, arch, layout, length, split=split)
     host = passes * batches * layers * efficiency.layer_seconds
     parts = {"layers": products + host, "communication": communication}
@@ -205,12 +241,12 @@ def _layer_communication(case: Case, arch: Architecture, layout: Layout, length:
     return seconds
 
 
-def _reduction(case: Case, own: sizes.Parameters, layout: Layout, config: TrainConfig) -> float:
+def _reduction(case: Case, trained: sizes.Parameters, layout: Layout, config: TrainConfig) -> float:
     """Scatter of gradients in float32 and gather of weights, or sum of whole gradients; nothing is overlapped."""
     weight = case.stack.weight_bytes if config.student.distributed_optimizer else 4
     experts = layout.tp * layout.dp // layout.ep
     seconds = 0.0
-    for values, replicas, stride in ((own.shared, layout.dp, layout.tp), (own.experts, experts, layout.ep)):
+    for values, replicas, stride in ((trained.shared, layout.dp, layout.tp), (trained.experts, experts, layout.ep)):
         if replicas > 1:
             seconds += values * (4 + weight) * (replicas - 1) / replicas / case.cluster.link(stride, replicas)
     return seconds

@@ -1,4 +1,4 @@
-"""Size and cost of a model: parameters of a rank, products per token, values kept for backward."""
+"""Size and cost of a model: parameters and adapters of a rank, products per token, values kept for backward."""
 
 from __future__ import annotations
 
@@ -78,6 +78,25 @@ def head_shard(arch: Architecture, tp: int) -> int:
     return arch.padded_vocab(tp) // tp * arch.hidden_size
 
 
+@functools.cache
+def adapted(arch: Architecture) -> tuple[Slot, ...]:
+    """A layer's parameters that low-rank adapters are added to: matrices that TP cuts, but no expert's. A router, the
+    only other matrix of a layer, is replicated."""
+    layer = [slot for slot in one_layer(arch) if slot.place == "layer" and slot.expert is None]
+    return tuple(slot for slot in layer if slot.kind != "replicated" and len(slot.whole) > 1)
+
+
+@functools.cache
+def adapters_of_layer(arch: Architecture, rank: int, tp: int) -> int:
+    """Values of a layer's adapters of rank `rank` on each of `tp` tensor-parallel ranks: A `[rank, in]` and B
+    `[out, rank]` for each Hugging Face tensor. TP cuts only the one of them on the side where it cuts the tensor."""
+    values = 0
+    for slot in adapted(arch):
+        for out, into in slot.shapes:
+            values += rank * (out + into // tp if slot.kind == "row" else out // tp + into)
+    return values
+
+
 def engine_parameters(arch: Architecture, tp: int) -> float:
     """Parameters on each of the `tp` ranks of a vLLM engine, which shards experts too."""
     return whole(arch).total / tp
@@ -98,10 +117,21 @@ def forward_flops(
 ) -> float:
     """FLOPs of all layers for one sequence on each of `tp` ranks: products with the weights, and attention's two with
     each other token. Experts are not sharded: without sequence parallelism every rank sends all tokens to them."""
-    products = products_per_token(arch)
     pairs = length * length * (0.5 if stack.tiled_attention else 1.0)
-    shared = 2 * products.shared * length + 4 * arch.sizes()["queries"] * pairs * arch.layers
-    return shared / tp + 2 * products.experts * length / (tp if sequence_parallel else 1)
+    attention = 4 * arch.sizes()["queries"] * pairs * arch.layers
+    return attention / tp + weight_flops(arch, length, tp=tp, sequence_parallel=sequence_parallel)
+
+
+def weight_flops(arch: Architecture, length: float, *, tp: int = 1, sequence_parallel: bool = True) -> float:
+    """The part of `forward_flops` in products with weights."""
+    products = products_per_token(arch)
+    return 2 * length * (products.shared / tp + products.experts / (tp if sequence_parallel else 1))
+
+
+def adapter_flops(arch: Architecture, length: float, rank: int, tp: int) -> float:
+    """FLOPs of all layers' adapters for one sequence, forward, on each of `tp` ranks: each multiplies every token by
+    all that it holds of them."""
+    return 2 * length * adapters_of_layer(arch, rank, tp) * arch.layers
 
 
 def kv_bytes(arch: Architecture, tokens: float, tp: int, stack: Stack) -> float:
@@ -110,8 +140,14 @@ def kv_bytes(arch: Architecture, tokens: float, tp: int, stack: Stack) -> float:
     return blocks * KV_BLOCK * 2 * arch.layers * (arch.sizes()["keys"] // tp) * stack.weight_bytes
 
 
-def kept_by_layer(arch: Architecture, layout: Layout, length: int, stack: Stack, *, sequence_parallel: bool) -> float:
-    """Bytes per token that a layer keeps on a rank for backward, in a sequence of `length` tokens."""
+def kept_by_layer(
+    arch: Architecture, layout: Layout, length: int, stack: Stack, *, sequence_parallel: bool, adapter_rank: int = 0
+) -> float:
+    """Bytes per token that a layer keeps on a rank for backward, in a sequence of `length` tokens.
+
+    An adapter needs the input that its weight's gradient would need, and for B's gradient the product of A. What frozen
+    experts need not keep is counted nevertheless.
+    """
     size, tp = arch.sizes(), layout.tp
     split = tp if sequence_parallel else 1
     values = stack.kept_hidden * size["hidden"] / split
@@ -122,6 +158,7 @@ def kept_by_layer(arch: Architecture, layout: Layout, length: int, stack: Stack,
         values += (sent + 2 * arch.experts) / split
     else:
         values += stack.kept_ffn * size["ffn"] / tp
+    values += adapter_rank * sum(len(slot.hf) for slot in adapted(arch))
     return values * stack.weight_bytes
 
 

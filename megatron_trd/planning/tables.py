@@ -32,8 +32,13 @@ def headline(name: str, case: Case) -> Iterator[str]:
         f"{device.memory / GIB:.1f} GiB, {config.steps} steps of {work.samples} samples"
     )
     student = f"student {_model(config.model)} of {sizes.whole(case.student).total / 1e9:.4g} G parameters"
+    if config.lora.rank:
+        adapters = sizes.adapters_of_layer(case.student, config.lora.rank, tp=1) * case.student.layers
+        student += f" with adapters of rank {config.lora.rank} ({adapters / 1e6:.4g} M)"
     if config.teacher.model:
         teacher = f"{_model(config.teacher.model)} of {sizes.whole(case.teacher).total / 1e9:.4g} G"
+    elif config.shared_teacher and not config.live_teacher:
+        teacher = "the student without them"
     else:
         teacher = f"the student, {config.teacher.weights}"
     yield (
@@ -157,7 +162,7 @@ def _reasons(forecast: Forecast) -> str:
 
 def layout_cells(case: Case) -> tuple[str, str, str]:
     """Layouts of student, teacher and sampler, abbreviated to a few letters each."""
-    return _student(case), "the student" if case.config.live_teacher else _grid(case.teacher_layout), _sampler(case)
+    return _student(case), "the student" if case.config.shared_teacher else _grid(case.teacher_layout), _sampler(case)
 
 
 def _student(case: Case) -> str:

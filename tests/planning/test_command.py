@@ -42,6 +42,19 @@ def test_a_recipe_that_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert not set(out) & set("━│┃─┏")
 
 
+def test_adapters_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, plain, _ = run(DEMO, monkeypatch, capsys)
+    assert "adapters" not in plain
+    assert "merged parameter" not in plain
+    _, out, _ = run([*DEMO, "model=models/Qwen3-8B", "lora.rank=64"], monkeypatch, capsys)
+    assert "of 8.191 G parameters with adapters of rank 64 (174.6 M), teacher the student without them;" in out
+    assert "merged parameter" in out
+    assert "| the student |" in out  # its layout
+    for other, teacher in (("teacher.weights=live", "the student, live"), ("teacher.weights=ema", "the student, ema")):
+        _, out, _ = run([*DEMO, "lora.rank=4", other], monkeypatch, capsys)
+        assert f"teacher {teacher};" in out
+
+
 def test_a_recipe_that_does_not_fit_says_why_and_what_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

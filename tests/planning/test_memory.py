@@ -12,7 +12,7 @@ import yaml
 
 from megatron_trd.config import from_dict
 from megatron_trd.planning import memory, sizes
-from megatron_trd.planning.devices import LOCAL_LAYERS
+from megatron_trd.planning.devices import LOCAL_LAYERS, TRANSFORMER_ENGINE
 from megatron_trd.planning.forecast import forecast
 from tests.distributed import run_ranks
 from tests.models import write_model
@@ -169,6 +169,71 @@ def test_a_live_teacher_takes_no_memory_of_its_own() -> None:
     case = make({"teacher": {"weights": "live"}, "student": {"tp": 4}, "sampler": {"tp": 4}})
     assert memory.by_phase(case)["teacher"]["teacher weights"] == 0
     assert len(case.engines) == 1
+
+
+ADAPTERS = {"lora": {"rank": 64}}
+CUT: dict[str, Any] = {"student": {"tp": 4, "sequence_parallel": True, "recompute": True}, "teacher": {"tp": 4}}
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_adapters_alone_have_gradients_and_optimizer_state(pp: int) -> None:
+    """Qwen3-8B at TP 4 on eight GPUs: two replicas, or one of two stages. Its embedding and head are equally large."""
+    student, settings = CUT["student"] | {"pp": pp}, {"teacher": {"tp": 4}}
+    plain, adapted = (memory.by_phase(make(settings | {"student": student} | lora)) for lora in ({}, ADAPTERS))
+    adapters = 36 * 2_588_672 / pp
+    for phase in memory.PHASES:
+        assert adapted[phase]["student weights"] - plain[phase]["student weights"] == 2 * adapters
+        assert adapted[phase]["gradients"] == 4 * adapters
+        assert adapted[phase]["optimizer"] == 12 * adapters / (2 / pp)
+    whole = memory.by_phase(make(CUT | ADAPTERS | {"student": CUT["student"] | {"distributed_optimizer": False}}))
+    assert whole["train"]["optimizer"] == 12 * 36 * 2_588_672
+
+
+def test_adapters_add_their_activations_to_every_layer_s() -> None:
+    plain, adapted = (memory.by_phase(make({"student": {"tp": 4}} | lora))["train"] for lora in ({}, ADAPTERS))
+    assert plain["loss"] == adapted["loss"] > plain["activations"] / 36 * 2  # which has room for backward's own tensors
+    assert adapted["activations"] - plain["activations"] == pytest.approx(36 * 7 * 64 * 2 * (2048 + 16384))
+
+
+def test_experts_have_no_gradients_beside_adapters() -> None:
+    settings = {"model": "models/Qwen3-30B-A3B", "student": {"ep": 8}, "sampler": {"tp": 4}}
+    train = memory.by_phase(make(settings | ADAPTERS))["train"]
+    adapters = 48 * 64 * ((4096 + 2048) + 2 * (512 + 2048) + (2048 + 4096))
+    assert (train["gradients"], train["optimizer"]) == (4 * adapters, 12 * adapters / 8)
+
+
+def test_a_frozen_teacher_without_adapters_is_the_student() -> None:
+    """Its own grid is ignored, it has the student's sequence parallelism, but it refines with weights of its own."""
+    settings = CUT | {"teacher": {"tp": 1, "pp": 2}} | ADAPTERS
+    case = make(settings)
+    live = make(settings | {"teacher": {"weights": "live"}})
+    assert case.teacher_layout == case.student_layout
+    assert memory.by_phase(case)["teacher"] == memory.by_phase(live)["teacher"]
+    assert memory.by_phase(case)["teacher"]["teacher weights"] == 0
+    assert memory.by_phase(case)["sample"]["refit buckets"] > 0
+    assert "refit buckets" not in memory.by_phase(live)["sample"]
+    for other in ({"weights": "ema"}, {"model": "models/Qwen3-8B"}):
+        with_own, without = (
+            memory.by_phase(make(CUT | {"teacher": {"tp": 4} | other} | lora)) for lora in (ADAPTERS, {})
+        )
+        assert with_own["teacher"]["teacher weights"] == without["teacher"]["teacher weights"] > 0
+
+
+@pytest.mark.parametrize(("model", "largest"), [("8B", 2 * 12288 * 4096), ("30B-A3B", (4096 + 2 * 512) * 2048)])
+def test_a_refit_merges_one_parameter_at_a_time(model: str, largest: int) -> None:
+    settings: dict[str, Any] = {"model": f"models/Qwen3-{model}", "sampler": {"tp": 4}}
+    adapted = memory.by_phase(make(settings | ADAPTERS))
+    assert adapted["refit"]["merged parameter"] == 2 * 4 * largest
+    assert not any("merged parameter" in adapted[phase] for phase in ("sample", "teacher", "train"))
+    assert "merged parameter" not in memory.by_phase(make(settings))["refit"]
+
+
+def test_the_loss_has_no_gradient_of_a_frozen_head() -> None:
+    settings = {"loss": {"chunk_tokens": 128}}  # so few that the gradient is larger than the logits
+    hidden = 16384 * (2 * 4096 + (4 + 2 + 2) * 4096)  # the teacher's; the student's and its gradient twice
+    trained, frozen = (memory.by_phase(make(settings | lora))["train"]["loss"] for lora in ({}, ADAPTERS))
+    assert trained == 151_936 * 4096 * 2 + hidden
+    assert frozen == memory.loss_chunks(16384, 151_936, 128, 1, TRANSFORMER_ENGINE) + hidden < trained
 
 
 def test_an_average_is_kept_in_float32_beside_the_weights() -> None:

@@ -33,6 +33,7 @@ MIXTURE = {
         ({}, "h100", 1),
         ({"method": "trd-opd", "teacher": {"model": "models/Qwen3-32B", "tp": 4}}, "h200", 2),
         (MIXTURE, "b200", 1),
+        ({"lora": {"rank": 64}}, "h100", 1),
     ],
 )
 def test_the_best_layout_is_that_of_all_combinations(settings: dict[str, Any], gpu: str, nodes: int) -> None:
@@ -81,9 +82,13 @@ def test_a_layout_typed_as_overrides_is_the_layout() -> None:
     assert again.step == pytest.approx(best.step)
 
 
-def test_a_live_teacher_has_the_student_s_grid() -> None:
-    found = search.alternatives(make({"teacher": {"weights": "live"}}))
+@pytest.mark.parametrize("settings", [{"teacher": {"weights": "live"}}, {"lora": {"rank": 64}}])
+def test_a_teacher_that_is_the_student_has_its_grid(settings: dict[str, Any]) -> None:
+    case = make(settings)
+    found = search.alternatives(case)
     assert {each.case.teacher_layout == each.case.student_layout for each in found.fitting} == {True}
+    assert all(each.case.config.teacher == case.config.teacher for each in found.fitting)  # none is tried
+    assert len({each.case.teacher_layout for each in found.fitting}) > 1
 
 
 def test_the_documented_forecasts_are_today_s() -> None:

@@ -69,6 +69,65 @@ def test_teacher_and_training_are_their_flops() -> None:
     assert again["train"]["layers"] == pytest.approx(parts["train"]["layers"] * 4 / 3)
 
 
+def test_adapters_train_without_gradients_of_weights() -> None:
+    """Forward and the gradients of inputs alone for the weights; attention and the adapters as ever."""
+    settings: dict[str, Any] = {"method": "opd-forward-kl", "batch_size": 64, "lora": {"rank": 64}}
+    length = 2048 * 0.1 + 8192
+    weights = 2 * 36 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 12288) * length
+    attention, adapters = 36 * 2 * 4096 * length**2, 2 * 174_587_904 * length
+    for recompute, passes in ((False, 3), (True, 4)):
+        train = seconds.by_phase(make(settings | {"student": {"recompute": recompute}}))["train"]
+        flops = 8 * ((passes - 1) * weights + passes * (attention + adapters))
+        host = 8 * 36 * passes * SHARE.layer_seconds
+        assert train["layers"] == pytest.approx(flops / (989e12 * SHARE.training) + host, rel=1e-6)
+    head = 8 * 8192 * (4 + 2) * 4096 * 151_936  # the student's logits and the gradient of its hidden states
+    assert train["loss"] == pytest.approx(head / (989e12 * SHARE.head))
+    exchanged = 174_587_904 * (4 + 2) * 7 / 8
+    assert train["gradients over replicas"] == pytest.approx(exchanged / (450e9 * SHARE.link))
+    assert train["optimizer"] == pytest.approx(174_587_904 / 8 * 34 / (3.35e12 * SHARE.copying))
+
+
+def test_frozen_experts_have_no_gradients_either() -> None:
+    settings: dict[str, Any] = {"model": "models/Qwen3-30B-A3B", "method": "opd-forward-kl", "sampler": {"tp": 4}}
+    settings |= {"student": {"tp": 2, "ep": 4, "sequence_parallel": True}}
+    trained, frozen = (
+        seconds.by_phase(make(settings | {"lora": {"rank": rank}}))["train"]["layers"] for rank in (0, 1)
+    )
+    sequences, length = 16 / 4, 2048 * 0.1 + 8192  # of a replica
+    active = 48 * (2 * 2048 * 4096 + 2 * 2048 * 512 + 2048 * 128 + 8 * 3 * 2048 * 768)
+    saved = sequences * 2 * active * length / 2 / (989e12 * SHARE.training)
+    assert trained - frozen == pytest.approx(saved, rel=0.002)  # adapters of rank 1 take almost nothing
+
+
+def test_a_frozen_teacher_without_adapters_computes_as_the_student_does() -> None:
+    settings: dict[str, Any] = {"model": "models/Qwen3-30B-A3B", "sampler": {"tp": 4}, "lora": {"rank": 64}}
+    settings |= {"student": {"tp": 4, "ep": 4, "sequence_parallel": True}}
+    shared, live = (
+        seconds.by_phase(make(settings | {"teacher": {"weights": weights}}))["teacher"]
+        for weights in ("frozen", "live")
+    )
+    assert shared == live
+    once, twice = (seconds.by_phase(make(settings | {"epochs_per_batch": count}))["teacher"] for count in (1, 2))
+    assert once == twice  # its hidden states stay valid
+
+
+def test_a_refit_multiplies_adapters_out() -> None:
+    """On every rank; the teacher's weights, which the same engine gets afterwards, are as they are."""
+    settings: dict[str, Any] = {"student": {"tp": 8, "sequence_parallel": True}, "sampler": {"tp": 8}}
+    plain, adapted = (seconds.by_phase(make(settings | {"lora": {"rank": rank}})) for rank in (0, 64))
+    values = 36 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
+    merging = 2 * 64 * values / (989e12 * SHARE.forward) + (8 + 8) * values / (3.35e12 * SHARE.copying)
+    assert adapted["refit"].pop("merging adapters") == pytest.approx(merging)
+    assert "merging adapters" not in plain["refit"]
+    live = seconds.by_phase(make(settings | {"lora": {"rank": 64}, "teacher": {"weights": "live"}}))["refit"]
+    assert adapted["refit"]["exchange"] == pytest.approx(2 * live["exchange"])  # the student's, then the teacher's
+    plain, adapted = (
+        seconds.by_phase(make(settings | {"lora": {"rank": rank}, "teacher": {"weights": "ema"}}))["train"]
+        for rank in (0, 64)
+    )
+    assert adapted["teacher's average"] - plain["teacher's average"] == pytest.approx(merging)
+
+
 def test_a_step_is_not_shorter_than_its_longest_sequence() -> None:
     """16 samples over 16 replicas: the busiest has the longest one, not a mean one."""
     settings = {"method": "opd-forward-kl"}

@@ -95,6 +95,31 @@ def test_parameters_of_every_rank_are_those_of_the_real_model() -> None:
             assert expected == count, (tp, pp, ep, with_head, stage)
 
 
+def test_adapters_of_a_layer() -> None:
+    """Rank 64 at TP 1 and 4: q, k, v and o, then gate, up and down, each the rows of B and the columns of A."""
+    arch, mixture = PUBLISHED["Qwen3-8B"], PUBLISHED["Qwen3-30B-A3B"]
+    attention = (4096 + 4096) + 2 * (1024 + 4096) + (4096 + 4096)
+    assert sizes.adapters_of_layer(arch, 64, 1) == 64 * (attention + 3 * (12288 + 4096))
+    attention = (1024 + 4096) + 2 * (256 + 4096) + (4096 + 1024)
+    assert sizes.adapters_of_layer(arch, 64, 4) == 64 * (attention + 2 * (3072 + 4096) + (4096 + 3072)) == 2_588_672
+    experts_have_none = (2048 + 2048) + 2 * (256 + 2048) + (2048 + 2048)
+    assert sizes.adapters_of_layer(mixture, 16, 2) == 16 * experts_have_none
+    biases_have_none = replace(arch, family="Qwen2ForCausalLM")
+    assert sizes.adapters_of_layer(biases_have_none, 64, 1) == sizes.adapters_of_layer(arch, 64, 1)
+    assert sizes.adapters_of_layer(arch, 0, 1) == 0
+
+
+def test_an_adapter_keeps_the_product_of_a() -> None:
+    for name, adapters in (("Qwen3-8B", 7), ("Qwen3-30B-A3B", 4)):
+        kept, plain = (
+            sizes.kept_by_layer(
+                PUBLISHED[name], Layout(4, 1, 4), 1000, TRANSFORMER_ENGINE, sequence_parallel=True, adapter_rank=rank
+            )
+            for rank in (64, 0)
+        )
+        assert kept - plain == adapters * 64 * 2
+
+
 def saved_bytes(rank: int, world: int, cases: list[tuple[Architecture, int, bool, bool, int]]) -> list[float]:
     """Rank function: bytes that one layer keeps of a token for backward, from models of one and of two layers."""
     from megatron.core import parallel_state
@@ -176,6 +201,10 @@ def test_flops_of_a_forward_pass() -> None:
     scores = 36 * 4 * 4096 * length**2
     assert sizes.forward_flops(arch, length, LOCAL_LAYERS) == 2 * weights * length + scores
     assert sizes.forward_flops(arch, length, TRANSFORMER_ENGINE, tp=2) == (2 * weights * length + scores / 2) / 2
+
+
+def test_flops_of_adapters_are_those_of_their_shards() -> None:
+    assert sizes.adapter_flops(PUBLISHED["Qwen3-8B"], 1000, 64, 4) == 36 * 2 * 2_588_672 * 1000
 
 
 def test_experts_without_sequence_parallelism_are_not_cut() -> None:
