@@ -66,7 +66,8 @@ def measure(rank: int, world: int, folder: str, sampler_tp: int, options: argpar
     arch, grid, repeats = opened.arch, student_grid(options.tp, options.pp, seed=0), options.repeats
     sampler = {"tp": sampler_tp, "refit_bucket_mib": options.bucket_mib, "enforce_eager": True}  # nothing is sampled
     layout = {"tp": options.tp, "pp": options.pp}
-    config = from_dict({"model": folder, "student": layout, "sampler": sampler}, "benchmark")
+    values = {"model": folder, "student": layout, "sampler": sampler, "lora": {"rank": options.lora_rank}}
+    config = from_dict(values, "benchmark")
     student = StudentEngine(config, opened, grid)
     current.release_memory()
     engine = Engine(opened, config, max_length=64)
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bucket-mib", type=int, default=SamplerConfig.refit_bucket_mib)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--lora-rank", type=int, default=0, help="of the student's adapters, which are merged")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options, device = parser.parse_args(), platform.current().device.type
     with tempfile.TemporaryDirectory(prefix="refit-") as folder:
@@ -167,7 +169,8 @@ def main() -> None:
     text = "\n".join(
         [
             f"{machine(device)}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}, {parameters:.2f} "
-            f"billion parameters, {options.tp * options.pp} ranks at TP {options.tp} x PP {options.pp}; median of "
+            f"billion parameters, {options.tp * options.pp} ranks at TP {options.tp} x PP {options.pp}"
+            f"{f', adapters of rank {options.lora_rank}' if options.lora_rank else ''}; median of "
             f"{options.repeats}. Every tensor of every engine was compared with the student's by checksum after the "
             "last refit.\n",
             "| sampler TP | | s | GB/s a rank | of a plain copy | of vLLM's loading | memory, MiB |",

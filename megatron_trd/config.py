@@ -246,7 +246,7 @@ class TrainConfig:
     @property
     def fewest_ranks(self) -> int:
         """The smallest number of ranks that fits every layout; all others that do are multiples of it."""
-        layouts = (part.pp * math.lcm(part.tp, part.ep) for part in (self.student, self.teacher))
+        layouts = (part.pp * math.lcm(part.tp, part.ep) for part in (self.student, self.teacher_grid))
         return math.lcm(*layouts, self.sampler.tp)
 
     @property
@@ -259,6 +259,11 @@ class TrainConfig:
         """Whether the teacher is computed by the student's engine: the student itself, or without its adapters."""
         without_adapters = self.teacher.model is None and self.teacher.weights == "frozen" and self.lora.rank > 0
         return self.live_teacher or without_adapters
+
+    @property
+    def teacher_grid(self) -> StudentConfig | TeacherConfig:
+        """The section whose `tp`, `pp` and `ep` are the teacher's."""
+        return self.student if self.shared_teacher else self.teacher
 
     @property
     def averaged_teacher(self) -> bool:

@@ -24,7 +24,7 @@ from megatron_trd import platform
 from megatron_trd.config import LoraConfig
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.loading import PiecewiseSource, Source, piecewise
-from megatron_trd.models.weights import FAMILIES, Kind, Piece, Row, Slot, slots
+from megatron_trd.models.weights import Kind, Piece, Slot, shard_shape, slots
 from megatron_trd.parallel.grid import Grid
 
 _SUFFIX = ".weight"
@@ -48,22 +48,20 @@ def without_adapters() -> Iterator[None]:
 class _Pair(torch.nn.Module):
     """A and B of one weight: this rank's shards."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, grid: Grid, *, cuts_inputs: bool, split: bool) -> None:
+    def __init__(self, a: Slot, b: Slot, arch: Architecture, grid: Grid, *, split: bool) -> None:
         """`split`: each tensor-parallel rank has a part of the sequence where activations are not cut otherwise."""
         from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
         super().__init__()
-        self._grid, self._cut = grid, {"a": 1} if cuts_inputs else {"b": 0}
-        tp = grid.layout.tp
-        shapes = {"a": (rank, inputs // tp if cuts_inputs else inputs), "b": (outputs, rank)}
-        if not cuts_inputs:
-            shapes["b"] = outputs // tp, rank
-        for name, shape in shapes.items():
+        self._grid, self._cut = grid, {}
+        for name, slot in (("a", a), ("b", b)):
+            shape = shard_shape(slot, arch, grid.layout.tp)
             parameter = torch.nn.Parameter(torch.empty(shape, dtype=platform.current().dtype))
-            if name in self._cut:
-                set_tensor_model_parallel_attributes(parameter, True, self._cut[name], 1)
-            else:  # each rank has the gradient of its part of the sequence: Megatron sums them
+            if slot.kind == "replicated":  # each rank has the gradient of its part of the sequence: Megatron sums them
                 parameter.sequence_parallel = split  # type: ignore[attr-defined]
+            else:
+                self._cut[name] = 1 if slot.kind == "row" else 0
+                set_tensor_model_parallel_attributes(parameter, True, self._cut[name], 1)
             self.register_parameter(name, parameter)
 
     def sharded_state_dict(self, prefix: str, sharded_offsets: Any, metadata: Any) -> Any:
@@ -85,23 +83,18 @@ class Adapter(torch.nn.Module):
     input and output are."""
 
     def __init__(
-        self, row: Row, linear: torch.nn.Module, arch: Architecture, grid: Grid, lora: LoraConfig, *, split: bool
+        self, slot: Slot, linear: torch.nn.Module, arch: Architecture, grid: Grid, lora: LoraConfig, *, split: bool
     ) -> None:
-        """`row`: the layer's weight; `split`: sequence parallelism."""
+        """`slot`: the layer's weight; `split`: sequence parallelism."""
         super().__init__()
-        sizes = arch.sizes()
-        self._cuts_inputs, self._split, self._scale = row.kind == "row", split, lora.scale
+        self._cuts_inputs, self._split, self._scale = slot.kind == "row", split, lora.scale
         self._tp, self._group = grid.layout.tp, grid.groups.tp
         # Rows of the parts alternate in the layer's output, as many times as there are groups of heads.
-        self._groups = arch.kv_heads // self._tp if row.kind == "qkv" else 1
+        self._groups = arch.kv_heads // self._tp if slot.kind == "qkv" else 1
         self._norm_eps, self._linear = arch.norm_eps, (linear,)  # a tuple: not one of this module's own parts
+        of_tensors = zip(slot.hf, adapter_slots(arch, lora.rank)[slot], strict=True)
         self.pairs = torch.nn.ModuleDict(
-            {
-                _last(name): _Pair(
-                    sizes[inputs], sizes[outputs], lora.rank, grid, cuts_inputs=self._cuts_inputs, split=split
-                )
-                for name, (outputs, inputs) in row.hf.items()
-            }
+            {_last(name): _Pair(*pair, arch, grid, split=split) for name, pair in of_tensors}
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -118,26 +111,16 @@ class Adapter(torch.nn.Module):
         return torch.cat(found, -1).flatten(-2)
 
     def _exchanged(self, low: Tensor) -> Tensor:
-        """The sum over ranks that have a part of the inputs each, or the tokens of all for ranks that have a part of
-        the outputs each."""
+        """For ranks that have a part of the inputs each, their sum (of their part of the tokens, with sequence
+        parallelism); for ranks that have a part of the outputs each, all tokens."""
         from megatron.core.tensor_parallel import mappings
 
         if self._tp == 1:
             return low
-        how: Any
-        if self._cuts_inputs:
-            how = (
-                mappings.reduce_scatter_to_sequence_parallel_region
-                if self._split
-                else (mappings.reduce_from_tensor_model_parallel_region)
-            )
-        else:
-            how = (
-                mappings.gather_from_sequence_parallel_region
-                if self._split
-                else (mappings.copy_to_tensor_model_parallel_region)
-            )
-        exchanged: Tensor = how(low, group=self._group)
+        whole = mappings.reduce_from_tensor_model_parallel_region, mappings.copy_to_tensor_model_parallel_region
+        split = mappings.reduce_scatter_to_sequence_parallel_region, mappings.gather_from_sequence_parallel_region
+        summed, gathered = split if self._split else whole
+        exchanged: Tensor = (summed if self._cuts_inputs else gathered)(low, group=self._group)
         return exchanged
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
@@ -152,11 +135,11 @@ def add_adapters(model: Any, arch: Architecture, grid: Grid, lora: LoraConfig, *
     """Give the linear layers of a `GPTModel`'s stage adapters without values yet, and freeze all else."""
     model.requires_grad_(False)
     for layer in model.decoder.layers:
-        for row in _rows(arch):
-            path = row.megatron[0].removesuffix(_SUFFIX)
+        for slot in _of_layer(arch):
+            path = slot.megatron[0].removeprefix("decoder.layers.0.").removesuffix(_SUFFIX)
             parent, _, name = path.rpartition(".")
             linear = layer.get_submodule(path)
-            adapter = Adapter(row, linear, arch, grid, lora, split=split).to(platform.current().device)
+            adapter = Adapter(slot, linear, arch, grid, lora, split=split).to(platform.current().device)
             # Beside the layer, not in it: megatron-core's layers save all that is in them as their own shards.
             layer.get_submodule(parent).add_module(f"{name}_adapter", adapter)
             linear.register_forward_hook(functools.partial(_added, adapter))
@@ -174,9 +157,9 @@ def _differentiable(_: torch.nn.Module, __: Any, hidden: Tensor) -> Tensor:
     return hidden.requires_grad_() if torch.is_grad_enabled() else hidden
 
 
-def _rows(arch: Architecture) -> list[Row]:
-    """The weights of a layer that have adapters."""
-    return [row for row in FAMILIES[arch.family].layer if row.linear and not row.of_expert]
+def _of_layer(arch: Architecture) -> list[Slot]:
+    """The weights of the first layer that have adapters; all layers are alike."""
+    return [slot for slot in slots(arch) if slot.adaptable and slot.layer == 0]
 
 
 def _last(name: str) -> str:
@@ -186,17 +169,14 @@ def _last(name: str) -> str:
 
 def targets(arch: Architecture) -> list[str]:
     """Last names of the Hugging Face modules that have adapters."""
-    return [_last(name) for row in _rows(arch) for name in row.hf]
+    return [_last(name) for slot in _of_layer(arch) for name in slot.hf]
 
 
 @functools.lru_cache(maxsize=8)
 def adapter_slots(arch: Architecture, rank: int) -> Mapping[Slot, tuple[tuple[Slot, Slot], ...]]:
     """Slot of a weight with adapters -> A and B of each of its Hugging Face tensors."""
-    linear = {name for row in _rows(arch) for name in row.megatron}
     return {
-        slot: tuple(_pair(slot, index, rank) for index in range(len(slot.hf)))
-        for slot in slots(arch)
-        if slot.place == "layer" and slot.expert is None and slot.megatron[0].split(".", 3)[3] in linear
+        slot: tuple(_pair(slot, index, rank) for index in range(len(slot.hf))) for slot in slots(arch) if slot.adaptable
     }
 
 

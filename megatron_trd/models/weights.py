@@ -53,11 +53,6 @@ class Row:
         """Whether each expert of the layer has one."""
         return "{expert}" in self.megatron[0]
 
-    @property
-    def linear(self) -> bool:
-        """Whether it is the weight of a linear layer that tensor parallelism cuts."""
-        return self.kind in ("row", "qkv", "gated") and all(len(shape) == 2 for shape in self.hf.values())
-
 
 @dataclass(frozen=True)
 class Family:
@@ -167,6 +162,11 @@ class Slot:
     def expert(self) -> int | None:
         """Global index of the expert it belongs to."""
         return self.index[1] if len(self.index) > 1 else None
+
+    @property
+    def adaptable(self) -> bool:
+        """Whether low-rank adapters can be added to it: a matrix that tensor parallelism cuts, but no expert's."""
+        return self.kind in ("row", "qkv", "gated") and len(self.whole) == 2 and self.expert is None
 
     @property
     def whole(self) -> tuple[int, ...]:

@@ -41,8 +41,8 @@ class Case:
 
     @property
     def teacher_layout(self) -> Layout:
-        own = self.config.teacher
-        return self.student_layout if self.config.shared_teacher else Layout(own.tp, own.pp, self.cluster.world, own.ep)
+        own = self.config.teacher_grid
+        return Layout(own.tp, own.pp, self.cluster.world, own.ep)
 
     @property
     def refines(self) -> bool:
@@ -68,7 +68,8 @@ class Case:
         """The same run in another layout. Raises `UserError` if it does not divide the models or the ranks."""
         case = dataclasses.replace(self, config=config)
         case.student.check_layout(config.student.tp, config.student.pp, "student", config.student.ep)
-        case.teacher.check_layout(config.teacher.tp, config.teacher.pp, "teacher", config.teacher.ep)
+        grid = config.teacher_grid
+        case.teacher.check_layout(grid.tp, grid.pp, "teacher", grid.ep)
         for arch in case.engines:
             arch.check_layout(config.sampler.tp, 1, "sampler")
         if not case.stack.threads_communicate:

@@ -80,10 +80,8 @@ def head_shard(arch: Architecture, tp: int) -> int:
 
 @functools.cache
 def adapted(arch: Architecture) -> tuple[Slot, ...]:
-    """A layer's parameters that low-rank adapters are added to: matrices that TP cuts, but no expert's. A router, the
-    only other matrix of a layer, is replicated."""
-    layer = [slot for slot in one_layer(arch) if slot.place == "layer" and slot.expert is None]
-    return tuple(slot for slot in layer if slot.kind != "replicated" and len(slot.whole) > 1)
+    """A layer's parameters that low-rank adapters are added to."""
+    return tuple(slot for slot in one_layer(arch) if slot.adaptable)
 
 
 @functools.cache

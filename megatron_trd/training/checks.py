@@ -44,7 +44,8 @@ def check(config: TrainConfig, *, grades: bool = True) -> Inputs:
     check_teacher(student.arch, teacher.arch)
     _check_tokenizers(student, teacher)
     student.arch.check_layout(config.student.tp, config.student.pp, "student", config.student.ep)
-    teacher.arch.check_layout(config.teacher.tp, config.teacher.pp, "teacher", config.teacher.ep)
+    grid = config.teacher_grid
+    teacher.arch.check_layout(grid.tp, grid.pp, "teacher", grid.ep)
     if student.arch.experts and config.student.tp > 1 and not config.student.sequence_parallel:
         raise UserError("a mixture of experts with student.tp > 1 needs student.sequence_parallel=true")
     for model in (student, teacher):
@@ -114,6 +115,8 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError(
             f"teacher.weights={config.teacher.weights} is for a self-teacher; unset teacher.model or teacher.weights"
         )
+    if config.lora.alpha is not None and not config.lora.rank:
+        raise UserError("lora.alpha scales adapters, and there are none: set lora.rank too, or unset it")
     if config.log.max_drift is not None and not config.log.drift_tokens:
         raise UserError("log.max_drift bounds what is measured on log.drift_tokens tokens, which are 0: raise them")
     if config.student.sequence_parallel and config.student.tp == 1:
@@ -190,8 +193,8 @@ def _check_order(config: TrainConfig) -> None:
 
 def _world_size(config: TrainConfig) -> int:
     world = config.world_size or platform.current().ranks(config.fewest_ranks)
-    Layout(config.student.tp, config.student.pp, world, config.student.ep)
-    Layout(config.teacher.tp, config.teacher.pp, world, config.teacher.ep)
+    for part in (config.student, config.teacher_grid):
+        Layout(part.tp, part.pp, world, part.ep)
     config.sampler.groups(world)
     return world
 

@@ -35,7 +35,7 @@ def allocated(rank: int, world: int, model: str, students: list[dict[str, Any]])
     platform.current().set_up()
     found = []
     for settings in students:
-        config = from_dict({"model": model, "student": settings}, "test")
+        config = from_dict({"model": model} | settings, "test")
         grid = student_grid(config.student.tp, config.student.pp, config.student.ep, seed=0)
         student = StudentEngine(config, open_model(model), grid)
         with platform.current().megatron():
@@ -75,14 +75,17 @@ def test_weights_gradients_and_optimizer_are_what_the_student_engine_allocates(
         shape |= {"moe_intermediate_size": 128}
     model = write_model(tmp_path / "model", family=family, num_hidden_layers=2, max_position_embeddings=40960, **shape)
     world = 4
-    ranks = run_ranks(allocated, world, str(model), students)
-    for index, settings in enumerate(students):
-        case = make({"model": str(model), "student": settings}, gpu="cpu", gpus_per_node=world)
+    runs = [{"student": settings, "lora": {"rank": rank}} for settings in students for rank in (0, 128)]
+    ranks = run_ranks(allocated, world, str(model), runs)
+    for index, settings in enumerate(runs):
+        case = make({"model": str(model)} | settings, gpu="cpu", gpus_per_node=world)
         for rank in range(world):
             _, stage, _ = case.student_layout.coordinates(rank)
-            own = sizes.of_rank(case.student, case.student_layout, stage, with_head=True)
-            state = memory.optimizer_values(case, own) * case.stack.optimizer_bytes
-            assert ranks[rank][index] == (own.total * 4, own.total * 4, state), (settings, rank)
+            own = sizes.of_rank(case.student, case.student_layout, stage, with_head=True).total
+            trained = memory.trained_values(case, stage)
+            weights = own + trained.total if settings["lora"]["rank"] else own
+            state = memory.optimizer_values(case, trained) * case.stack.optimizer_bytes
+            assert ranks[rank][index] == (weights * 4, trained.total * 4, state), (settings, rank)
 
 
 def benchmark_rows() -> list[tuple[str, int, int, int, float, float]]:
