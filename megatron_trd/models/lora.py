@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -222,6 +222,23 @@ def fresh(seed: int) -> Source:
     return make
 
 
+@dataclass(frozen=True)
+class _AdaptedPiece(Piece):
+    """A part of a weight that its adapters are added to when it is read."""
+
+    a: Tensor  # [rank, in]
+    b: Tensor  # [out, rank]
+    scale: float
+
+    def values(self) -> Tensor:
+        """The sum in float32, rounded once to the dtype of the stored values."""
+        rows = self.stored.reshape(-1, self.stored.shape[-1])
+        part_of_b = self.b[self.row : self.row + len(rows)].float()
+        part_of_a = self.a[:, self.column : self.column + rows.shape[1]].float()
+        added = torch.addmm(rows.float(), part_of_b, part_of_a, alpha=self.scale)
+        return added.to(self.stored.dtype).view(self.stored.shape)
+
+
 class AdaptedSource:
     """The weights `W + scale * B A` of a model with adapters; a `PiecewiseSource`. Collective if its sources are."""
 
@@ -229,28 +246,24 @@ class AdaptedSource:
         self._base, self._pieces, self._adapters = base, piecewise(base), adapters
         self._table, self._scale = adapter_slots(arch, lora.rank), lora.scale
 
+    @torch.no_grad()
     def __call__(self, slot: Slot) -> list[Tensor]:
         if slot not in self._table:
             return self._base(slot)
         pieces = self.pieces(slot)  # so that both ways give the same bits
-        full = [pieces[0].values.new_empty(shape) for shape in slot.shapes]
+        full = [pieces[0].stored.new_empty(shape) for shape in slot.shapes]
         for piece in pieces:
             piece.copy_to(full[piece.index])
         return full
 
-    @torch.no_grad()
     def pieces(self, slot: Slot) -> list[Piece]:
-        """The base weights' pieces, with their part of the product added in float32 and rounded once."""
+        """The base weights' pieces, which are merged with the adapters when they are copied: an engine that needs few
+        of them does no more."""
         pieces = self._pieces(slot)
         if slot not in self._table:
             return pieces
-        pairs = [(self._adapters(a)[0].float(), self._adapters(b)[0].float()) for a, b in self._table[slot]]
-        return [self._added(piece, *pairs[piece.index]) for piece in pieces]
-
-    def _added(self, piece: Piece, a: Tensor, b: Tensor) -> Piece:
-        base = piece.values
-        rows = base.float().reshape(-1, base.shape[-1])
-        part_of_b = b[piece.row : piece.row + len(rows)]
-        part_of_a = a[:, piece.column : piece.column + base.shape[-1]]
-        merged = torch.addmm(rows, part_of_b, part_of_a, alpha=self._scale)
-        return replace(piece, values=merged.to(base.dtype).view(base.shape))
+        pairs = [(self._adapters(a)[0], self._adapters(b)[0]) for a, b in self._table[slot]]
+        return [
+            _AdaptedPiece(piece.index, piece.row, piece.column, piece.stored, *pairs[piece.index], self._scale)
+            for piece in pieces
+        ]

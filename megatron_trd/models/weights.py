@@ -268,27 +268,32 @@ class Piece:
     index: int  # of the tensor
     row: int  # where it begins in the tensor
     column: int
-    values: Tensor  # one dimension more than the tensor has means rows by group, the groups not adjacent
+    stored: Tensor  # one dimension more than the tensor has means rows by group, the groups not adjacent
+
+    def values(self) -> Tensor:
+        """Its values, shaped as they are stored."""
+        return self.stored
 
     def copy_to(self, window: Tensor, row: int = 0, column: int = 0) -> int:
         """Copy the values within a window of the tensor that begins at (row, column); returns their number.
 
         The window of a piece with groups must contain whole groups.
         """
-        values, begins, ats = self.values, [self.row, self.column], [row, column]
-        if values.dim() > window.dim():
-            size = values.shape[1]
-            window = window.unflatten(0, (-1, size))
-            begins, ats = [self.row // size], [row // size]
-        for dim, (begin, at) in enumerate(zip(begins[: values.dim()], ats, strict=False)):
+        shape, begins, ats = self.stored.shape, [self.row, self.column], [row, column]
+        if len(shape) > window.dim():
+            window = window.unflatten(0, (-1, shape[1]))
+            begins, ats = [self.row // shape[1]], [row // shape[1]]
+        kept: list[tuple[int, int, int]] = []  # dimension, first, count: of the values
+        for dim, (begin, at) in enumerate(zip(begins[: len(shape)], ats, strict=False)):
             first = max(begin, at)
-            count = min(begin + values.shape[dim], at + window.shape[dim]) - first
+            count = min(begin + shape[dim], at + window.shape[dim]) - first
             if count <= 0:
                 return 0
-            if count < values.shape[dim]:
-                values = values.narrow(dim, first - begin, count)
-            if count < window.shape[dim]:
-                window = window.narrow(dim, first - at, count)
+            kept.append((dim, first - begin, count))
+            window = window.narrow(dim, first - at, count)
+        values = self.values()
+        for where in kept:
+            values = values.narrow(*where)
         window.copy_(values)
         return values.numel()
 
