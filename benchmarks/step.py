@@ -40,6 +40,7 @@ GIB = 2**30
 MICRO_BATCH = 8  # TRL's default
 MAX_PROMPT = 256  # tokens of a problem, and of a reference solution: no problem of the 100 is cut
 NEVER_DRAWN, PADDING = "<jupyter_script>", "<empty_output>"  # special tokens of SmolLM2
+LORA_RANK = 64
 TEACHER_NOISE = 0.1  # of a weight matrix's standard deviation
 POLL_SECONDS = 0.2
 
@@ -215,6 +216,11 @@ def _trl(settings: dict[str, Any], inputs: Inputs, run_dir: Path, options: argpa
 # Name -> whether it is ours, and its settings besides those shared by all.
 _CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "ours, trd-opsd": (True, {"method": "trd-opsd"}),
+    "ours, trd-opsd, frozen teacher": (True, {"method": "trd-opsd", "teacher.weights": "frozen"}),
+    "ours, trd-opsd, frozen teacher, adapters": (
+        True,
+        {"method": "trd-opsd", "teacher.weights": "frozen", "lora.rank": LORA_RANK},
+    ),
     "ours, opd-forward-kl": (
         True,
         {"method": "opd-forward-kl", "teacher.model": Inputs.teacher, "teacher.weights": "frozen"},

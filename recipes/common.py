@@ -65,7 +65,7 @@ def paper_run(name: str, model: str, *, tp: int) -> TrainConfig:
     Models and data are folders of the working directory, since compute nodes often have no network; docs/recipes.md
     says how to get them. Settings not given here have the defaults of megatron_trd/config.py, which are the paper's:
     2,048 tokens per prompt, 4,096 per reference, 16,384 per response, 16 problems per step, AdamW at 5e-6 after 10 % of
-    warm-up. The paper trains LoRA adapters by default; here all weights are trained, its other option.
+    warm-up. The paper trains LoRA adapters by default (`lora.rank=64`); here all weights are trained, its other option.
 
     Layouts are ours, for training sequences of up to 38,912 tokens on 80 GB cards (85e9 bytes) that hold all of
     Megatron's memory at once. By arithmetic, for the 8 G parameters of Qwen3-8B at TP 4 on 8 GPUs, 1e9 bytes per GPU:

@@ -7,12 +7,14 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from checkpoint_tools import hf_to_megatron, megatron_to_hf, verify
-from megatron_trd.config import apply_overrides, load
+from megatron_trd import platform
+from megatron_trd.config import SamplerConfig, apply_overrides, load
 from megatron_trd.errors import UserError
 from megatron_trd.files import write_sums
 from megatron_trd.models.loading import named_tensors
@@ -20,6 +22,7 @@ from megatron_trd.models.model import open_model
 from megatron_trd.models.peft_format import CONFIG
 from megatron_trd.training.checks import check
 from tests.checkpoint_tools.folders import tensors
+from tests.distributed import run_ranks
 from tests.training import jobs
 from tests.training.test_jobs import assert_same_run
 
@@ -98,6 +101,41 @@ def test_what_is_exported_computes_the_same_with_peft_and_without(unbroken: tupl
         AutoModelForCausalLM.from_pretrained(load(job).model), str(tmp_path / "torch.bfloat16")
     )
     assert 1e-5 < (rounded(ids).logits - merged).abs().max() < 0.1
+
+
+_ENGINES: list[Any] = []  # to the end of the process: one that is dropped takes everyone's process groups with it
+
+
+def by_vllm(rank: int, world: int, base: str, adapters: str, merged: str) -> list[list[float]]:
+    """Rank function: log-probabilities of greedy tokens, by the base model with its adapters, without, and merged."""
+    current = platform.current()
+    os.environ.update(current.sampler_environment())
+    arguments = current.sampler_arguments(SamplerConfig(), 64, sleeps=False, alone=False)
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    with current.starting_sampler("adapters"):
+        for model, more in ((base, {"enable_lora": True, "max_lora_rank": 8}), (merged, {})):
+            _ENGINES.append(LLM(model, dtype="float32", max_model_len=64, **arguments, **more))
+    plain, whole = _ENGINES
+    parameters = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, ignore_eos=True, detokenize=False)
+    found = []
+    for llm, request in ((plain, LoRARequest("trained", 1, adapters)), (plain, None), (whole, None)):
+        prompt = {"prompt_token_ids": list(range(10, 50))}
+        [output] = llm.generate([prompt], parameters, use_tqdm=False, lora_request=request)
+        chosen = zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+        found.append([entry[token].logprob for token, entry in chosen])
+    return found
+
+
+def test_vllm_takes_the_adapters_as_they_are_exported(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+    job, run = unbroken
+    step, base = run / f"checkpoints/step_{jobs.STEPS}", load(job).model
+    megatron_to_hf.convert(step, tmp_path / "adapters", weights="adapters")
+    megatron_to_hf.convert(step, tmp_path / "merged")
+    [(adapted, plain, merged)] = run_ranks(by_vllm, 1, base, str(tmp_path / "adapters"), str(tmp_path / "merged"))
+    assert adapted == pytest.approx(merged, abs=1e-5)
+    assert adapted != pytest.approx(plain, abs=1e-3)
 
 
 def test_logits_of_megatron_s_model_with_adapters_are_those_of_the_exported_one(
