@@ -15,12 +15,10 @@ from tests import real_input
 from tests.checkpoint_tools.folders import tensors
 from tests.checkpoint_tools.test_vllm import greedy_by_transformers, greedy_by_vllm
 from tests.distributed import run_ranks
+from tests.marks import on_real_input
 from tests.weights.bits import same_bits
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(real_input.missing()), reason=f"not installed: {', '.join(real_input.missing())}"),
-]
+pytestmark = list(on_real_input)
 
 
 def load_and_save(rank: int, world: int, source: str, target: str) -> None:

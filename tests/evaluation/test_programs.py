@@ -12,8 +12,9 @@ from megatron_trd.data.programs import ProgramTests
 from megatron_trd.evaluation import sandbox
 from megatron_trd.evaluation.grading import are_correct
 from megatron_trd.evaluation.programs import last_program, passes
+from tests.marks import needs_sandbox
 
-pytestmark = pytest.mark.skipif(sandbox.no_sandbox() is not None, reason=f"no sandbox: {sandbox.no_sandbox()}")
+pytestmark = needs_sandbox
 
 INPUTS = ProgramTests(inputs=("1 2\n", "30 4\n"), outputs=("3\n", "34"))
 CALLS = ProgramTests(inputs=([1, 2], [30, 4]), outputs=(3, [34]), function="add")

@@ -10,15 +10,11 @@ import pytest
 from megatron_trd.config import DataConfig
 from megatron_trd.data.problems import load_problems
 from megatron_trd.evaluation.grading import are_correct
-from megatron_trd.evaluation.sandbox import no_sandbox
 from tests import real_input
+from tests.marks import needs_sandbox, on_real_input
 from tests.training import jobs
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(real_input.missing()), reason=f"not installed: {', '.join(real_input.missing())}"),
-    pytest.mark.skipif(no_sandbox() is not None, reason=f"no sandbox: {no_sandbox()}"),
-]
+pytestmark = [*on_real_input, needs_sandbox]
 
 
 def test_solutions_of_human_eval_pass_and_nothing_else_does(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.engines.engine import Completion
 from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.evaluation.responses import write_results
-from megatron_trd.evaluation.sandbox import no_sandbox
 from megatron_trd.training.held_out import HeldOut
 from tests.data.tokenizers import tokenizer
+from tests.marks import needs_sandbox
 
 SCRIPTS = ["```python\nprint(int(input()) + 1)\n```", "```python\nprint(3)\n```", "print(int(input()) + 1)"]
 TESTS = [ProgramTests(inputs=("1", "2"), outputs=("2", "3")), ProgramTests(inputs=("1",), outputs=("2",))]
@@ -37,7 +37,7 @@ def completion(text: str) -> Completion:
             [tests.to_json() for tests in TESTS],
             [SCRIPTS[0], SCRIPTS[1], SCRIPTS[2], SCRIPTS[0]],
             [True, False, False, True],
-            marks=pytest.mark.skipif(no_sandbox() is not None, reason=f"no sandbox: {no_sandbox()}"),
+            marks=needs_sandbox,
         ),
     ],
 )

@@ -18,8 +18,7 @@ from megatron_trd.config import DataConfig
 from megatron_trd.errors import JobFailed, UserError
 from megatron_trd.evaluation import sandbox
 from megatron_trd.evaluation.grading import check_gradable
-
-needs_one = pytest.mark.skipif(sandbox.no_sandbox() is not None, reason=f"no sandbox: {sandbox.no_sandbox()}")
+from tests.marks import needs_sandbox
 
 
 def run(program: str, *inputs: str, seconds: float = 60.0) -> list[str]:
@@ -27,7 +26,7 @@ def run(program: str, *inputs: str, seconds: float = 60.0) -> list[str]:
     return list(sandbox.run_program({"kind": "input", "program": program, "inputs": inputs or [""]}, seconds))
 
 
-@needs_one
+@needs_sandbox
 @pytest.mark.parametrize(
     "forbidden",
     [
@@ -80,7 +79,7 @@ def test_forbidden(forbidden: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         exec(f"import os\nFILE = {str(secret)!r}\n{forbidden}")  # outside it works: the test is of the sandbox
 
 
-@needs_one
+@needs_sandbox
 def test_limits_end_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 1.0)
     monkeypatch.setattr(sandbox, "PATIENCE", 1.5)
@@ -92,18 +91,18 @@ def test_limits_end_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(waits, "0", "0", "1", "0") == ["ended\n"] * 2  # nothing is run after what failed
 
 
-@needs_one
+@needs_sandbox
 def test_a_program_cannot_stop_who_watches_it() -> None:
     assert run("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\nprint('on')", seconds=10.0) == ["on\n"]
 
 
-@needs_one
+@needs_sandbox
 def test_a_program_that_waits_for_its_turn_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 1.0)
     assert run("import time; time.sleep(1.2); print('ended')") == ["ended\n"]
 
 
-@needs_one
+@needs_sandbox
 @pytest.mark.parametrize("waits", ["time.sleep(0.2)", "while time.process_time() < 0.2: pass"])
 def test_all_inputs_together_have_a_limit_and_nothing_outlives_it(waits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "PATIENCE", 1.0 if "sleep" in waits else 100.0)
@@ -114,7 +113,7 @@ def test_all_inputs_together_have_a_limit_and_nothing_outlives_it(waits: str, mo
     assert not _running()
 
 
-@needs_one
+@needs_sandbox
 def test_threads_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 40.0)
     starts = (
@@ -128,7 +127,7 @@ def test_threads_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - begin < 30  # before its time is over
 
 
-@needs_one
+@needs_sandbox
 def test_who_has_seen_enough_ends_the_program() -> None:
     outputs = sandbox.run_program({"kind": "input", "program": "print(input())", "inputs": ["1"] * 10**5})
     assert next(outputs) == "1\n"
@@ -145,7 +144,7 @@ def test_a_sandbox_that_fails_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> 
     assert run("print(1)", seconds=0.1) == [], "a program that is killed for its time is wrong"
 
 
-@needs_one
+@needs_sandbox
 def test_the_sandbox_ends_with_whoever_asked() -> None:
     program = "import time; time.sleep(1e6)"
     asks = f"from tests.evaluation.test_sandbox import run\nprint('begun', flush=True)\nrun({program!r})"
@@ -170,7 +169,7 @@ def _running(parent: int | None = None) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "bwrap\n"]
 
 
-@needs_one
+@needs_sandbox
 def test_of_python_the_sandbox_has_what_runs_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret").write_text("text")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -183,7 +182,7 @@ def test_of_python_the_sandbox_has_what_runs_programs(tmp_path: Path, monkeypatc
     assert seen == "False False"
 
 
-@needs_one
+@needs_sandbox
 def test_a_copied_python_runs_programs(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--copies", "--without-pip", tmp_path / "copy"], check=True)
     asks = "from megatron_trd.evaluation import sandbox; print(sandbox.no_sandbox())"
@@ -193,7 +192,7 @@ def test_a_copied_python_runs_programs(tmp_path: Path) -> None:
     assert found.stdout == b"None\n"
 
 
-@needs_one
+@needs_sandbox
 def test_a_sandbox_without_numpy_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numpy").mkdir()
     (tmp_path / "numpy/__init__.py").write_text("raise ImportError")

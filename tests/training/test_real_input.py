@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests import real_input
+from tests.marks import on_real_input
 from tests.training import jobs
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(real_input.missing()), reason=f"not installed: {', '.join(real_input.missing())}"),
-]
+pytestmark = list(on_real_input)
 
 
 def test_two_steps_of_trd_on_smollm2_and_gsm8k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

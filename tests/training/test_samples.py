@@ -18,11 +18,11 @@ from megatron_trd.data.prompts import PromptBuilder
 from megatron_trd.engines.engine import Completion
 from megatron_trd.engines.sampler import Trajectory
 from megatron_trd.evaluation.grading import are_correct
-from megatron_trd.evaluation.sandbox import no_sandbox
 from megatron_trd.training.checks import prompt_limit
 from megatron_trd.training.samples import SampleBuilder
 from tests.data.tokenizers import END, END_OF_TEXT, ids_of, tokenizer
 from tests.distributed import run_ranks
+from tests.marks import needs_sandbox
 
 (EOS,) = ids_of(END)
 _INDICES = itertools.count(1000)
@@ -424,7 +424,7 @@ def test_a_rollout_that_was_refined_twice_is_counted_once() -> None:
     assert found["length/rollout"] == (len(long.tokens) + len(items[2].rollout.tokens)) / 2
 
 
-@pytest.mark.skipif(no_sandbox() is not None, reason=f"no sandbox: {no_sandbox()}")
+@needs_sandbox
 def test_programs_are_graded_by_their_tests_and_once() -> None:
     made = builder("trd-opsd", data={"task": "code"}, corpus="corrected")
     wrong, right = (completion(f"So it is\n```python\ndef half(x):\n    return x {sign} 2\n```") for sign in ("*", "/"))
