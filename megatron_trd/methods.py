@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict, cast
 
-from megatron_trd.config import LossConfig, MethodName, TrainConfig
+from megatron_trd.config import LossConfig, MethodName, TrainConfig, flatten
 from megatron_trd.data.prompts import Context
 from megatron_trd.errors import UserError
 
@@ -83,6 +83,24 @@ METHODS: dict[MethodName, Method] = {
     **_baselines("opsd", "reference"),
     "opsd-jsd": Method("raw", "reference", Divergence("jsd")),
 }
+
+
+def unused_settings(config: TrainConfig) -> list[str]:
+    """Settings about what is learned that this run's other settings leave without effect, as `key=value`."""
+    method = METHODS[config.method]
+    used = {
+        "loss.beta": method.divergence.kind == "jsd",
+        "loss.clip": method.divergence.clipped,
+        "loss.top_k": method.divergence.top_k,
+        "loss.tail": method.divergence.top_k,
+        "refinements_per_rollout": method.refines,
+        "teacher.ema_decay": config.averaged_teacher,
+        "optimizer.min_lr_ratio": config.optimizer.schedule == "cosine",
+        "held_out.every": config.held_out.path is not None,
+        "held_out.samples": config.held_out.path is not None,
+    }
+    given, defaults = flatten(config), flatten(TrainConfig())
+    return [f"{key}={given[key]}" for key, is_used in used.items() if not is_used and given[key] != defaults[key]]
 
 
 def one_engine(config: TrainConfig) -> bool:

@@ -8,9 +8,11 @@ from typing import get_args
 import pytest
 
 from megatron_trd import losses
-from megatron_trd.config import LossConfig, MethodName
+from megatron_trd.config import LossConfig, MethodName, from_dict
 from megatron_trd.data.prompts import TEMPLATES, Context
-from megatron_trd.methods import METHODS
+from megatron_trd.methods import METHODS, unused_settings
+from megatron_trd.training.command import describe
+from recipes.common import find_recipe, recipe_names
 
 # name -> trajectory, teacher context, divergence, clipped, top-k, refines, needs a reference solution
 TABLE = {
@@ -62,3 +64,50 @@ def test_divergence_passes_only_the_numbers_it_uses(name: MethodName) -> None:
 def test_arguments_are_parameters_of_the_loss() -> None:
     parameters = inspect.signature(losses.fused_linear_divergence).parameters
     assert METHODS["trd-opsd"].divergence.arguments(LossConfig()).keys() <= parameters.keys()
+
+
+EVERYTHING: dict[str, dict[str, object]] = {
+    "loss": {"beta": 0.3, "clip": 0.2, "top_k": 8, "tail": True},
+    "teacher": {"ema_decay": 0.5},
+    "optimizer": {"min_lr_ratio": 0.1, "schedule": "constant"},
+    "held_out": {"every": 5, "samples": 2},
+}
+SAID = {
+    "loss.beta=0.3",
+    "loss.clip=0.2",
+    "loss.top_k=8",
+    "loss.tail=True",
+    "refinements_per_rollout=2",
+    "teacher.ema_decay=0.5",
+    "optimizer.min_lr_ratio=0.1",
+    "held_out.every=5",
+    "held_out.samples=2",
+}
+# The setting whose effect each of these brings about.
+EFFECTS: list[tuple[dict[str, object], set[str]]] = [
+    ({"method": "opsd-jsd"}, {"loss.beta=0.3"}),
+    ({"method": "opsd-forward-kl-clip"}, {"loss.clip=0.2"}),
+    ({"method": "opd-reverse-kl-topk"}, {"loss.top_k=8", "loss.tail=True"}),
+    ({"method": "trd-opd"}, {"refinements_per_rollout=2"}),
+    ({"method": "opsd-reverse-kl"}, set()),
+    ({"method": "opsd-reverse-kl", "teacher": {"weights": "ema", "ema_decay": 0.5}}, {"teacher.ema_decay=0.5"}),
+    ({"method": "opsd-reverse-kl", "optimizer": {"min_lr_ratio": 0.1}}, {"optimizer.min_lr_ratio=0.1"}),
+    (
+        {"method": "opsd-reverse-kl", "held_out": {"path": "test.jsonl", "every": 5, "samples": 2}},
+        {"held_out.every=5", "held_out.samples=2"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "used"), EFFECTS)
+def test_settings_without_effect_are_said(values: dict[str, object], used: set[str]) -> None:
+    config = from_dict(EVERYTHING | {"refinements_per_rollout": 2} | values, "test")
+    assert set(unused_settings(config)) == SAID - used
+    line = f"without effect in this run: {unused_settings(config)[0]}"
+    assert line in describe(config, 2)
+
+
+def test_no_recipe_has_a_setting_without_effect() -> None:
+    for name in recipe_names():
+        assert not unused_settings(find_recipe(name)), name
+        assert "\n" not in describe(find_recipe(name), 2)

@@ -11,6 +11,7 @@ from megatron_trd import config as configuration
 from megatron_trd.config import TrainConfig
 from megatron_trd.errors import UserError
 from megatron_trd.launch import launch
+from megatron_trd.methods import unused_settings
 from megatron_trd.training.checkpoint import steps_saved
 from megatron_trd.training.checks import Inputs, check
 from megatron_trd.training.provenance import check_inputs, digests, same_inputs
@@ -29,10 +30,12 @@ def check_start(config: TrainConfig, *, ranks: int | None = None, resume: bool =
 
 
 def describe(config: TrainConfig, ranks: int) -> str:
-    """One line that describes a run that can start: its size and its progress."""
+    """One line that describes a run that can start, its size and its progress, and one if some settings do nothing."""
     done = steps_saved(config.run_dir)
     state = f"{done} of {config.steps} steps saved" if done else f"{config.steps} steps, none saved yet"
-    return f"{config.method} on {ranks} ranks, run folder {config.run_dir}: {state}"
+    unused = unused_settings(config)
+    without_effect = f"\nwithout effect in this run: {', '.join(unused)}" if unused else ""
+    return f"{config.method} on {ranks} ranks, run folder {config.run_dir}: {state}{without_effect}"
 
 
 def run_training(config: TrainConfig, *, resume: bool = False) -> int:
