@@ -15,6 +15,7 @@ import torch
 
 from megatron_trd import platform
 from tests.distributed import run_ranks
+from tests.engines import test_lora
 from tests.engines.test_numerics import compare, compare_in_bf16, expected, expert_layout, layout, run_layouts
 from tests.models import write_model
 from tests.training import jobs
@@ -39,6 +40,18 @@ def test_a_step_is_the_dense_one_s(tmp_path: Path, family: str, case: dict[str, 
     teacher = write_model(tmp_path / "teacher", family=family, seed=8, **SMALL)
     [found] = run_ranks(run_layouts, 1, str(student), str(teacher), [case], backend=platform.current().backend)[0]
     want = expected(student, teacher)
+    if IN_BF16:
+        compare_in_bf16(found, want, family)
+    else:
+        compare(found, want, case)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3_moe"])
+def test_a_step_of_adapters_is_peft_s(tmp_path: Path, family: str) -> None:
+    model, case = write_model(tmp_path / "model", family=family, seed=7, **SMALL), test_lora.adapted(1, 1, "frozen")
+    arguments = str(model), None, [case | {"student": case["student"] | {"recompute": True}}]
+    [found] = run_ranks(test_lora.run_adapted, 1, *arguments, backend=platform.current().backend)[0]
+    want = test_lora.expected(model, None, "frozen")
     if IN_BF16:
         compare_in_bf16(found, want, family)
     else:
@@ -87,6 +100,16 @@ def test_what_moves_memory_changes_nothing_and_a_resumed_run_has_the_same_bits(j
     asked = ["--model", moved / f"checkpoints/step_{jobs.STEPS}", "--data", tmp_path / "data.jsonl", "--samples", "2"]
     jobs.finish(jobs.start("eval", *asked, "--out", tmp_path / "eval", "sampler.memory_fraction=0.05"))
     assert json.loads((tmp_path / "eval/scores.json").read_text())["problems"] == 6
+
+
+def test_adapters_are_merged_for_the_sampler_and_resume(job: Path, tmp_path: Path) -> None:
+    settings = [f"run_dir={tmp_path / 'run'}", "lora.rank=8", "student.offload=true"]
+    process = jobs.start("train", job, *settings)
+    jobs.wait_for(lambda: len(jobs.metrics(tmp_path / "run")) >= 1 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    jobs.finish(process, code=130)
+    jobs.finish(jobs.start("train", job, *settings, "--resume"))
+    assert all(row["drift/rollout"] < DRIFT for row in metrics(tmp_path / "run"))
 
 
 def test_a_mixture_of_experts_teaches_by_an_engine_of_its_own(job: Path, tmp_path: Path) -> None:
