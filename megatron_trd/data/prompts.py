@@ -152,6 +152,11 @@ class PromptBuilder:
             raise UserError(f"{whose} does not show the user message; mend it")
         return head, tail
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """A response as text, without special tokens."""
+        decoded: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return decoded
+
     def _encode(self, text: str, *, special: bool = False, start: bool = False) -> list[int]:
         """Ids of a piece of a prompt. `special`: special tokens in the text are parsed as such; `start`: begin with the
         tokenizer's beginning-of-sequence token if it has one, as plain text does (a chat template writes its own)."""

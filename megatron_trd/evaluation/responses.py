@@ -60,7 +60,7 @@ def _summary(rows: Sequence[dict[str, Any]], samples: int, seed: int) -> dict[st
 
 
 def _rows(data: DataConfig, prompts: PromptBuilder, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
-    texts = [prompts.tokenizer.decode(one.rollout.tokens, skip_special_tokens=True) for one in trajectories]
+    texts = [prompts.decode(one.rollout.tokens) for one in trajectories]
     answers = [one.problem.answer or "" for one in trajectories]  # all have one: checked before the ranks were started
     return [
         {

@@ -170,7 +170,7 @@ class SampleBuilder:
 
     def text(self, completion: Completion) -> str:
         """A completion as text, without special tokens."""
-        return self.prompts.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        return self.prompts.decode(completion.tokens)
 
     def metrics(self, trajectories: Sequence[Trajectory], samples: Sequence[Sample]) -> dict[str, float]:
         """Lengths, correctness before and after refinement, overflow and edit ratio of a step."""
