@@ -18,7 +18,16 @@ from megatron_trd.models import loading, lora
 from megatron_trd.models.weights import exported_slots
 from tests.distributed import run_ranks
 from tests.engines import reference, test_sampler
-from tests.engines.test_numerics import LR, WEIGHT_DECAY, compare_ranks, full_tensors, layout, make_samples, prepare
+from tests.engines.test_numerics import (
+    LR,
+    WEIGHT_DECAY,
+    compare_ranks,
+    engines,
+    full_tensors,
+    layout,
+    make_samples,
+    prepare,
+)
 from tests.models import write_model
 
 RANK, ALPHA = 3, 5.0
@@ -218,6 +227,39 @@ def test_merged_weights_are_peft_s_at_every_layout_and_without_shared_memory(mod
             assert all(base[name].equal(stored[name]) for name in stored)
             for name, tensor in merged.items():
                 assert torch.allclose(tensor.double(), want[name], atol=1e-6), name
+                assert tensor.equal(stored[name]) == ("proj" not in name), name
+
+
+DECAY = 0.75
+
+
+def average(rank: int, world: int, model: str, cases: list[dict[str, Any]]) -> list[Any]:
+    """Rank function: for each layout, the merged weights and the teacher's averages after one update."""
+    from megatron.core import parallel_state
+
+    from megatron_trd import platform
+
+    platform.current().set_up()
+    found = []
+    for case in cases:
+        case = case | {"teacher": case["teacher"] | {"ema_decay": DECAY}}
+        with mock.patch.object(lora, "fresh", filled):
+            student, teacher = engines(model, None, case)
+        teacher.update()
+        averages = {name: full.clone() for name, full in loading.named_tensors(student.arch, teacher.averages())}
+        found.append((full_tensors(student), averages))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_an_average_is_that_of_merged_weights(models: dict[str, Path]) -> None:
+    cases = [adapted(2, 1, "ema"), adapted(1, 2, "ema")]
+    cases[0]["teacher"] |= {"tp": 1, "pp": 2}
+    stored = load_file(models["untied"] / "model.safetensors")
+    for found in run_ranks(average, 2, str(models["untied"]), cases):
+        for merged, averages in found:
+            for name, tensor in averages.items():
+                assert torch.allclose(tensor, DECAY * stored[name] + (1 - DECAY) * merged[name], atol=1e-6), name
                 assert tensor.equal(stored[name]) == ("proj" not in name), name
 
 
