@@ -76,8 +76,8 @@ def allocate(executor: run.Executor, config: TrainConfig) -> int:
     if nodes * each % fewest:
         raise UserError(
             f"{nodes} × {each} ranks (executor.nodes × executor.ntasks_per_node) do not fit the layouts: student "
-            f"{_text(config.student)}, teacher {_text(config.teacher)}, sampler tp={config.sampler.tp} need a multiple "
-            f"of {fewest}"
+            f"{_text(config.student)}, teacher {_text(config.teacher_grid)}, sampler tp={config.sampler.tp} need a "
+            f"multiple of {fewest}"
         )
     return nodes * each
 

@@ -37,6 +37,7 @@ def batch_script(output: str) -> str:
         (["executor=slurm", "executor.nodes=two"], ["executor", "'two'"]),
         (["run.nonsense=1"], ["'nonsense'"]),
         (["executor.ntasks_per_node=3"], ["1 × 3 ranks", "student tp=2", "multiple of 2"]),
+        (["executor.ntasks_per_node=3", "teacher.weights=frozen", "lora.rank=4"], ["teacher tp=2", "multiple of 2"]),
         (["executor=slurm", "executor.nodes=3", "executor.ntasks_per_node=1"], ["3 × 1 ranks", "multiple of 2"]),
         (["executor.ntasks_per_node=4", "world_size=2"], ["world_size=2", "4 ranks"]),
         (["student.tp=3"], ["student.tp=3", "attention heads"]),
