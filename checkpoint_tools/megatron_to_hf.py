@@ -80,13 +80,13 @@ def convert(
     dry_run: bool = False,
 ) -> None:
     """Write `out` whole or not at all. Raises `UserError` for bad input; then nothing is written."""
+    check_places(out, megatron, like)
     if weights == "adapters":
         _convert_adapters(MegatronFolder(megatron, like), out, dtype, force=force, dry_run=dry_run)
         return
     source = _open(megatron, weights, like)
     if source.companions.has_tokenizer:  # weights alone are a model too
         check_tokenizer(source.companions, source.arch)
-    check_places(out, megatron, like)
     infos = exported_tensors(source.arch, lambda slot: dtype or source.dtype(slot))
     if dry_run:
         print_mapping(source.arch, lambda slot: dtype or source.dtype(slot))
@@ -110,7 +110,6 @@ def _convert_adapters(
     config, arch, reader = checkpoint.adapters, checkpoint.arch, checkpoint.reader
     if config is None:
         raise UserError(f"checkpoint '{checkpoint.path}' has no adapters; leave --weights out for the whole model")
-    check_places(out, checkpoint.path)
     slots = all_adapter_slots(arch, config.lora.rank)
     kept = dtype or reader.dtype(slots[0].key)
     size = sum(slot.size for slot in slots) * kept.itemsize

@@ -70,9 +70,14 @@ class LoraConfig:
     alpha: Annotated[float, Field(gt=0)] | None = None  # None: twice the rank (paper)
 
     @property
+    def numerator(self) -> float:
+        """`alpha`, or what it is by default."""
+        return self.alpha or 2.0 * self.rank
+
+    @property
     def scale(self) -> float:
         """Factor of B A."""
-        return (self.alpha or 2.0 * self.rank) / self.rank
+        return self.numerator / self.rank
 
 
 @dataclass(config=_STRICT, kw_only=True)

@@ -17,6 +17,7 @@ from megatron_trd.files import check_small_sums
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 WEIGHT_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # and their safetensors names
 
 
@@ -45,6 +46,8 @@ class ModelFolder:
         if not self.path.is_dir():
             raise UserError(f"model folder '{path}': no such folder; give a local Hugging Face folder")
         if not (self.path / "config.json").is_file():
+            if (self.path / ADAPTER_CONFIG).is_file():
+                raise UserError(f"model folder '{path}': adapters alone; give a model that they are merged into")
             raise UserError(f"model folder '{path}': no config.json; this is not a Hugging Face model folder")
         check_small_sums(self.path)
 

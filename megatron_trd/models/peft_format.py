@@ -15,13 +15,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_trd.config import LoraConfig
-from megatron_trd.errors import UserError
+from megatron_trd.errors import UserError, line_of
 from megatron_trd.files import write_sums
 from megatron_trd.models.architecture import Architecture
+from megatron_trd.models.folder import ADAPTER_CONFIG
 from megatron_trd.models.lora import all_adapter_slots, targets
 from megatron_trd.models.weights import Slot
 
-CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class AdapterConfig:
 
     def write(self, folder: Path, arch: Architecture) -> None:
         """Write `adapter_config.json` into a folder."""
-        alpha = self.lora.scale * self.lora.rank
+        alpha = self.lora.numerator
         values: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -45,22 +46,23 @@ class AdapterConfig:
             "target_modules": targets(arch),
             "inference_mode": True,
         }
-        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> AdapterConfig | None:
     """What `AdapterConfig.write` wrote; None if there is none. Raises `UserError` if it is not readable."""
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     if not path.exists():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha, base = int(values["r"]), float(values["lora_alpha"]), str(values["base_model_name_or_path"])
-        if min(rank, alpha) <= 0:
+        lora = LoraConfig(rank=values["r"], alpha=values["lora_alpha"])  # whose error is a ValueError
+        if not (lora.rank and lora.alpha):
             raise ValueError("r and lora_alpha have to be positive")
+        return AdapterConfig(lora, str(values["base_model_name_or_path"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a configuration of adapters ({error}): copy the folder again") from None
-    return AdapterConfig(LoraConfig(rank=rank, alpha=alpha), base)
+        reason = line_of(error, 120)
+        raise UserError(f"{path}: not a configuration of adapters ({reason}): copy the folder again") from None
 
 
 def write_adapters(target: Path, config: AdapterConfig, arch: Architecture, adapter: Callable[[Slot], Tensor]) -> None:

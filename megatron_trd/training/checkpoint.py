@@ -123,7 +123,7 @@ def _write(folder: Path, step: int, student: StudentEngine, teacher: TeacherEngi
         (folder / COMPANIONS).mkdir()
         copy_companions(student.folder, folder / COMPANIONS, platform.current().dtype)
         if student.config.lora.rank:
-            base = str(student.folder.path.resolve())
+            base = str(Path(student.config.model).resolve())
             AdapterConfig(student.config.lora, base).write(folder / COMPANIONS, student.arch)
         if sampled_ahead is not None:
             (folder / _SAMPLED).write_text(sampled_ahead)

@@ -16,12 +16,12 @@ from checkpoint_tools import hf_to_megatron, megatron_to_hf, verify
 from megatron_trd import platform
 from megatron_trd.config import SamplerConfig, apply_overrides, load
 from megatron_trd.errors import UserError
-from megatron_trd.files import write_sums
+from megatron_trd.files import read_sums, write_sums
+from megatron_trd.models.folder import ADAPTER_CONFIG
 from megatron_trd.models.loading import named_tensors
 from megatron_trd.models.model import open_model
-from megatron_trd.models.peft_format import CONFIG
 from megatron_trd.training.checks import check
-from tests.checkpoint_tools.folders import tensors
+from tests.checkpoint_tools.folders import flip, tensors
 from tests.distributed import run_ranks
 from tests.training import jobs
 from tests.training.test_jobs import assert_same_run
@@ -88,7 +88,7 @@ def test_what_is_exported_computes_the_same_with_peft_and_without(unbroken: tupl
     assert verify.verify(tmp_path / "merged", step), "it is what the checkpoint is"
     for dtype in (None, torch.bfloat16):
         megatron_to_hf.convert(step, tmp_path / str(dtype), weights="adapters", dtype=dtype)
-    config = json.loads((tmp_path / "None" / CONFIG).read_text())
+    config = json.loads((tmp_path / "None" / ADAPTER_CONFIG).read_text())
     assert config["base_model_name_or_path"] == load(job).model
     base = AutoModelForCausalLM.from_pretrained(load(job).model)
     ids = torch.arange(5, 45)[None]
@@ -138,6 +138,65 @@ def test_vllm_takes_the_adapters_as_they_are_exported(unbroken: tuple[Path, Path
     assert adapted != pytest.approx(plain, abs=1e-3)
 
 
+def test_adapters_are_not_written_over_what_they_are_made_from_nor_taken_for_a_model(
+    unbroken: tuple[Path, Path], tmp_path: Path
+) -> None:
+    job, run = unbroken
+    step, base = run / f"checkpoints/step_{jobs.STEPS}", Path(shutil.copytree(load(job).model, tmp_path / "base"))
+    for out in (base, base / "adapters", step, step / "adapters"):
+        with pytest.raises(UserError, match="overlap"):
+            megatron_to_hf.convert(step, out, weights="adapters", like=base, force=True)
+    assert tensors(base)
+    assert open_model(step)
+    out = tmp_path / "adapters"
+    megatron_to_hf.convert(step, out, weights="adapters", dry_run=True)
+    assert not out.exists()
+    megatron_to_hf.convert(step, out, weights="adapters", like=base)
+    with pytest.raises(UserError, match="exists already"):
+        megatron_to_hf.convert(step, out, weights="adapters")
+    assert set(read_sums(out)) == {ADAPTER_CONFIG, "adapter_model.safetensors"}
+    with pytest.raises(UserError, match="adapters alone; give a model"):
+        open_model(out)
+
+
+def test_a_damaged_checkpoint_s_adapters_are_not_exported(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+    step = Path(shutil.copytree(unbroken[1] / f"checkpoints/step_{jobs.STEPS}", tmp_path / "step_4"))
+    for path in step.glob("*.distcp"):
+        flip(path)
+    with pytest.raises(UserError, match="damaged"):
+        megatron_to_hf.convert(step, tmp_path / "out", weights="adapters")
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_a_run_begins_with_merged_adapters_and_adds_its_own(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+    """With another alpha than the default, which the checkpoint has to keep."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    job, first = unbroken
+    step = first / f"checkpoints/step_{jobs.STEPS}"
+    overrides = [f"model={step}", f"run_dir={tmp_path / 'run'}", "steps=1", "lora.rank=7", "lora.alpha=29"]
+    jobs.finish(jobs.start("train", job, *overrides, "--verify-refit"))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("alpha: 29", "alpha: 14"))
+    changed = [*overrides[:-1], "lora.alpha=14", "steps=2", "--resume"]
+    config.write_text(config.read_text().replace("steps: 1\n", "steps: 2\n"))
+    assert "was saved with lora.rank=7 lora.alpha=29: set that" in jobs.finish(jobs.start("train", job, *changed), 2)
+    second = tmp_path / "run/checkpoints/step_1"
+    megatron_to_hf.convert(step, tmp_path / "base")
+    megatron_to_hf.convert(second, tmp_path / "adapters", weights="adapters")
+    megatron_to_hf.convert(second, tmp_path / "merged")
+    written = json.loads((tmp_path / "adapters" / ADAPTER_CONFIG).read_text())
+    assert (written["r"], written["lora_alpha"], written["base_model_name_or_path"]) == (7, 29, str(step))
+    ids = torch.arange(5, 45)[None]
+    base, merged = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "merged"))
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapters"))(ids).logits
+    assert torch.allclose(adapted, merged(ids).logits, atol=1e-5)
+    assert (adapted - plain).abs().max() > 1e-4
+
+
 def test_logits_of_megatron_s_model_with_adapters_are_those_of_the_exported_one(
     unbroken: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -154,8 +213,12 @@ def test_a_checkpoint_without_adapters_or_with_a_damaged_list_is_refused(
 ) -> None:
 
     step = Path(shutil.copytree(unbroken[1] / f"checkpoints/step_{jobs.STEPS}", tmp_path / "step_4"))
-    path = step / "hf" / CONFIG
-    for content in ("{", "[]", '{"r": 0, "lora_alpha": 1, "base_model_name_or_path": ""}', '{"r": 4}'):
+    path = step / "hf" / ADAPTER_CONFIG
+    numbers = ("0", "1"), ("4", "NaN"), ("4", "null"), ("1e999", "1"), ("4.5", "1")
+    for content in (
+        *("{", "[]", '{"r": 4}'),
+        *(f'{{"r": {r}, "lora_alpha": {alpha}, "base_model_name_or_path": ""}}' for r, alpha in numbers),
+    ):
         path.write_text(content)
         write_sums(step)
         with pytest.raises(UserError, match="not a configuration of adapters"):
