@@ -6,13 +6,14 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from megatron_trd import platform
-from megatron_trd.config import DataConfig, TrainConfig
+from megatron_trd.config import DataConfig, LoraConfig, TrainConfig
 from megatron_trd.data.problems import Problem, load_problems
 from megatron_trd.data.prompts import Context, PromptBuilder
 from megatron_trd.engines.teacher import check_teacher
 from megatron_trd.errors import UserError
 from megatron_trd.evaluation.grading import check_gradable
 from megatron_trd.methods import METHODS, check_threads
+from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.loading import check_tokenizer
 from megatron_trd.models.model import Model, open_model
 from megatron_trd.parallel.grid import Layout
@@ -60,6 +61,7 @@ def check(config: TrainConfig, *, grades: bool = True) -> Inputs:
                 "sampler.max_rollout_tokens or sampler.max_refinement_tokens"
             )
     _check_method(config)
+    _check_adapters(config.lora, student.arch)
     _check_order(config)
     check_wandb(config)
     read = config.data if grades else dataclasses.replace(config.data, answer_field=None)
@@ -115,8 +117,6 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError(
             f"teacher.weights={config.teacher.weights} is for a self-teacher; unset teacher.model or teacher.weights"
         )
-    if config.lora.alpha is not None and not config.lora.rank:
-        raise UserError("lora.alpha scales adapters, and there are none: set lora.rank too, or unset it")
     if config.log.max_drift is not None and not config.log.drift_tokens:
         raise UserError("log.max_drift bounds what is measured on log.drift_tokens tokens, which are 0: raise them")
     if config.student.sequence_parallel and config.student.tp == 1:
@@ -125,6 +125,16 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError(
             f"method {config.method} shows the teacher only what the student sees, so a self-teacher would teach "
             "nothing: set teacher.model, or choose an opsd-… or trd-… method"
+        )
+
+
+def _check_adapters(lora: LoraConfig, arch: Architecture) -> None:
+    if lora.alpha is not None and not lora.rank:
+        raise UserError("lora.alpha scales adapters, and there are none: set lora.rank too, or unset it")
+    if lora.rank > arch.hidden_size:  # one side of each matrix that has adapters
+        raise UserError(
+            f"lora.rank={lora.rank} is more than the rank of any matrix, as the model's hidden size is "
+            f"{arch.hidden_size}: lower it, or train all weights (lora.rank=0)"
         )
 
 

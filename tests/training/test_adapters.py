@@ -241,6 +241,9 @@ def test_adapters_are_asked_for_only_where_there_are_some(unbroken: tuple[Path, 
         megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "out", weights="adapters")
     with pytest.raises(UserError, match=r"lora.alpha scales adapters, and there are none"):
         check(apply_overrides(config, ["lora.rank=0", "lora.alpha=3", "teacher.tp=1"]))
+    with pytest.raises(UserError, match=r"lora.rank=65 is more than the rank of any matrix.*size is 64"):
+        check(apply_overrides(config, ["lora.rank=65"]))
+    check(apply_overrides(config, ["lora.rank=64"]))
     with pytest.raises(UserError, match=r"teacher.offload=true: this teacher has no weights of its own"):
         check(apply_overrides(config, ["teacher.offload=true"]))
     with pytest.raises(UserError, match=r"teacher.tp=3 does not divide"):
