@@ -322,6 +322,25 @@ def test_the_sampler_has_the_merged_weights_and_the_teacher_s(
         test_sampler.check_greedy(refinements, model)
 
 
+def begin(rank: int, world: int, model: str, case: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Rank function: a new student's adapters, and its merged weights."""
+    from megatron_trd import platform
+
+    platform.current().set_up()
+    student, _ = engines(model, None, case)
+    return adapters(student), full_tensors(student)
+
+
+def test_a_student_begins_with_new_adapters_of_the_run_s_seed(models: dict[str, Path]) -> None:
+    from megatron_trd.models.model import open_model
+
+    stored = load_file(models["untied"] / "model.safetensors")
+    slots = lora.all_adapter_slots(open_model(models["untied"]).arch, RANK)
+    for found, merged in run_ranks(begin, 2, str(models["untied"]), adapted(2, 1) | {"seed": 3}):
+        assert all(found[slot.hf[0]].equal(lora.fresh(3)(slot)[0]) for slot in slots)
+        assert all(tensor.equal(stored[name]) for name, tensor in merged.items())
+
+
 def test_a_new_adapter_changes_nothing_and_is_the_same_at_every_layout(models: dict[str, Path]) -> None:
     from megatron_trd.models.model import open_model
 
