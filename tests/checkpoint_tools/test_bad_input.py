@@ -318,7 +318,7 @@ def test_a_bad_shard_size(megatron: Path, tmp_path: Path, refused: Refused, size
     refused("megatron-to-hf", *arguments, parts=["--max-shard-size", size])
 
 
-@pytest.mark.parametrize(("weights", "part"), [("ema", "averaged teacher"), ("teacher", "model or ema")])
+@pytest.mark.parametrize(("weights", "part"), [("ema", "averaged teacher"), ("teacher", "model, ema or adapters")])
 def test_weights_that_are_not_there(megatron: Path, tmp_path: Path, refused: Refused, weights: str, part: str) -> None:
     arguments = ["--megatron", megatron, "--out", tmp_path / "out", "--weights", weights]
     refused("megatron-to-hf", *arguments, parts=[part])
