@@ -207,7 +207,7 @@ def test_experts_have_no_gradients_beside_adapters() -> None:
 
 def test_a_frozen_teacher_without_adapters_is_the_student() -> None:
     """Its own grid is ignored, it has the student's sequence parallelism, but it refines with weights of its own."""
-    settings = CUT | {"teacher": {"tp": 1, "pp": 2}} | ADAPTERS
+    settings = CUT | {"teacher": {"tp": 3, "pp": 2}} | ADAPTERS
     case = make(settings)
     live = make(settings | {"teacher": {"weights": "live"}})
     assert case.teacher_layout == case.student_layout
