@@ -186,6 +186,12 @@ def test_experts_count_in_the_smallest_world() -> None:
     assert from_dict(layouts, "test").fewest_ranks == 16
 
 
+@pytest.mark.parametrize("shared", [{"teacher": {"weights": "live"}}, {"lora": {"rank": 4}, "teacher": {}}])
+def test_a_teacher_that_is_the_student_asks_for_no_ranks(shared: dict[str, Any]) -> None:
+    teacher = shared["teacher"] | {"tp": 3}
+    assert from_dict(shared | {"student": {"tp": 2}, "teacher": teacher}, "test").fewest_ranks == 2
+
+
 def test_a_machine_s_gpus_are_the_world_where_layouts_fit_them(monkeypatch: pytest.MonkeyPatch) -> None:
     current = platform.current()
     monkeypatch.setattr(current, "gpu_count", lambda: 8)
