@@ -8,6 +8,7 @@ megatron-core's own (with `--like` for its configuration and tokenizer).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def convert(
     if weights == "adapters":
         _convert_adapters(MegatronFolder(megatron, like), out, dtype, force=force, dry_run=dry_run)
         return
-    source = _open(megatron, weights, like)
+    source = _open(megatron, weights, like, dtype)
     if source.companions.has_tokenizer:  # weights alone are a model too
         check_tokenizer(source.companions, source.arch)
     infos = exported_tensors(source.arch, lambda slot: dtype or source.dtype(slot))
@@ -130,11 +131,12 @@ class _Source:
     pieces: Callable[[Slot], Iterator[tuple[str, Tensor]]]
 
 
-def _open(megatron: Path, weights: str, like: Path | None) -> _Source:
+def _open(megatron: Path, weights: str, like: Path | None, wanted: torch.dtype | None) -> _Source:
     if weights == "model":
         checkpoint = MegatronFolder(megatron, like)
         reader = checkpoint.reader
-        return _Source(checkpoint.companions, checkpoint.arch, lambda slot: reader.dtype(slot.key), checkpoint.pieces)
+        merged = functools.partial(checkpoint.pieces, dtype=wanted)  # adapters are not rounded before they are cast
+        return _Source(checkpoint.companions, checkpoint.arch, lambda slot: reader.dtype(slot.key), merged)
     if weights != "ema":
         raise UserError(f"--weights {weights} is not known; use model, ema or adapters")
     if not (megatron / "ema").is_dir():

@@ -202,13 +202,13 @@ class StudentEngine:
         network = self.model.module
         return network.shared_embedding_or_output_weight() if self.arch.tied else network.output_layer.weight
 
-    def source(self, *, adapted: bool = True) -> loading.Source:
-        """Full Hugging Face tensors of the current weights, adapters merged into them unless `adapted` is false.
-        Collective; see `GatheredSource` for their validity."""
+    def source(self, *, adapted: bool = True, dtype: torch.dtype | None = None) -> loading.Source:
+        """Full Hugging Face tensors of the current weights, adapters merged into them unless `adapted` is false; merged
+        ones are of `dtype` (None: the weights'). Collective; see `GatheredSource` for their validity."""
         base = self._weights.source()
         if not (adapted and self._adapters):
             return base
-        return lora.AdaptedSource(base, self._weights.source(self._adapters), self.arch, self.config.lora)
+        return lora.AdaptedSource(base, self._weights.source(self._adapters), self.arch, self.config.lora, dtype)
 
     def train_step(
         self,

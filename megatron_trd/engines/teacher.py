@@ -121,7 +121,8 @@ class TeacherEngine:
             return
         decay = self.config.teacher.ema_decay
         self._weights.settle()
-        loading.load(self._average, self.arch, self.grid, self.student.source(), decay=decay, all_slots=True)
+        student = self.student.source(dtype=torch.float32)  # merged adapters of few steps would be lost in 16 bits
+        loading.load(self._average, self.arch, self.grid, student, decay=decay, all_slots=True)
         if self._head_average is not None and self.student.head is not None:
             self._head_average.lerp_(self.student.head.detach().to(self._head_average), 1.0 - decay)
         self._round()

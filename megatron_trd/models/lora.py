@@ -229,20 +229,30 @@ class _AdaptedPiece(Piece):
     a: Tensor  # [rank, in]
     b: Tensor  # [out, rank]
     scale: float
+    dtype: torch.dtype
 
     def values(self) -> Tensor:
-        """The sum in float32, rounded once to the dtype of the stored values."""
+        """The sum in float32, rounded once to `dtype`."""
         rows = self.stored.reshape(-1, self.stored.shape[-1])
         part_of_b = self.b[self.row : self.row + len(rows)].float()
         part_of_a = self.a[:, self.column : self.column + rows.shape[1]].float()
         added = torch.addmm(rows.float(), part_of_b, part_of_a, alpha=self.scale)
-        return added.to(self.stored.dtype).view(self.stored.shape)
+        return added.to(self.dtype).view(self.stored.shape)
 
 
 class AdaptedSource:
     """The weights `W + scale * B A` of a model with adapters; a `PiecewiseSource`. Collective if its sources are."""
 
-    def __init__(self, base: Source | PiecewiseSource, adapters: Source, arch: Architecture, lora: LoraConfig) -> None:
+    def __init__(
+        self,
+        base: Source | PiecewiseSource,
+        adapters: Source,
+        arch: Architecture,
+        lora: LoraConfig,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`dtype`: of the sums; None: that of the base weights, which may hide adapters of few steps."""
+        self._dtype = dtype
         self._base, self._pieces, self._adapters = base, piecewise(base), adapters
         self._table, self._scale = adapter_slots(arch, lora.rank), lora.scale
 
@@ -251,7 +261,8 @@ class AdaptedSource:
         if slot not in self._table:
             return self._base(slot)
         pieces = self.pieces(slot)  # so that both ways give the same bits
-        full = [pieces[0].stored.new_empty(shape) for shape in slot.shapes]
+        stored = pieces[0].stored
+        full = [stored.new_empty(shape, dtype=self._dtype or stored.dtype) for shape in slot.shapes]
         for piece in pieces:
             piece.copy_to(full[piece.index])
         return full
@@ -264,6 +275,14 @@ class AdaptedSource:
             return pieces
         pairs = [(self._adapters(a)[0], self._adapters(b)[0]) for a, b in self._table[slot]]
         return [
-            _AdaptedPiece(piece.index, piece.row, piece.column, piece.stored, *pairs[piece.index], self._scale)
+            _AdaptedPiece(
+                piece.index,
+                piece.row,
+                piece.column,
+                piece.stored,
+                *pairs[piece.index],
+                self._scale,
+                self._dtype or piece.stored.dtype,
+            )
             for piece in pieces
         ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_trd import platform
@@ -81,13 +82,16 @@ class MegatronFolder:
     @functools.cached_property
     def source(self) -> Source:
         """Full Hugging Face tensors of a slot."""
-        read = checkpoint_source(self.reader, self.arch)
-        return AdaptedSource(read, read, self.arch, self.adapters.lora) if self.adapters else read
+        return self._source(None)
 
-    def pieces(self, slot: Slot) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, next rows) of a slot, in order."""
+    def _source(self, dtype: torch.dtype | None) -> Source:
+        read = checkpoint_source(self.reader, self.arch)
+        return AdaptedSource(read, read, self.arch, self.adapters.lora, dtype) if self.adapters else read
+
+    def pieces(self, slot: Slot, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, next rows) of a slot, in order; adapters are merged into it in `dtype`, None: its own."""
         if self.adapters and slot in adapter_slots(self.arch, self.adapters.lora.rank):
-            return zip(slot.hf, self.source(slot), strict=True)
+            return zip(slot.hf, self._source(dtype)(slot), strict=True)
         return exported_pieces(self.reader.pieces(slot.key, slot.index), slot, self.arch)
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_trd.config import LoraConfig
 from megatron_trd.data.problems import Problem
 from megatron_trd.models import loading, lora
 from megatron_trd.models.weights import exported_slots
@@ -360,3 +361,29 @@ def test_a_new_adapter_changes_nothing_and_is_the_same_at_every_layout(models: d
         len({tuple(lora.fresh(1)(slot)[0].flatten()[:3].tolist()) for slot in lora.all_adapter_slots(arch, RANK)})
         > len(names) // 2
     )
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_small_adapters_survive_a_merge_in_float32(models: dict[str, Path], dtype: torch.dtype | None) -> None:
+    """In bf16 the base weight comes back where they are less than half a step of it."""
+    from megatron_trd.models.model import open_model
+
+    opened = open_model(models["untied"])
+
+    def base(slot: Any) -> list[Tensor]:
+        return [tensor.bfloat16() for tensor in opened.source(slot)]
+
+    def tiny(slot: Any) -> list[Tensor]:
+        return [1e-2 * values(slot.hf[0], slot.shapes[0])]
+
+    settings = LoraConfig(rank=RANK, alpha=ALPHA)
+    source = lora.AdaptedSource(base, tiny, opened.arch, settings, dtype)
+    for slot, pairs in lora.adapter_slots(opened.arch, RANK).items():
+        for before, after, (a, b) in zip(base(slot), source(slot), pairs, strict=True):
+            added = settings.scale * tiny(b)[0].double() @ tiny(a)[0].double()
+            assert after.dtype == (dtype or torch.bfloat16)
+            found = after.double() - before.double()
+            if dtype:
+                assert torch.allclose(found, added, rtol=0, atol=1e-7)
+            else:
+                assert (found == 0).float().mean() > 0.5
