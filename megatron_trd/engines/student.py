@@ -104,9 +104,7 @@ class StudentEngine:
             lora.add_adapters(model, self.arch, self.grid, self.config.lora, split=settings.sequence_parallel)
         self._named = loading.local_parameters(model, self.arch, self.grid)
         loading.load(self._named, self.arch, self.grid, source)
-        if self._adapters:
-            fresh = lora.fresh(self.config.seed)
-            loading.load(self._named, self.arch, self.grid, fresh, table=self._adapters)
+        loading.load(self._named, self.arch, self.grid, lora.fresh(self.config.seed), table=self._adapters)
         # megatron-core (0.16) marks experts as reduced over their own replicas only for ep > 1. It does not mark
         # transformer-engine's experts as different on each rank, so the gradient norm would leave out those of all
         # tensor-parallel ranks but the first.

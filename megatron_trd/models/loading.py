@@ -175,7 +175,7 @@ def load(
     `table`: the slots to fill, if not the whole model's. `all_slots`: request every slot from `source` in order,
     required if it is collective; otherwise only local ones.
     """
-    for slot in table or slots(arch):
+    for slot in slots(arch) if table is None else table:
         tensor = find(slot, named)
         if tensor is None and not all_slots:
             continue

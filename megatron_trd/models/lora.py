@@ -24,7 +24,7 @@ from megatron_trd import platform
 from megatron_trd.config import LoraConfig
 from megatron_trd.models.architecture import Architecture
 from megatron_trd.models.loading import PiecewiseSource, Source, piecewise
-from megatron_trd.models.weights import Kind, Piece, Slot, shard_shape, slots
+from megatron_trd.models.weights import Kind, Piece, Slot, join, shard_shape, slots
 from megatron_trd.parallel.grid import Grid
 
 _SUFFIX = ".weight"
@@ -103,12 +103,12 @@ class Adapter(torch.nn.Module):
         if norm is not None:  # transformer-engine's layer normalises its input itself
             hidden = F.rms_norm(hidden, norm.shape, norm, self._norm_eps)
         pairs: list[Any] = list(self.pairs.values())
-        low = F.linear(hidden, torch.cat([pair.a for pair in pairs])) * self._scale
+        low = F.linear(hidden, join([pair.a for pair in pairs])) * self._scale
         parts = self._exchanged(low).chunk(len(pairs), -1)
         found = [
             F.linear(part, pair.b).unflatten(-1, (self._groups, -1)) for part, pair in zip(parts, pairs, strict=True)
         ]
-        return torch.cat(found, -1).flatten(-2)
+        return join(found, -1).flatten(-2)
 
     def _exchanged(self, low: Tensor) -> Tensor:
         """For ranks that have a part of the inputs each, their sum (of their part of the tokens, with sequence

@@ -251,7 +251,7 @@ def shard_shape(slot: Slot, arch: Architecture, tp: int) -> torch.Size:
 
 def shard(slot: Slot, full: Sequence[Tensor], arch: Architecture, rank: int, tp: int) -> Tensor:
     """Hugging Face tensors -> the Megatron shard of tensor-parallel rank `rank` of `tp`."""
-    rows = _join([full[part][start : start + count] for part, start, count in parts(slot, arch, rank, tp)])
+    rows = join([full[part][start : start + count] for part, start, count in parts(slot, arch, rank, tp)])
     match slot.kind:
         case "row":
             return rows.chunk(tp, 1)[rank]
@@ -336,7 +336,8 @@ def merge(slot: Slot, shards: Sequence[Tensor], arch: Architecture) -> list[Tens
     return full
 
 
-def _join(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
+def join(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenate; a single piece is not copied."""
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_trd.models.architecture import Architecture
+from megatron_trd.models.lora import all_adapter_slots
 from megatron_trd.models.weights import Slot, shard_shape, slots
 from megatron_trd.parallel.grid import Layout
 from megatron_trd.planning.devices import Stack
@@ -86,13 +87,9 @@ def adapted(arch: Architecture) -> tuple[Slot, ...]:
 
 @functools.cache
 def adapters_of_layer(arch: Architecture, rank: int, tp: int) -> int:
-    """Values of a layer's adapters of rank `rank` on each of `tp` tensor-parallel ranks: A `[rank, in]` and B
-    `[out, rank]` for each Hugging Face tensor. TP cuts only the one of them on the side where it cuts the tensor."""
-    values = 0
-    for slot in adapted(arch):
-        for out, into in slot.shapes:
-            values += rank * (out + into // tp if slot.kind == "row" else out // tp + into)
-    return values
+    """Values of a layer's adapters of rank `rank` on each of `tp` tensor-parallel ranks."""
+    layer = all_adapter_slots(replace(arch, layers=1), rank)
+    return _values(shard_shape(slot, arch, tp) for slot in layer)
 
 
 def engine_parameters(arch: Architecture, tp: int) -> float:

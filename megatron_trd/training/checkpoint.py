@@ -226,9 +226,9 @@ def load(path: Path, student: StudentEngine) -> None:
 def _check_adapters(path: Path, now: LoraConfig) -> None:
     """Raise `UserError` if a checkpoint's adapters are not such as the run has."""
     saved = read_config(path / COMPANIONS)
-    was, has = ((lora.rank, lora.scale) if lora and lora.rank else None for lora in (saved and saved.lora, now))
-    if was != has:
-        said = f"lora.rank={saved.lora.rank} lora.alpha={saved.lora.alpha:g}" if saved else "lora.rank=0"
+    was = saved.lora if saved else LoraConfig()
+    if (was.rank, was.numerator) != (now.rank, now.numerator):
+        said = f"lora.rank={was.rank}" + (f" lora.alpha={was.numerator:g}" if was.rank else "")
         raise UserError(f"checkpoint '{path}' was saved with {said}: set that, or another run_dir=")
 
 

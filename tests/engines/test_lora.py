@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_trd.config import LoraConfig
-from megatron_trd.data.problems import Problem
 from megatron_trd.models import loading, lora
 from megatron_trd.models.weights import exported_slots
 from tests.distributed import run_ranks
@@ -28,8 +27,10 @@ from tests.engines.test_numerics import (
     layout,
     make_samples,
     prepare,
+    take_step,
 )
 from tests.models import write_model
+from tests.weights.test_gathering import in_pieces
 
 RANK, ALPHA = 3, 5.0
 
@@ -60,22 +61,10 @@ def run_adapted(rank: int, world: int, model: str, teacher: str | None, cases: l
     results = []
     for case in cases:
         with mock.patch.object(lora, "fresh", filled):
-            student, teacher_engine, samples, share, hidden = prepare(model, teacher, case)
-        sums = student.backward(samples, share, hidden, teacher_engine.head)
-        loss = sums.result(grad_norm=0.0, lr=0.0).loss
-        gradients = {}
-        if not student.config.student.distributed_optimizer:
-            trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
-            for parameter in trained:
-                parameter.saved = parameter.data.clone()
-                parameter.data.copy_(parameter.main_grad)
-            gradients = adapters(student)
-            for parameter in trained:
-                parameter.data.copy_(parameter.saved)
-        result = student.train_step(samples, share, hidden, teacher_engine.head)
-        after, merged = adapters(student), full_tensors(student)
-        whole = {"loss": loss, "grad": gradients, "after": after, "merged": merged} if rank == 0 else {}
-        results.append(whole | {"norm": result.grad_norm})
+            prepared = prepare(model, teacher, case)
+        found = take_step(prepared, adapters)
+        found["merged"] = full_tensors(prepared.student)
+        results.append(found if rank == 0 else {"norm": found["norm"]})
         parallel_state.destroy_model_parallel()
     return results
 
@@ -144,18 +133,6 @@ EXPERT_CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        "untied": write_model(folder / "untied", seed=0),
-        "tied": write_model(folder / "tied", seed=1, tie_word_embeddings=True),
-        "large": write_model(folder / "large", seed=2, hidden_size=128),
-        "qwen2": write_model(folder / "qwen2", family="qwen2", seed=4),
-        "experts": write_model(folder / "experts", family="qwen3_moe", seed=5),
-    }
-
-
 @pytest.mark.parametrize(
     ("student", "teacher", "weights", "world"),
     [
@@ -201,13 +178,8 @@ def gather(rank: int, world: int, model: str, cases: list[dict[str, Any]]) -> li
             with mock.patch.object(lora, "fresh", filled), mock.patch.object(current, "peers", peers):
                 student, _, *_ = prepare(model, None, case)
             student._weights.bucket_bytes = SMALL
-            source, again = student.source(), student.source()
-            same = True
-            for slot in exported_slots(student.arch):
-                full = [tensor.clone() for tensor in source(slot)]
-                put = [torch.full_like(tensor, torch.nan) for tensor in full]
-                copied = sum(piece.copy_to(put[piece.index]) for piece in loading.piecewise(again)(slot))
-                same = same and copied == slot.size and all(map(torch.equal, put, full))
+            source = student.source()
+            same = all(in_pieces(slot, source) for slot in exported_slots(student.arch))
             base = {
                 name: full.clone() for name, full in loading.named_tensors(student.arch, student.source(adapted=False))
             }
@@ -268,7 +240,6 @@ def sample_ranks(rank: int, world: int, model: str, student_settings: dict[str, 
     """Rank function: greedy trajectories of the student, and then of its frozen teacher, and whether every tensor in
     the engine is the trainer's."""
     from megatron_trd import platform
-    from megatron_trd.config import from_dict
     from megatron_trd.engines import refit
     from megatron_trd.engines.engine import Engine
     from megatron_trd.engines.sampler import Sampler
@@ -279,23 +250,17 @@ def sample_ranks(rank: int, world: int, model: str, student_settings: dict[str, 
 
     platform.current().set_up()
     config = test_sampler.make_config(model, student_settings, sampler_tp=sampler_tp, temperature=0.0)
-    values = asdict(config) | {"lora": {"rank": RANK, "alpha": ALPHA}}
-    config = from_dict(values, "test")
+    config = replace(config, lora=LoraConfig(rank=RANK, alpha=ALPHA))
     opened = open_model(model)
     with mock.patch.object(lora, "fresh", filled):
         student = StudentEngine(config, opened, student_grid(config.student.tp, config.student.pp, 1, seed=0))
     teacher = TeacherEngine(config, student, opened)
     engine = Engine(opened, config, max_length=320)
-    problems = [Problem(index, "", None, None) for index in range(len(test_sampler.PROMPTS))]
-
-    def refine(problem: Problem, rollout: Any) -> list[int] | None:
-        return None if problem.index == 3 else [9, *rollout.tokens, 10]
-
     found = []
     for source in (student.source, teacher.source):
         engine.refit(source())
         same = refit.verify(engine.llm, opened.arch, source())
-        sampled = Sampler(config, engine, engine).sample(0, problems, test_sampler.PROMPTS, refine)
+        sampled = Sampler(config, engine, engine).sample(0, *test_sampler.ASKED)
         found.append((sampled, all(same.values())))
     return found
 

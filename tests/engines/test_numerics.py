@@ -17,7 +17,7 @@ from megatron_trd.data.batching import Sample, deal, normalize
 from megatron_trd.errors import UserError
 from tests.distributed import run_ranks
 from tests.engines import reference
-from tests.models import VOCAB, write_model
+from tests.models import VOCAB
 
 LR, WEIGHT_DECAY = 1e-3, 0.1
 
@@ -93,23 +93,29 @@ def run_layouts(rank: int, world: int, model: str, teacher_model: str | None, ca
     torch.set_num_threads(1)
     results = []
     for case in cases:
-        student, teacher, samples, share, hidden = prepare(model, teacher_model, case)
-        sums = student.backward(samples, share, hidden, teacher.head)
-        loss = sums.result(grad_norm=0.0, lr=0.0).loss
-        gradients = {}
-        if not student.config.student.distributed_optimizer:
-            for parameter in student.model.parameters():
-                parameter.saved = parameter.data.clone()
-                parameter.data.copy_(parameter.main_grad)
-            gradients = full_tensors(student)
-            for parameter in student.model.parameters():
-                parameter.data.copy_(parameter.saved)
-        result = student.train_step(samples, share, hidden, teacher.head)
-        after = full_tensors(student)
-        whole = {"loss": loss, "grad": gradients, "after": after} if rank == 0 else {}
-        results.append(whole | {"norm": result.grad_norm})
+        found = take_step(prepare(model, teacher_model, case), full_tensors)
+        results.append(found if rank == 0 else {"norm": found["norm"]})
         parallel_state.destroy_model_parallel()
     return results
+
+
+def take_step(prepared: Prepared, read: Callable[[Any], dict[str, Tensor]]) -> dict[str, Any]:
+    """The loss, the gradient's norm, and by `read`, which gives all that is trained, the gradients (unless they are
+    distributed) and what is there after one step."""
+    student, teacher, samples, share, hidden = prepared
+    sums = student.backward(samples, share, hidden, teacher.head)
+    loss = sums.result(grad_norm=0.0, lr=0.0).loss
+    gradients = {}
+    if not student.config.student.distributed_optimizer:
+        trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.saved = parameter.data.clone()
+            parameter.data.copy_(parameter.main_grad)
+        gradients = read(student)
+        for parameter in trained:
+            parameter.data.copy_(parameter.saved)
+    norm = student.train_step(samples, share, hidden, teacher.head).grad_norm
+    return {"loss": loss, "grad": gradients, "after": read(student), "norm": norm}
 
 
 def full_tensors(student: Any) -> dict[str, Tensor]:
@@ -190,19 +196,6 @@ EXPERT_CASES = {
     ],
     4: [expert_layout(2, 1, 4, 2, recompute=True), expert_layout(2, 2, 2, 4), expert_layout(1, 2, 2, 4)],
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        "untied": write_model(folder / "untied", seed=0),
-        "tied": write_model(folder / "tied", seed=1, tie_word_embeddings=True),
-        "large": write_model(folder / "large", seed=2, hidden_size=128),
-        "llama": write_model(folder / "llama", family="llama", seed=3),
-        "qwen2": write_model(folder / "qwen2", family="qwen2", seed=4),
-        "experts": write_model(folder / "experts", family="qwen3_moe", seed=5),
-    }
 
 
 def compare(found: dict[str, Any], want: dict[str, Any], case: object) -> None:

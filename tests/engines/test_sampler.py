@@ -27,6 +27,14 @@ PROMPTS = [*([5, 6, 7 + index] for index in range(4)), [5 + index * index % 80 f
 ROLLOUT, REFINEMENT = 12, 8  # tokens
 
 
+def refine(problem: Problem, rollout: Any) -> list[int] | None:
+    return None if problem.index == 3 else [9, *rollout.tokens, 10]
+
+
+# Problems, prompts, and the refinement's prompt: what a sampler is asked.
+ASKED = [Problem(index, "", None, None) for index in range(len(PROMPTS))], PROMPTS, refine
+
+
 def make_config(model: str, student: dict[str, Any], *, sampler_tp: int, temperature: float) -> TrainConfig:
     values = {
         "model": model,
@@ -62,25 +70,20 @@ def sample_ranks(
     student = StudentEngine(greedy, opened, grid)
     engine = Engine(opened, greedy, max_length=320)
     engine.refit(opened.source)
-    problems = [Problem(index, "", None, None) for index in range(len(PROMPTS))]
-
-    def refine(problem: Problem, rollout: Any) -> list[int] | None:
-        return None if problem.index == 3 else [9, *rollout.tokens, 10]
-
-    found = {"before": Sampler(greedy, engine, engine).sample(0, problems, PROMPTS, refine)}
+    found = {"before": Sampler(greedy, engine, engine).sample(0, *ASKED)}
     loading.load(loading.local_parameters(student.model, arch, grid), arch, grid, open_model(other).source)
     found["stale"] = refit.verify(engine.llm, arch, student.source())
     engine.refit(student.source())
     found["fresh"] = refit.verify(engine.llm, arch, student.source())
-    found["after"] = Sampler(greedy, engine, engine).sample(1, problems, PROMPTS, refine)
+    found["after"] = Sampler(greedy, engine, engine).sample(1, *ASKED)
     random = make_config(model, student_settings, sampler_tp=sampler_tp, temperature=1.0)
-    found["random"] = [Sampler(random, engine, engine).sample(step, problems, PROMPTS, refine) for step in (2, 2, 3)]
+    found["random"] = [Sampler(random, engine, engine).sample(step, *ASKED) for step in (2, 2, 3)]
     other_seed = replace(random, seed=random.seed + 1)
-    found["other seed"] = Sampler(other_seed, engine, engine).sample(2, problems, PROMPTS, refine)
+    found["other seed"] = Sampler(other_seed, engine, engine).sample(2, *ASKED)
     nucleus = replace(random, sampler=replace(random.sampler, top_p=1e-6))
-    found["nucleus"] = Sampler(nucleus, engine, engine).sample(2, problems, PROMPTS, refine)
+    found["nucleus"] = Sampler(nucleus, engine, engine).sample(2, *ASKED)
     best = replace(random, sampler=replace(random.sampler, top_k=1))
-    found["best"] = Sampler(best, engine, engine).sample(2, problems, PROMPTS, refine)
+    found["best"] = Sampler(best, engine, engine).sample(2, *ASKED)
     return found
 
 

@@ -211,7 +211,6 @@ def test_logits_of_megatron_s_model_with_adapters_are_those_of_the_exported_one(
 def test_a_checkpoint_without_adapters_or_with_a_damaged_list_is_refused(
     unbroken: tuple[Path, Path], tmp_path: Path
 ) -> None:
-
     step = Path(shutil.copytree(unbroken[1] / f"checkpoints/step_{jobs.STEPS}", tmp_path / "step_4"))
     path = step / "hf" / ADAPTER_CONFIG
     numbers = ("0", "1"), ("4", "NaN"), ("4", "null"), ("1e999", "1"), ("4.5", "1")
@@ -234,7 +233,6 @@ def test_a_checkpoint_without_adapters_or_with_a_damaged_list_is_refused(
 
 
 def test_adapters_are_asked_for_only_where_there_are_some(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
-
     config = load(unbroken[0])
     hf_to_megatron.convert(Path(config.model), tmp_path / "megatron")
     with pytest.raises(UserError, match="has no adapters; leave --weights out"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_trd.models import loading
 from megatron_trd.models.gathering import buckets
 from megatron_trd.models.weights import Slot, exported_slots
 from tests.distributed import run_ranks
@@ -21,6 +22,14 @@ SMALL = 40_000  # bytes a bucket: the embedding has more, and a layer takes seve
 
 def elements(slot: Slot) -> int:
     return sum(torch.Size(shape).numel() for shape in slot.shapes)
+
+
+def in_pieces(slot: Slot, source: loading.Source) -> bool:
+    """Whether the pieces of a slot put together are its tensors, and each value is in one piece."""
+    full = source(slot)
+    found = [torch.full_like(tensor, torch.nan) for tensor in full]
+    copied = sum(piece.copy_to(found[piece.index]) for piece in loading.piecewise(source)(slot))
+    return copied == elements(slot) and all(map(torch.equal, found, full))
 
 
 @pytest.mark.parametrize("limit", [1, 150, 1000, 10**9])
@@ -70,7 +79,6 @@ def check_case(folders: list[str], tp: int, pp: int, ep: int, together: bool) ->
     from megatron.core import parallel_state
 
     from megatron_trd import platform
-    from megatron_trd.models import loading
     from megatron_trd.models.architecture import build_model, transformer_config
     from megatron_trd.models.gathering import SpreadWeights
     from megatron_trd.models.model import open_model
@@ -92,13 +100,6 @@ def check_case(folders: list[str], tp: int, pp: int, ep: int, together: bool) ->
         expected = load_file(Path(folder, "model.safetensors"))
         found = {name: full.clone() for name, full in loading.named_tensors(arch, spread.source())}
         return found.keys() == expected.keys() and all(found[name].equal(full) for name, full in expected.items())
-
-    def in_pieces(slot: Slot, source: loading.Source) -> bool:
-        """Whether the pieces of a slot put together are its tensors, and each value is in one piece."""
-        full = source(slot)
-        found = [torch.full_like(tensor, torch.nan) for tensor in full]
-        copied = sum(piece.copy_to(found[piece.index]) for piece in loading.piecewise(source)(slot))
-        return copied == elements(slot) and all(map(torch.equal, found, full))
 
     seen = {}
     for number, model in enumerate(opened):
